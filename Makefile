@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a virtual environment, the packages of requirements-dev.txt, the package built in
+# place. FORCE_CUDA, TORCH_CUDA_ARCH_LIST, REQUIRE_EXT, CXX and CUDA_HOME pass through from the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
+SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH)
+
+.PHONY: help demo test check build clean always
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: build  ## run the op on the built-in scene, with pictures
+	$(BIN)/python -m reimplementation demo
+
+test: build  ## run the tests; those for a GPU run where there is one
+	$(BIN)/python -m pytest
+
+check: build  ## lint, then test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+
+build: $(VENV)/built  ## compile the extension and install the package in place
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info reimplementation/_C.abi3.so reimplementation/_build.json
+
+$(VENV)/built: $(VENV)/installed $(VENV)/settings $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m reimplementation info
+	@touch $@
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement $<
+	@touch $@
+
+# Changes only when a setting does, so that `FORCE_CUDA=1 make build` after `make build` builds anew.
+$(VENV)/settings: $(VENV)/installed always
+	@echo "$(SETTINGS)" | cmp --silent - $@ || echo "$(SETTINGS)" > $@
