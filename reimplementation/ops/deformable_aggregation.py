@@ -1,0 +1,104 @@
+"""Deformable aggregation: sample every camera and level at projected key points, sum with per-group weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import grid_sample
+from .backends import EXTENSION_AVAILABLE, select_backend
+from .checks import check_levels_fit, check_shape
+from .operands import as_kernels_read, check_operands, under_autocast
+from .registration import register
+
+__all__ = ["deformable_aggregation_function"]
+
+
+def deformable_aggregation_function(
+    feature_maps: Tensor,
+    spatial_shape: Tensor,
+    scale_start_index: Tensor,
+    sampling_location: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Sample multi-view, multi-scale features at each query's key points and sum them with per-group weights.
+
+    ``output[b, q, c] = sum over points, cameras, levels of weights[b, q, pt, cam, lvl, c // (C / num_groups)] *
+    bilinear(features of (b, cam, lvl), sampling_location[b, q, pt, cam])[c]``
+
+    Location (x, y) in a level of H x W pixels is the pixel position (x*W - 0.5, y*H - 0.5), pixels outside a level
+    count as zero (`torch.nn.functional.grid_sample` with ``align_corners=False``). A location outside the open unit
+    square 0 < x < 1, 0 < y < 1, NaN included, contributes nothing and gets no gradient. This is the sampling of
+    Sparse4D (arXiv 2211.10581) and SparseDrive (arXiv 2405.19620), whose call sites it fits.
+
+    Args:
+        feature_maps: (bs, num_feat, C) float64, float32, float16 or bfloat16; rows of all levels of all
+            cameras, see `feature_maps_format`.
+        spatial_shape: (num_cams, num_levels, 2) integer (H, W), on the CPU or the features' device.
+        scale_start_index: (num_cams, num_levels) integer, the first row of each level; likewise.
+        sampling_location: (bs, num_queries, num_pts, num_cams, 2) float32 or float64 (x, y), normalised to [0, 1].
+        weights: (bs, num_queries, num_pts, num_cams, num_levels, num_groups) in the features' dtype or float32;
+            num_groups divides C.
+
+    Returns:
+        (bs, num_queries, C) in the features' dtype; sums run in float32 (float64 for float64 features). Under
+        autocast the features keep their dtype, and half-precision locations are read as float32.
+
+    Gradients flow to feature_maps, sampling_location and weights. The kernels have no second derivatives and say so;
+    grid_sample has PyTorch's.
+
+    Raises:
+        ValueError: a shape or device does not fit, or levels on the CPU reach beyond the features' rows. (Levels
+            on a GPU that do so contribute nothing: reading them here would wait for the GPU.)
+        TypeError: an argument is no tensor or has another dtype.
+        RuntimeError: a forced backend is not available.
+    """
+    if isinstance(feature_maps, Tensor) and torch.is_autocast_enabled(feature_maps.device.type):
+        sampling_location, weights = under_autocast(feature_maps, sampling_location, weights)
+    _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
+
+    sampling_location, weights = as_kernels_read(feature_maps, sampling_location, weights)
+    arguments = (feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
+    if select_backend(feature_maps.device) == "grid_sample":
+        return grid_sample.deformable_aggregation(*arguments)
+    return torch.ops.reimplementation.deformable_aggregation(*arguments)
+
+
+def _check(
+    feature_maps: Tensor,
+    spatial_shape: Tensor,
+    scale_start_index: Tensor,
+    sampling_location: Tensor,
+    weights: Tensor,
+) -> None:
+    names = ("feature_maps", "spatial_shape", "scale_start_index", "sampling_location", "weights")
+    check_operands(names, (feature_maps, spatial_shape, scale_start_index, sampling_location, weights))
+
+    sizes: dict[str, int] = {}
+    check_shape("feature_maps", feature_maps, ("bs", "num_feat", "C"), sizes)
+    check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), sizes)
+    check_shape("scale_start_index", scale_start_index, ("num_cams", "num_levels"), sizes)
+    check_shape(
+        "sampling_location", sampling_location, ("bs", "num_queries", "num_pts", "num_cams", 2), sizes
+    )
+    check_shape(
+        "weights", weights, ("bs", "num_queries", "num_pts", "num_cams", "num_levels", "num_groups"), sizes
+    )
+    if sizes["num_groups"] == 0 or sizes["C"] % sizes["num_groups"] != 0:
+        raise ValueError(
+            f"weights: num_groups must divide C={sizes['C']}; got num_groups={sizes['num_groups']}"
+        )
+    check_levels_fit(
+        spatial_shape,
+        scale_start_index,
+        sizes["num_feat"],
+        ("spatial_shape", "scale_start_index", "num_feat"),
+    )
+
+
+def _fake(feature_maps, spatial_shape, scale_start_index, sampling_location, weights):
+    return feature_maps.new_empty(feature_maps.shape[0], sampling_location.shape[1], feature_maps.shape[2])
+
+
+if EXTENSION_AVAILABLE:
+    register("deformable_aggregation", _fake)

@@ -1,0 +1,96 @@
+"""Between a list of feature maps per level and the one row-major tensor that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
+    """Lay feature maps out as rows of channels, camera by camera and level by level, or undo that.
+
+    Args:
+        feature_maps: a list of (bs, num_cams, C, H, W) tensors, one per level; or, for cameras of different
+            shapes, a list of such lists, one per group of cameras. With ``inverse=True`` the list
+            ``[col_feats, spatial_shape, scale_start_index]`` that this function returned.
+        inverse: go back to feature maps.
+
+    Returns:
+        ``[col_feats, spatial_shape, scale_start_index]``: (bs, num_feat, C) in the maps' dtype;
+        (num_cams, num_levels, 2) int64 (H, W); (num_cams, num_levels) int64 first row of each level. The two
+        integer tensors lie on the maps' device.
+
+        With ``inverse=True`` the list of maps (views of ``col_feats``), or the list of lists where the shapes differ
+        between cameras: neighbouring cameras of equal shapes form one group.
+
+    Raises:
+        ValueError: the list is empty, or the maps' batch sizes, cameras or channels differ.
+        TypeError: an entry is not a tensor.
+    """
+    if inverse:
+        return _split(*feature_maps)
+    if len(feature_maps) == 0:
+        raise ValueError("feature_maps must hold at least one level; got an empty list")
+    groups = feature_maps if isinstance(feature_maps[0], (list, tuple)) else [feature_maps]
+    for group in groups:
+        _check_group(group, groups[0])
+
+    blocks = [
+        torch.cat([level.flatten(3).transpose(2, 3) for level in group], dim=2).flatten(1, 2)
+        for group in groups
+    ]
+    rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    shapes = [
+        [tuple(level.shape[-2:]) for level in group] for group in groups for _ in range(group[0].shape[1])
+    ]
+    starts, end = [], 0
+    for camera in shapes:
+        starts.append([])
+        for height, width in camera:
+            starts[-1].append(end)
+            end += height * width
+    device = rows.device
+    spatial_shape = torch.tensor(shapes, dtype=torch.int64).to(device, non_blocking=True)
+    scale_start_index = torch.tensor(starts, dtype=torch.int64).to(device, non_blocking=True)
+    return [rows, spatial_shape, scale_start_index]
+
+
+def _check_group(group: Sequence[Tensor], first: Sequence[Tensor]) -> None:
+    """Every level of a group has the group's cameras, and every group the same batch, levels and channels."""
+    for level in group:
+        if not isinstance(level, Tensor):
+            raise TypeError(f"feature_maps must hold torch.Tensor levels; got {type(level).__name__}")
+    if len(group) != len(first):
+        raise ValueError(
+            f"feature_maps: every group must have num_levels={len(first)} levels; got {len(group)}"
+        )
+    for level in group:
+        bs, num_cams, channels = first[0].shape[0], group[0].shape[1], first[0].shape[2]
+        if level.dim() != 5 or (level.shape[0], level.shape[1], level.shape[2]) != (bs, num_cams, channels):
+            raise ValueError(
+                "feature_maps: each level must be (bs, num_cams, C, H, W) "
+                f"with bs={bs}, num_cams={num_cams}, C={channels}; got {tuple(level.shape)}"
+            )
+
+
+def _split(col_feats: Tensor, spatial_shape: Tensor, scale_start_index: Tensor) -> list:
+    """The inverse: slices of the rows, viewed as images; cameras of equal shapes side by side."""
+    shapes = [tuple(map(tuple, camera)) for camera in spatial_shape.tolist()]
+    rows_of = [sum(height * width for height, width in camera) for camera in shapes]
+    if sum(rows_of) != col_feats.shape[1]:
+        raise ValueError(
+            f"spatial_shape must describe all num_feat={col_feats.shape[1]} rows of col_feats; got {sum(rows_of)} rows"
+        )
+    groups, end = [], 0
+    for camera, members in groupby(shapes):
+        num_cams = len(list(members))
+        start, end = end, end + num_cams * sum(height * width for height, width in camera)
+        rows = col_feats[:, start:end].unflatten(1, (num_cams, -1))
+        levels = rows.split([height * width for height, width in camera], dim=2)
+        groups.append(
+            [level.unflatten(2, shape).permute(0, 1, 4, 2, 3) for level, shape in zip(levels, camera)]
+        )
+    return groups[0] if len(groups) == 1 else groups

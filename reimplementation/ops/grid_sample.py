@@ -1,0 +1,106 @@
+"""Both ops in plain PyTorch: the fallback, the reference, and what an exporter traces.
+
+Differentiable by autograd and written level by level, so that the sampled features of one level, never of all of them,
+are alive at a time in the forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OUTSIDE = -2.0  # a location far enough outside that its footprint touches no pixel
+
+
+def deformable_aggregation(
+    feature_maps: Tensor,
+    spatial_shape: Tensor,
+    scale_start_index: Tensor,
+    sampling_location: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """`reimplementation.ops.deformable_aggregation_function` on arguments that were checked."""
+    bs, num_feat, channels = feature_maps.shape
+    num_queries, num_pts, num_cams = sampling_location.shape[1:4]
+    num_levels, num_groups = weights.shape[-2:]
+
+    visible = ((sampling_location > 0) & (sampling_location < 1)).all(-1)
+    location = sampling_location.where(visible[..., None], OUTSIDE)
+    weights = weights.to(location.dtype).where(visible[..., None, None], 0)
+    # As images see them: (bs, num_cams, num_queries, num_pts, ...), groups before queries in the weights.
+    location = location.permute(0, 3, 1, 2, 4)
+    weights = weights.permute(0, 3, 4, 5, 1, 2)
+
+    output = location.new_zeros(bs, num_groups, channels // num_groups, num_queries)
+    output = output + _nothing(feature_maps, location, weights)
+    for level in range(num_levels):
+        for (height, width), members in _cameras_by_shape(
+            spatial_shape[:, level], scale_start_index[:, level], num_feat
+        ).items():
+            cams = [cam for cam, _ in members]
+            rows = torch.stack(
+                [feature_maps[:, start : start + height * width] for _, start in members], dim=1
+            )
+            sampled = _sample(rows.flatten(0, 1), height, width, location[:, cams].flatten(0, 1))
+            sampled = sampled.unflatten(0, (bs, len(cams)))
+            sampled = sampled.unflatten(2, (num_groups, channels // num_groups))
+            output = output + (sampled * weights[:, cams, level, :, None]).sum(dim=(1, -1))
+    return output.permute(0, 3, 1, 2).flatten(2).to(feature_maps.dtype)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """`reimplementation.ops.ms_deform_attn` on arguments that were checked."""
+    batch, num_values, num_heads, channels = value.shape
+    num_queries = sampling_locations.shape[1]
+
+    # Each head has an image of its own: (N * M, ...) with queries after heads.
+    locations = sampling_locations.transpose(1, 2).flatten(0, 1)
+    weights = attention_weights.to(locations.dtype).transpose(1, 2).flatten(0, 1)
+
+    output = locations.new_zeros(batch * num_heads, channels, num_queries)
+    output = output + _nothing(value, locations, weights)
+    levels = zip(spatial_shapes.tolist(), level_start_index.tolist())
+    for level, ((height, width), start) in enumerate(levels):
+        if not _fits(height, width, start, num_values):
+            continue
+        location, weight = locations[:, :, level], weights[:, :, level]
+        size = location.new_tensor([width, height])
+        pixel = location.detach() * size - 0.5
+        touches = ((pixel > -1) & (pixel < size)).all(-1)
+        rows = value[:, start : start + height * width].transpose(1, 2).flatten(0, 1)
+        sampled = _sample(rows, height, width, location.where(touches[..., None], OUTSIDE))
+        output = output + (sampled * weight.where(touches, 0)[:, None]).sum(-1)
+    output = output.unflatten(0, (batch, num_heads)).permute(0, 3, 1, 2)
+    return output.flatten(2).to(value.dtype)
+
+
+def _sample(rows: Tensor, height: int, width: int, location: Tensor) -> Tensor:
+    """Images as rows (B, height * width, C), locations (B, queries, points, 2): samples (B, C, queries, points)."""
+    images = rows.to(location.dtype).transpose(1, 2).unflatten(2, (height, width))
+    return F.grid_sample(images, 2 * location - 1, padding_mode="zeros", align_corners=False)
+
+
+def _nothing(*operands: Tensor) -> Tensor:
+    """A sum of nothing: without any level to sample, the output still has gradients, and they are zero."""
+    return sum(operand[:0].sum() for operand in operands)
+
+
+def _cameras_by_shape(shapes: Tensor, starts: Tensor, num_rows: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """One level: {(H, W): [(camera, first row), ...]}, without cameras whose level cannot be sampled."""
+    cameras: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for cam, ((height, width), start) in enumerate(zip(shapes.tolist(), starts.tolist())):
+        if _fits(height, width, start, num_rows):
+            cameras.setdefault((height, width), []).append((cam, start))
+    return cameras
+
+
+def _fits(height: int, width: int, start: int, num_rows: int) -> bool:
+    """Whether a level has pixels, all of them within the rows that there are."""
+    return height > 0 and width > 0 and start >= 0 and start + height * width <= num_rows

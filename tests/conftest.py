@@ -1,0 +1,44 @@
+"""Devices and backends that tests run on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from reimplementation import ops
+
+CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=[CPU, CUDA])
+def device(request) -> torch.device:
+    """A device; ``cuda`` only where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(
+    params=[
+        ("cpu", "cpu"),
+        ("grid_sample", "cpu"),
+        pytest.param(("cuda", "cuda"), marks=pytest.mark.cuda),
+        pytest.param(("grid_sample", "cuda"), marks=pytest.mark.cuda),
+    ],
+    ids=["cpu", "grid_sample", "cuda", "grid_sample-on-cuda"],
+)
+def backend_device(request):
+    """The device to put tensors on, while one backend is forced."""
+    backend, device = request.param
+    if backend not in ops.available_backends(device) and not os.environ.get("REQUIRE_EXT"):
+        pytest.skip(f"the {backend} kernels are not built: {ops.build_info()['reasons']}")
+    with ops.use_backend(backend):
+        yield torch.device(device)

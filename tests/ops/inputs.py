@@ -1,0 +1,83 @@
+"""Inputs for deformable aggregation: random, rig and border geometries, at sizes that a test can afford.
+
+Locations are multiples of 2^-12, so that pixel positions are exact in float32 too: a position that rounds across a pixel's
+edge would have another gradient, and a comparison with float64 would measure luck.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from reimplementation.workloads import AggregationInputs, aggregation_inputs
+
+STEP = 2.0**-12
+
+
+def quantized(location: torch.Tensor) -> torch.Tensor:
+    return (location / STEP).round() * STEP
+
+
+def random_inputs(
+    seed: int = 0,
+    *,
+    batch_size: int = 2,
+    num_queries: int = 7,
+    num_points: int = 3,
+    channels: int = 32,
+    num_groups: int = 4,
+    shapes=(((9, 14), (5, 7)), ((9, 14), (5, 7)), ((6, 4), (1, 3))),
+) -> AggregationInputs:
+    """Cameras of different shapes; three points in ten fall outside the image. float64, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    spatial_shape = torch.tensor(shapes).view(len(shapes), -1, 2)
+    num_cams, num_levels = spatial_shape.shape[:2]
+    rows = spatial_shape.prod(-1).flatten()
+    starts = (rows.cumsum(0) - rows).view(num_cams, num_levels)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    pairs = (batch_size, num_queries, num_points, num_cams)
+    location = torch.rand(*pairs, 2, generator=generator, dtype=torch.float64) * 1.2 - 0.1
+    return AggregationInputs(
+        normal(batch_size, int(rows.sum()), channels),
+        spatial_shape,
+        starts,
+        quantized(location),
+        normal(*pairs, num_levels, num_groups),
+    )
+
+
+def rig_inputs(seed: int = 0) -> AggregationInputs:
+    """Boxes seen by six cameras, with few queries and channels; float64, on the CPU."""
+    inputs = aggregation_inputs(
+        "rig",
+        2,
+        num_queries=40,
+        channels=64,
+        num_groups=8,
+        strides=(8, 16, 32),
+        dtype=torch.float64,
+        seed=seed,
+    )
+    location = quantized(inputs.sampling_location.clamp(-2, 3))
+    return AggregationInputs(*list(inputs)[:3], location, inputs.weights)
+
+
+def border_inputs(seed: int = 0) -> AggregationInputs:
+    """Every pair of coordinates from the edges of the image, of its pixels, and from beyond; float64, on the CPU."""
+    largest = 1 - 2.0**-24  # the last float32 below 1
+    special = [-1e30, -0.5, -STEP, 0.0, 2.0**-24, STEP, 0.5, 1 - STEP, largest, 1.0, 1 + STEP, 7.0, 1e30]
+    special += [float("nan"), float("inf"), float("-inf")]
+    special += [i / 8 for i in range(1, 8)] + [
+        (2 * i + 1) / 16 for i in range(8)
+    ]  # edges and centres of 8 pixels
+    x, y = torch.meshgrid(*[torch.tensor(special, dtype=torch.float64)] * 2, indexing="ij")
+    base = random_inputs(
+        seed, batch_size=1, num_queries=x.numel(), num_points=1, shapes=(((8, 8), (1, 2)),) * 2
+    )
+    location = torch.stack([x, y], -1).view(1, -1, 1, 1, 2).repeat(1, 1, 1, 2, 1)
+    return AggregationInputs(*list(base)[:3], location, base.weights)
+
+
+GEOMETRIES = {"random": random_inputs, "rig": rig_inputs, "border": border_inputs}

@@ -1,0 +1,456 @@
+"""The op on every backend against the float64 formula, its errors, and its registration with PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reimplementation import ops
+from reimplementation.workloads import AggregationInputs, aggregation_inputs
+from tests.ops.inputs import GEOMETRIES, border_inputs, random_inputs
+from tests.reference import TOLERANCE, deformable_aggregation, relative_error
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+GRADIENTS = ("feature_maps", "sampling_location", "weights")
+
+
+def run(function, inputs: AggregationInputs, grad_output=None):
+    """Output and the three gradients; the gradient of the output is random but for its seed."""
+    features, shapes, starts, location, weights = inputs
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (features, location, weights)]
+    output = function(leaves[0], shapes, starts, leaves[1], leaves[2])
+    if grad_output is None:
+        grad_output = torch.randn(
+            output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+        )
+    gradients = torch.autograd.grad(output, leaves, grad_output.to(output))
+    return output.detach(), *gradients
+
+
+def assert_agrees(inputs: AggregationInputs, device, dtype, tolerance=None):
+    """The op equals the float64 formula on the same, rounded, numbers."""
+    inputs = inputs.to("cpu", dtype)
+    grad_output = torch.randn(
+        inputs.feature_maps.shape[0],
+        inputs.sampling_location.shape[1],
+        inputs.feature_maps.shape[2],
+        generator=torch.Generator().manual_seed(9),
+    ).to(dtype)
+    expected = run(deformable_aggregation, inputs.to("cpu", torch.float64), grad_output)
+    actual = run(ops.deformable_aggregation_function, inputs.to(device, dtype), grad_output)
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    assert actual[0].dtype == dtype
+    for name, got, wanted in zip(("output", *GRADIENTS), actual, expected):
+        error = relative_error(got.cpu(), wanted)
+        assert error <= tolerance, f"{name}: relative L2 error {error:.2e} > {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_agrees_with_float64(backend_device, dtype, geometry):
+    assert_agrees(GEOMETRIES[geometry](), backend_device, dtype)
+
+
+@pytest.mark.parametrize(
+    ("channels", "num_groups"),
+    [
+        (1, 1),
+        (2, 2),
+        (8, 1),
+        (30, 1),
+        (30, 5),
+        (32, 8),
+        (71, 1),
+        (71, 71),
+        (96, 4),
+        (256, 1),
+        (512, 8),
+        (1025, 5),
+    ]
+    + [(2048, 2), (3096, 3)],
+)
+def test_any_channels_and_groups(backend_device, channels, num_groups):
+    inputs = random_inputs(1, num_queries=3, channels=channels, num_groups=num_groups)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        assert_agrees(inputs, backend_device, dtype)
+
+
+@pytest.mark.parametrize("num_levels", [1, 5, 9])
+@pytest.mark.parametrize("num_cams", [1, 3, 11])
+@pytest.mark.parametrize("num_points", [1, 40])
+def test_any_cameras_levels_points(backend_device, num_points, num_cams, num_levels):
+    shapes = [[(2 + (cam + level) % 5, 3 + level) for level in range(num_levels)] for cam in range(num_cams)]
+    inputs = random_inputs(2, num_queries=2, num_points=num_points, channels=8, shapes=shapes)
+    assert_agrees(inputs, backend_device, torch.float64)
+
+
+def test_half_features_with_float32_weights(backend_device):
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = random_inputs(3).to("cpu", dtype)
+        single = AggregationInputs(*list(inputs)[:4], inputs.weights.float())
+        output = ops.deformable_aggregation_function(*(t.to(backend_device) for t in single))
+        expected = deformable_aggregation(*single)
+        assert output.dtype == dtype
+        assert relative_error(output.cpu(), expected) <= TOLERANCE[dtype]
+
+
+def test_mixed_float_precisions_are_cast(backend_device):
+    inputs = random_inputs(3)
+    single = list(inputs.to(backend_device, torch.float32))
+    double = list(inputs.to(backend_device, torch.float64))
+    wide_location = [*single[:3], double[3], single[4]]
+    narrow_operands = [*double[:3], single[3], single[4]]
+    for arguments, tolerance in ((wide_location, 2e-6), (narrow_operands, 1e-12)):
+        expected = deformable_aggregation(*(t.cpu() for t in arguments))
+        output = ops.deformable_aggregation_function(*arguments)
+        assert output.dtype == arguments[0].dtype
+        assert relative_error(output.cpu(), expected) <= tolerance
+
+
+def test_gradcheck(backend_device):
+    features, shapes, starts, location, weights = random_inputs(
+        4, batch_size=1, num_queries=3, channels=8
+    ).to(backend_device, torch.float64)
+    # Half a step away from the edges of pixels, where the derivative does not exist.
+    leaves = [t.requires_grad_() for t in (features, location + 2.0**-13, weights)]
+
+    def function(features, location, weights):
+        return ops.deformable_aggregation_function(features, shapes, starts, location, weights)
+
+    assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_only_the_gradients_that_are_needed(backend_device, needed):
+    inputs = random_inputs(5).to(backend_device, torch.float64)
+    expected = run(ops.deformable_aggregation_function, inputs)[1:]
+    features, shapes, starts, location, weights = inputs
+    leaves = [
+        t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((features, location, weights))
+    ]
+    output = ops.deformable_aggregation_function(leaves[0], shapes, starts, leaves[1], leaves[2])
+    output.backward(
+        torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
+    )
+    for i, leaf in enumerate(leaves):
+        if i in needed:
+            assert relative_error(leaf.grad, expected[i]) <= 1e-12
+        else:
+            assert leaf.grad is None
+
+
+def test_forward_is_bitwise_reproducible(backend_device):
+    inputs = aggregation_inputs("rig", num_queries=200, channels=64, device=backend_device)
+    first = ops.deformable_aggregation_function(*inputs)
+    assert all(torch.equal(first, ops.deformable_aggregation_function(*inputs)) for _ in range(5))
+
+
+def test_operands_are_read_through_their_strides(backend_device):
+    inputs = random_inputs(6).to(backend_device, torch.float64)
+    features, shapes, starts, location, weights = inputs
+    strided = AggregationInputs(
+        features.transpose(1, 2).contiguous().transpose(1, 2),
+        shapes.flip(0).flip(0).to(torch.int32),
+        starts.t().contiguous().t(),
+        location.permute(4, 3, 0, 2, 1).contiguous().permute(2, 4, 3, 1, 0),
+        weights.permute(0, 1, 3, 4, 2, 5).contiguous().permute(0, 1, 4, 2, 3, 5),
+    )
+    for got, wanted in zip(
+        run(ops.deformable_aggregation_function, strided), run(ops.deformable_aggregation_function, inputs)
+    ):
+        assert relative_error(got, wanted) <= 1e-12
+
+
+def test_expanded_operands(backend_device):
+    features, shapes, starts, location, weights = random_inputs(7, num_queries=1, num_points=1).to(
+        backend_device, torch.float64
+    )
+    expanded = location.expand(-1, 5, 2, -1, -1), weights.expand(-1, 5, 2, -1, -1, -1)
+    repeated = [t.contiguous() for t in expanded]
+    got = run(ops.deformable_aggregation_function, AggregationInputs(features, shapes, starts, *expanded))
+    wanted = run(ops.deformable_aggregation_function, AggregationInputs(features, shapes, starts, *repeated))
+    assert all(relative_error(a, b) <= 1e-12 for a, b in zip(got, wanted))
+
+
+def test_features_at_an_odd_address(backend_device):
+    inputs = random_inputs(8).to(backend_device, torch.float32)
+    buffer = torch.empty(inputs.feature_maps.numel() + 1, device=backend_device)
+    shifted = buffer[1:].view_as(inputs.feature_maps).copy_(inputs.feature_maps)
+    output = ops.deformable_aggregation_function(shifted, *list(inputs)[1:])
+    assert relative_error(output.cpu(), deformable_aggregation(*(t.cpu() for t in inputs))) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    "empty", ["batch_size", "num_queries", "num_points", "num_feat", "num_cams", "num_levels"]
+)
+def test_nothing_to_sample(backend_device, empty):
+    sizes = {"batch_size": 2, "num_queries": 3, "num_points": 2}
+    shapes = [[(4, 5)]] * 2
+    if empty in sizes:
+        sizes[empty] = 0
+    elif empty == "num_cams":
+        shapes = torch.empty(0, 1, 2, dtype=torch.int64)
+    elif empty == "num_levels":
+        shapes = torch.empty(2, 0, 2, dtype=torch.int64)
+    elif empty == "num_feat":
+        shapes = [[(0, 0)]] * 2
+    if isinstance(shapes, torch.Tensor):
+        features = torch.randn(2, 20, 32, dtype=torch.float64)
+        pairs = (2, 3, 2, shapes.shape[0])
+        inputs = AggregationInputs(
+            features,
+            shapes,
+            torch.empty(shapes.shape[:2], dtype=torch.int64),
+            torch.rand(*pairs, 2, dtype=torch.float64),
+            torch.randn(*pairs, shapes.shape[1], 4, dtype=torch.float64),
+        )
+    else:
+        inputs = random_inputs(9, shapes=shapes, **sizes)
+    inputs = inputs.to(backend_device, torch.float64)
+    output, *gradients = run(ops.deformable_aggregation_function, inputs)
+    assert output.shape == (inputs.feature_maps.shape[0], inputs.sampling_location.shape[1], 32)
+    assert not output.any()
+    for gradient, operand in zip(gradients, (inputs.feature_maps, inputs.sampling_location, inputs.weights)):
+        assert gradient.shape == operand.shape
+        assert not gradient.any()
+
+
+def test_culled_pairs_touch_nothing(backend_device):
+    """NaN weights of unseen pairs and NaN pixels outside the footprints leave no trace."""
+    inputs = border_inputs().to(backend_device, torch.float64)
+    features, shapes, starts, location, weights = inputs
+    visible = ((location > 0) & (location < 1)).all(-1)
+    poisoned = weights.masked_fill(~visible[..., None, None], float("nan"))
+    clean = run(ops.deformable_aggregation_function, inputs)
+    for got, wanted in zip(
+        run(
+            ops.deformable_aggregation_function,
+            AggregationInputs(features, shapes, starts, location, poisoned),
+        ),
+        clean,
+    ):
+        assert relative_error(got, wanted) <= 1e-12
+
+    features = torch.randn(1, 18, 8, dtype=torch.float64, device=backend_device)
+    features[:, [0, 17]] = float("nan")  # the rows around a level of 4 x 4
+    corners = torch.tensor([[0.01, 0.01], [0.99, 0.01], [0.01, 0.99], [0.99, 0.99]], dtype=torch.float64)
+    inputs = AggregationInputs(
+        features,
+        torch.tensor([[[4, 4]]], device=backend_device),
+        torch.tensor([[1]], device=backend_device),
+        corners.view(1, 4, 1, 1, 2).to(backend_device),
+        torch.ones(1, 4, 1, 1, 1, 1, dtype=torch.float64, device=backend_device),
+    )
+    output, grad_features, grad_location, grad_weights = run(ops.deformable_aggregation_function, inputs)
+    assert all(t.isfinite().all() for t in (output, grad_features, grad_location, grad_weights))
+
+
+def test_levels_beyond_the_features(backend_device):
+    features, shapes, starts, location, weights = random_inputs(10).to(backend_device, torch.float64)
+    for bad_shapes, bad_starts in [
+        (shapes, starts + 1),
+        (shapes, starts - 1),
+        (shapes * torch.tensor([1, 2], device=backend_device), starts),
+        (-shapes, starts),
+        (torch.full_like(shapes, 2**31 - 1), starts),
+    ]:
+        message = r"spatial_shape and scale_start_index must stay within num_feat=\d+ rows; got a level of .*"
+        with pytest.raises(ValueError, match=message):
+            ops.deformable_aggregation_function(
+                features, bad_shapes.cpu(), bad_starts.cpu(), location, weights
+            )
+        if backend_device.type == "cuda":
+            output = ops.deformable_aggregation_function(features, bad_shapes, bad_starts, location, weights)
+            fits = (bad_shapes > 0).all(-1) & (bad_starts >= 0)
+            fits &= bad_starts + bad_shapes.prod(-1).clamp(max=2**40) <= features.shape[1]
+            kept = torch.where(fits[..., None], bad_shapes, 0), torch.where(fits, bad_starts, 0)
+            expected = ops.deformable_aggregation_function(features, *kept, location, weights)
+            assert torch.equal(output, expected)
+
+
+def test_overlapping_and_permuted_levels(backend_device):
+    inputs = random_inputs(11, shapes=(((6, 5), (6, 5)), ((6, 5), (2, 3))))
+    permuted = AggregationInputs(
+        inputs.feature_maps, inputs.spatial_shape, torch.tensor([[60, 3], [0, 0]]), *list(inputs)[3:]
+    )
+    assert_agrees(permuted, backend_device, torch.float64)
+
+
+def wrong(**changes):
+    """Valid arguments with some replaced."""
+    inputs = random_inputs(12)
+    arguments = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
+    arguments.update({name: change(arguments[name]) for name, change in changes.items()})
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            wrong(sampling_location=lambda t: t[:, :, :, :2]),
+            ValueError,
+            r"sampling_location must be \(bs, num_queries, num_pts, num_cams, 2\) with bs=2, num_cams=3; "
+            r"got \(2, 7, 3, 2, 2\)",
+        ),
+        (wrong(feature_maps=lambda t: t[0]), ValueError, r"feature_maps must be \(bs, num_feat, C\); got"),
+        (
+            wrong(spatial_shape=lambda t: t[0]),
+            ValueError,
+            r"spatial_shape must be \(num_cams, num_levels, 2\); got",
+        ),
+        (
+            wrong(scale_start_index=lambda t: t[:1]),
+            ValueError,
+            r"scale_start_index must be \(num_cams, num_levels\) with num_cams=3, num_levels=2; got \(1, 2\)",
+        ),
+        (wrong(weights=lambda t: t[..., :3, :1, :]), ValueError, r"weights must be .* num_levels=2; got .*"),
+        (
+            wrong(weights=lambda t: t[..., :3]),
+            ValueError,
+            r"weights: num_groups must divide C=32; got num_groups=3",
+        ),
+        (
+            wrong(weights=lambda t: t[..., :0]),
+            ValueError,
+            r"weights: num_groups must divide C=32; got num_groups=0",
+        ),
+        (
+            wrong(sampling_location=lambda t: t.half()),
+            TypeError,
+            r"sampling_location must be float32 or float64; got float16",
+        ),
+        (wrong(weights=lambda t: t.half()), TypeError, r"weights must be float64 or float32; got float16"),
+        (wrong(feature_maps=lambda t: t.long()), TypeError, r"feature_maps must be float64 or .*; got int64"),
+        (
+            wrong(spatial_shape=lambda t: t.float()),
+            TypeError,
+            r"spatial_shape must be int64 or .*; got float32",
+        ),
+        (wrong(weights=lambda t: t.tolist()), TypeError, r"weights must be a torch.Tensor; got list"),
+        (
+            wrong(feature_maps=lambda t: t.to_sparse()),
+            TypeError,
+            r"feature_maps must be a dense \(strided\) tensor",
+        ),
+        (wrong(weights=lambda t: t.to("meta")), ValueError, r"weights must be on cpu; got meta"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.deformable_aggregation_function(**arguments)
+
+
+def test_direct_calls_of_the_operator_are_checked():
+    if "cpu" not in ops.available_backends("cpu"):
+        pytest.skip("the extension is not built")
+    operator = torch.ops.reimplementation.deformable_aggregation
+    for arguments in (
+        wrong(sampling_location=lambda t: t[:, :, :, :2]),
+        wrong(scale_start_index=lambda t: t + 1),
+        wrong(weights=lambda t: t[..., :3]),
+        wrong(sampling_location=lambda t: t.half()),
+        wrong(spatial_shape=lambda t: t.double()),
+    ):
+        with pytest.raises(
+            RuntimeError, match="sampling_location|scale_start_index|num_groups|spatial_shape"
+        ):
+            operator(*arguments.values())
+
+
+def test_second_derivatives(backend_device):
+    """The kernels refuse, and say so; plain PyTorch has them right."""
+    features, shapes, starts, location, weights = random_inputs(
+        13, batch_size=1, num_queries=2, channels=4
+    ).to(backend_device, torch.float64)
+    leaves = [t.requires_grad_() for t in (features, location + 2.0**-13, weights)]
+
+    def function(features, location, weights):
+        return ops.deformable_aggregation_function(features, shapes, starts, location, weights)
+
+    if ops.backends.select_backend(backend_device) == "grid_sample":
+        assert torch.autograd.gradgradcheck(function, leaves)
+        return
+    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="deformable_aggregation has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(backend_device, dtype):
+    """Features keep their dtype, locations are read as float32, weights fit the features."""
+    inputs = random_inputs(14).to(backend_device, torch.float32)
+    features, shapes, starts, location, weights = inputs
+    with torch.autocast(backend_device.type, dtype):
+        half = ops.deformable_aggregation_function(
+            features.to(dtype), shapes, starts, location, weights.to(dtype)
+        )
+        single = ops.deformable_aggregation_function(
+            features, shapes, starts, location.half(), weights.to(dtype)
+        )
+    assert half.dtype == dtype
+    assert single.dtype == torch.float32
+    expected = deformable_aggregation(*(t.cpu() for t in inputs))
+    assert relative_error(half.cpu(), expected) <= 2 * TOLERANCE[dtype]
+
+
+class TestOperator:
+    """What torch.library promises of a registered operator."""
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+    def inputs(self, request):
+        if request.param not in ops.available_backends(request.param):
+            pytest.skip(f"the {request.param} kernels are not built")
+        return random_inputs(15, num_queries=3).to(request.param, torch.float32)
+
+    def test_forward(self, inputs):
+        features, shapes, starts, location, weights = inputs
+        for needs in (False, True):
+            arguments = (
+                features.clone().requires_grad_(needs),
+                shapes,
+                starts,
+                location.clone().requires_grad_(needs),
+                weights.clone().requires_grad_(needs),
+            )
+            torch.library.opcheck(torch.ops.reimplementation.deformable_aggregation, arguments)
+
+    @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+    def test_backward(self, inputs, needs):
+        output = torch.ops.reimplementation.deformable_aggregation(*inputs)
+        weights = inputs.weights.transpose(2, 3).contiguous().transpose(2, 3)
+        arguments = (torch.randn_like(output), *list(inputs)[:4], weights, *needs)
+        torch.library.opcheck(torch.ops.reimplementation.deformable_aggregation_backward, arguments)
+
+    def test_autocast_kernel(self, inputs):
+        features, shapes, starts, location, weights = inputs
+        with torch.autocast(features.device.type, torch.bfloat16):
+            output = torch.ops.reimplementation.deformable_aggregation(
+                features.bfloat16(), shapes, starts, location.half(), weights.half()
+            )
+        assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.cuda
+def test_another_stream_and_metadata_on_the_cpu():
+    inputs = random_inputs(16).to("cuda", torch.float64)
+    features, shapes, starts, location, weights = inputs
+    expected = ops.deformable_aggregation_function(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        output = ops.deformable_aggregation_function(features, shapes.cpu(), starts.cpu(), location, weights)
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.cuda
+def test_no_host_synchronization():
+    features, shapes, starts, location, weights = random_inputs(17).to("cuda", torch.float32)
+    leaves = [t.requires_grad_() for t in (features, location, weights)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.deformable_aggregation_function(leaves[0], shapes, starts, leaves[1], leaves[2]).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
