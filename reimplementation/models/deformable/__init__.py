@@ -1,0 +1,16 @@
+"""Deformable feature aggregation: 3D queries gather image features at their key points, in every camera.
+
+The modules take the place of SparseDrive's modules of the same names: same arguments, same state-dict names.
+In a project that builds its modules through a registry, register these classes under their own names.
+"""
+
+from .aggregation import DeformableFeatureAggregation
+from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+from .projection import project_points
+
+__all__ = [
+    "DeformableFeatureAggregation",
+    "SparseBox3DKeyPointsGenerator",
+    "SparsePoint3DKeyPointsGenerator",
+    "project_points",
+]

@@ -1,0 +1,243 @@
+"""The module around the op: key points, projection, weights, aggregation, residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from reimplementation import ops
+from reimplementation.ops.checks import check_shape
+
+from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+from .projection import project_points
+
+PLUGINS: dict[str, Callable[..., nn.Module]] = {
+    "SparseBox3DKeyPointsGenerator": SparseBox3DKeyPointsGenerator,
+    "SparsePoint3DKeyPointsGenerator": SparsePoint3DKeyPointsGenerator,
+}
+RESIDUAL_MODES = ("add", "cat", None)
+
+
+class DeformableFeatureAggregation(nn.Module):
+    """Gather image features for 3D queries at their key points.
+
+    Each query places key points around its anchor, projects them into every camera, samples every level of
+    the feature pyramid there and sums with weights that the query predicts: per channel group one softmax
+    over all cameras, levels and points. This is the deformable aggregation of Sparse4D (arXiv:2211.10581,
+    arXiv:2305.14018) as SparseDrive (arXiv:2405.19620) uses it; the parameters have its names.
+
+    Args:
+        embed_dims: channels of queries and feature maps.
+        num_groups: channel groups with weights of their own; divides ``embed_dims``.
+        num_levels: levels of the feature pyramid.
+        num_cams: cameras.
+        proj_drop: dropout of the projected output, in [0, 1].
+        attn_drop: in training, the share of (camera, point) pairs left out of a query's sum, in [0, 1).
+        kps_generator: the key points: a module called as ``(anchor, instance_feature)`` and knowing its
+            ``num_pts``; or a dict of its arguments, with its class under ``"type"``, or the name of one of
+            this package's. Default: `SparseBox3DKeyPointsGenerator` with the centre alone.
+        temporal_fusion_module: likewise, kept as ``temp_module`` for the caller; not called here.
+        use_temporal_anchor_embed: kept for the caller; not used here.
+        use_deformable_func: run the best backend there is for the tensors' device. False: always plain
+            PyTorch; the numbers are the same.
+        use_camera_embed: let the weights depend on each camera's projection matrix.
+        residual_mode: "add" the instance feature to the output, "cat" it behind the output, or None.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        TypeError: ``kps_generator`` or ``temporal_fusion_module`` is neither a module nor a dict with a type.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_groups: int = 8,
+        num_levels: int = 4,
+        num_cams: int = 6,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        kps_generator: Mapping | nn.Module | None = None,
+        temporal_fusion_module: Mapping | nn.Module | None = None,
+        use_temporal_anchor_embed: bool = True,
+        use_deformable_func: bool = False,
+        use_camera_embed: bool = False,
+        residual_mode: str | None = "add",
+    ):
+        super().__init__()
+        if embed_dims % num_groups != 0:
+            raise ValueError(f"embed_dims must be divisible by num_groups; got {embed_dims} and {num_groups}")
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f"attn_drop must be in [0, 1); got {attn_drop}")
+        if residual_mode not in RESIDUAL_MODES:
+            raise ValueError(f"residual_mode must be one of {RESIDUAL_MODES}; got {residual_mode!r}")
+        self.embed_dims = embed_dims
+        self.num_groups = num_groups
+        self.group_dims = embed_dims // num_groups
+        self.num_levels = num_levels
+        self.num_cams = num_cams
+        self.attn_drop = attn_drop
+        self.use_temporal_anchor_embed = use_temporal_anchor_embed
+        self.use_deformable_func = use_deformable_func
+        self.residual_mode = residual_mode
+
+        self.proj_drop = nn.Dropout(proj_drop)
+        if kps_generator is None:
+            kps_generator = {"type": SparseBox3DKeyPointsGenerator}
+        self.kps_generator = _build("kps_generator", kps_generator, overrides={"embed_dims": embed_dims})
+        self.num_pts = self.kps_generator.num_pts
+        self.temp_module = None
+        if temporal_fusion_module is not None:
+            self.temp_module = _build(
+                "temporal_fusion_module", temporal_fusion_module, defaults={"embed_dims": embed_dims}
+            )
+        self.output_proj = nn.Linear(embed_dims, embed_dims)
+        num_weights = num_groups * num_levels * self.num_pts
+        if use_camera_embed:
+            self.camera_encoder = nn.Sequential(
+                nn.Linear(12, embed_dims),
+                nn.ReLU(inplace=True),
+                nn.LayerNorm(embed_dims),
+                nn.Linear(embed_dims, embed_dims),
+                nn.ReLU(inplace=True),
+                nn.LayerNorm(embed_dims),
+            )
+            self.weights_fc = nn.Linear(embed_dims, num_weights)
+        else:
+            self.camera_encoder = None
+            self.weights_fc = nn.Linear(embed_dims, num_cams * num_weights)
+
+    def init_weight(self) -> None:
+        """Equal weights everywhere, a Xavier output projection. The caller's to call, as in SparseDrive."""
+        nn.init.zeros_(self.weights_fc.weight)
+        nn.init.zeros_(self.weights_fc.bias)
+        nn.init.xavier_uniform_(self.output_proj.weight)
+        nn.init.zeros_(self.output_proj.bias)
+
+    def forward(
+        self,
+        instance_feature: Tensor,
+        anchor: Tensor,
+        anchor_embed: Tensor,
+        feature_maps: Sequence,
+        metas: Mapping,
+        **kwargs,
+    ) -> Tensor:
+        """Aggregate features for every query.
+
+        Args:
+            instance_feature: (bs, num_anchor, embed_dims).
+            anchor: (bs, num_anchor, anchor_dims), as the key point generator takes it.
+            anchor_embed: (bs, num_anchor, embed_dims), or a shape that broadcasts to it.
+            feature_maps: what `ops.feature_maps_format` returns, ``[col_feats, spatial_shape,
+                scale_start_index]``; or what it takes, a list of (bs, num_cams, embed_dims, H, W), one per
+                level. Several modules that read the same maps had better share the former. May be in half
+                precision while the module is not.
+            metas: ``"projection_mat"`` (bs, num_cams, 4, 4), from the anchors' frame to pixels (see
+                `project_points`), and ``"image_wh"`` (bs, num_cams, 2) in pixels, absent or None where the
+                matrix goes to normalised coordinates already.
+            kwargs: ignored, for callers that pass every module the same arguments.
+
+        Returns:
+            (bs, num_anchor, embed_dims); with residual mode "cat" (bs, num_anchor, 2 * embed_dims).
+
+        Raises:
+            KeyError: ``metas`` has no ``"projection_mat"``.
+            ValueError, TypeError: an argument has the wrong shape or type.
+        """
+        if "projection_mat" not in metas:
+            raise KeyError(
+                "metas must hold 'projection_mat' (bs, num_cams, 4, 4), and may hold 'image_wh'; "
+                f"got the keys {list(metas)}"
+            )
+        projection_mat, image_wh = metas["projection_mat"], metas.get("image_wh")
+        sizes = {"embed_dims": self.embed_dims, "num_cams": self.num_cams, "num_levels": self.num_levels}
+        check_shape("instance_feature", instance_feature, ("bs", "num_anchor", "embed_dims"), sizes)
+        check_shape("projection_mat", projection_mat, ("bs", "num_cams", 4, 4), sizes)
+        if not _is_formatted(feature_maps):
+            feature_maps = ops.feature_maps_format(feature_maps)
+        col_feats, spatial_shape, scale_start_index = feature_maps
+        check_shape("col_feats", col_feats, ("bs", "num_feat", "embed_dims"), sizes)
+        check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), sizes)
+
+        key_points = self.kps_generator(anchor, instance_feature)
+        check_shape("key_points", key_points, ("bs", "num_anchor", self.num_pts, 3), sizes)
+        sampling_location = project_points(key_points, projection_mat, image_wh)
+        weights = self._sampling_weights(instance_feature + anchor_embed, projection_mat)
+        with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
+            features = ops.deformable_aggregation_function(
+                col_feats,
+                spatial_shape,
+                scale_start_index,
+                sampling_location,
+                weights.to(torch.promote_types(weights.dtype, col_feats.dtype)),
+            )
+        output = self.proj_drop(self.output_proj(features.to(instance_feature.dtype)))
+        if self.residual_mode == "add":
+            output = output + instance_feature
+        elif self.residual_mode == "cat":
+            output = torch.cat([output, instance_feature], dim=-1)
+        return output
+
+    def _sampling_weights(self, feature: Tensor, projection_mat: Tensor) -> Tensor:
+        """Weights (bs, num_anchor, num_pts, num_cams, num_levels, num_groups) of queries (bs, num_anchor, C).
+
+        They add up to 1 over cameras, levels and points. A view: in memory the points come after the levels.
+        """
+        bs, num_anchor = feature.shape[:2]
+        if self.camera_encoder is not None:
+            camera_embed = self.camera_encoder(projection_mat[:, :, :3].flatten(2).to(feature.dtype))
+            feature = feature[:, :, None] + camera_embed[:, None]
+        num_samples = self.num_cams * self.num_levels * self.num_pts
+        logits = self.weights_fc(feature).reshape(bs, num_anchor, num_samples, self.num_groups)
+        weights = logits.softmax(dim=2).unflatten(2, (self.num_cams, self.num_levels, self.num_pts))
+        if self.training and self.attn_drop > 0:
+            # One draw for all levels and groups of a pair, so that a dropped point is unseen by that camera.
+            draw = torch.rand(bs, num_anchor, self.num_cams, 1, self.num_pts, 1, device=weights.device)
+            weights = weights * ((draw > self.attn_drop).to(weights.dtype) / (1 - self.attn_drop))
+        return weights.permute(0, 1, 4, 2, 3, 5)
+
+    @staticmethod
+    def project_points(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor | None = None) -> Tensor:
+        """`project_points` camera by camera: (bs, num_cams, num_anchor, num_pts, 2), a view."""
+        return project_points(key_points, projection_mat, image_wh).permute(0, 3, 1, 2, 4)
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dims={self.embed_dims}, num_groups={self.num_groups}, num_levels={self.num_levels}, "
+            f"num_cams={self.num_cams}, num_pts={self.num_pts}, attn_drop={self.attn_drop}, "
+            f"use_deformable_func={self.use_deformable_func}, residual_mode={self.residual_mode!r}"
+        )
+
+
+def _is_formatted(feature_maps: Sequence) -> bool:
+    """Whether this is [col_feats, spatial_shape, scale_start_index]: integers in second place, no level."""
+    return (
+        len(feature_maps) == 3
+        and isinstance(feature_maps[1], Tensor)
+        and not feature_maps[1].is_floating_point()
+    )
+
+
+def _build(
+    argument: str,
+    config: Mapping | nn.Module,
+    defaults: Mapping | None = None,
+    overrides: Mapping | None = None,
+) -> nn.Module:
+    """The module that a dict describes; the dict itself is left alone. A module is returned as it is."""
+    if isinstance(config, nn.Module):
+        return config
+    if not isinstance(config, Mapping) or "type" not in config:
+        raise TypeError(f"{argument} must be an nn.Module, or a dict with the key 'type'; got {config!r}")
+    settings = {**(defaults or {}), **config, **(overrides or {})}
+    plugin = settings.pop("type")
+    if isinstance(plugin, str):
+        if plugin not in PLUGINS:
+            raise ValueError(
+                f"{argument}['type'] must be a class or one of {', '.join(PLUGINS)}; got {plugin!r}"
+            )
+        plugin = PLUGINS[plugin]
+    return plugin(**settings)
