@@ -1,0 +1,3 @@
+from reimplementation.cli import main
+
+raise SystemExit(main())

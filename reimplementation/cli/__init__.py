@@ -1,0 +1,56 @@
+"""The command line: `python -m reimplementation <command>`, one module per command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from . import bench, demo, info
+
+COMMANDS = (bench, demo, info)
+DEMO_EXTRA = {"PIL", "matplotlib", "rich"}
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    What a user can put right is one line on stderr and exit code 2. Warnings are one line each as well.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m reimplementation",
+        description="Fused deformable-sampling ops for multi-camera perception.",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    options = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.run(options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in DEMO_EXTRA:
+            raise
+        return _fail(f"{package} is missing; install it with: pip install 'reimplementation[demo]'")
+    except (ValueError, RuntimeError, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    _say(message)
+    return USER_ERROR
+
+
+def _show_warning(message: Warning | str, *_) -> None:
+    _say(str(message))
+
+
+def _say(message: str) -> None:
+    print("reimplementation:", " ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,69 @@
+"""`python -m reimplementation info`: versions, the extension, and the backends of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+
+import torch
+
+import reimplementation
+from reimplementation import ops
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("info", help="show versions, the extension and the available backends")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    facts = collect()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(_lines(facts)))
+
+
+def collect() -> dict:
+    """Everything that `info` tells, ready for JSON."""
+    return {
+        "reimplementation": reimplementation.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "extension": ops.build_info(),
+        "devices": [
+            {"device": device, "name": name, "backends": ops.available_backends(device)}
+            for device, name in _devices().items()
+        ],
+    }
+
+
+def _devices() -> dict[str, str]:
+    names = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        names[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    return names
+
+
+def _lines(facts: dict) -> list[str]:
+    extension = facts["extension"]
+    rows = [
+        ("reimplementation", facts["reimplementation"]),
+        ("python", facts["python"]),
+        ("torch", f"{facts['torch']} (CUDA {facts['torch_cuda'] or 'not in this build'})"),
+        ("extension", extension["file"] or "not there"),
+    ]
+    for kind in ("cpu", "cuda"):
+        rows.append(
+            (f"{kind} kernels", "there" if extension[kind] else f"missing: {extension['reasons'].get(kind)}")
+        )
+    if extension["architectures"]:
+        rows.append(("architectures", " ".join(extension["architectures"])))
+    rows += [(tool, extension[tool]) for tool in ("nvcc", "compiler") if extension.get(tool)]
+    for device in facts["devices"]:
+        rows.append((device["device"], f"{device['name']}; backends: {', '.join(device['backends'])}"))
+    width = max(len(key) for key, _ in rows)
+    return [f"{key:<{width}}  {value}" for key, value in rows]

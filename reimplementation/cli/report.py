@@ -1,0 +1,98 @@
+"""The demo's findings as tables on the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+MAX_ROWS = 100
+
+
+def print_report(document: dict, console: Console) -> None:
+    """Print what `demo --json` would have said, as tables."""
+    _print_colors(document, console)
+    _print_module(document, console)
+    console.print(f"\nPicture: {document['picture']}", markup=False, highlight=False)
+
+
+def _print_colors(document: dict, console: Console) -> None:
+    from rich.text import Text
+
+    boxes, colors = document["boxes"], document.get("colors")
+    table = _table("Colours read at the key points of each box")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("box")
+    table.add_column("key points seen", justify="right")
+    if colors:
+        table.add_column("painted")
+    table.add_column("recovered" if colors else "mean colour")
+    if colors:
+        table.add_column("error / 255", justify="right")
+    for number, box in enumerate(boxes[:MAX_ROWS], start=1):
+        row = [str(number), Text(box["label"]), str(box["key_points_seen"])]
+        row += [_swatch(box["painted_rgb"])] if colors else []
+        row += [_swatch(box["recovered_rgb"])]
+        if colors:
+            error = "" if box["error"] is None else _error(box["error"])
+            row += [Text(error, style="" if box["counted"] else "dim")]
+        table.add_row(*row)
+    console.print(table)
+    if len(boxes) > MAX_ROWS:
+        console.print(f"and {len(boxes) - MAX_ROWS} more; --json lists them all")
+    if colors:
+        console.print(
+            f"\nMean absolute error {_error(colors['mean_absolute_error'])} / 255 over the "
+            f"{colors['counted_boxes']} boxes of which {colors['rule']}.",
+            highlight=False,
+        )
+
+
+def _print_module(document: dict, console: Console) -> None:
+    module = document["module"]
+    table = _table(
+        f"The whole module: {len(document['cameras'])} cameras, {module['queries']} queries, 256 channels"
+    )
+    for heading in ("device", "backend", "dtype"):
+        table.add_column(heading)
+    for heading in ("forward, ms", "fwd + bwd, ms", "memory, MB", "max error"):
+        table.add_column(heading, justify="right")
+    for timing in module["timings"]:
+        memory = timing["extra_memory_bytes"]
+        table.add_row(
+            timing["device"],
+            timing["backend"],
+            timing["dtype"],
+            f"{timing['forward_ms']:.2f}",
+            f"{timing['forward_backward_ms']:.2f}",
+            "-" if memory is None else f"{memory / 1e6:.0f}",
+            f"{timing['max_relative_error']:.1e}",
+        )
+    console.print()
+    console.print(table)
+    console.print(
+        "Memory: the most held during forward and backward, beyond parameters and inputs. "
+        f"Error: {module['error']}.",
+        style="dim",
+    )
+
+
+def _table(title: str):
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def _error(value: float) -> str:
+    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def _swatch(color: list | None) -> Text:
+    from rich.text import Text
+
+    if color is None:
+        return Text("not seen", style="dim")
+    red, green, blue = (min(max(round(channel), 0), 255) for channel in color)
+    return Text.assemble(("    ", f"on rgb({red},{green},{blue})"), f" {red:3d} {green:3d} {blue:3d}")

@@ -1,0 +1,64 @@
+"""The timed module: its inputs, its reference, and the figures taken of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reimplementation.cli import module_timing
+from reimplementation.cli.module_timing import Case, cases, measure, problem, reference
+from reimplementation.rig import nuscenes_like_rig
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The module on small images: the sizes of the pyramid do not matter here."""
+    return problem(nuscenes_like_rig().scaled_to(176, 64), num_queries=12)
+
+
+@pytest.fixture(autouse=True)
+def one_repeat(monkeypatch):
+    monkeypatch.setattr(module_timing, "SECONDS_PER_FIGURE", 0)
+
+
+def test_sizes_are_sparsedrives(small):
+    col_feats, spatial_shape, _ = small.feature_maps
+    assert col_feats.shape == (1, 6 * (16 * 44 + 8 * 22 + 4 * 11 + 2 * 5), 256)
+    assert spatial_shape.shape == (6, 4, 2)
+    assert small.anchor.shape == (1, 12, 11) and small.module.num_pts == 13
+
+
+def test_problem_is_reproducible_and_leaves_the_global_generator_alone(small):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = problem(nuscenes_like_rig().scaled_to(176, 64), num_queries=12)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(again.forward(), small.forward())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)])
+def test_measure(small, dtype, bound):
+    expected = reference(small)
+    assert expected.dtype == torch.float64 and expected.shape == (1, 12, 256)
+    for _ in range(2):  # one case leaves nothing behind for the next
+        timing = measure(small, expected, Case("cpu", "grid_sample", dtype))
+        assert 0 < timing.max_error < bound
+        assert timing.forward_ms > 0 and timing.training_ms > 0
+        assert timing.extra_bytes is None or timing.extra_bytes >= 0
+    assert not small.instance_feature.requires_grad and not small.feature_maps[0].requires_grad
+    assert all(parameter.grad is None for parameter in small.module.parameters())
+
+
+@pytest.mark.cuda
+def test_measure_on_cuda(small):
+    expected = reference(small)
+    for case in cases():
+        timing = measure(small, expected, case)
+        assert 0 < timing.max_error < 1e-1, case
+        assert timing.extra_bytes is None or timing.extra_bytes > 0 or case.device == "cpu"
+
+
+def test_a_worse_result_shows(small):
+    expected = reference(small)
+    timing = measure(small, expected * 1.1, Case("cpu", "grid_sample", torch.float32))
+    assert timing.max_error > 0.05
