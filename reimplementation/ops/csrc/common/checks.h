@@ -1,0 +1,69 @@
+// Argument checks of the C++ entry points. The Python functions check first and speak better; these keep a direct call
+// of torch.ops from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+namespace reimplementation {
+
+inline std::string shape_text(const torch::stable::Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text << (i ? ", " : "") << tensor.size(i);
+  }
+  text << ")";
+  return text.str();
+}
+
+inline void check_shape(
+    const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> expected) {
+  bool fits = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t i = 0;
+  for (int64_t size : expected) {
+    fits = fits && tensor.size(i++) == size;
+  }
+  if (fits) {
+    return;
+  }
+  std::ostringstream text;
+  for (int64_t size : expected) {
+    text << (text.tellp() > 0 ? ", " : "") << size;
+  }
+  STD_TORCH_CHECK(false, name, " must be (", text.str(), "); got ", shape_text(tensor));
+}
+
+inline void check_dim(const char* name, const torch::stable::Tensor& tensor, int64_t dim) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions; got shape ", shape_text(tensor));
+}
+
+inline void check_same_device(
+    const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == features.is_cpu() && tensor.is_cuda() == features.is_cuda() &&
+          tensor.get_device_index() == features.get_device_index(),
+      name, " must be on the features' device");
+}
+
+inline void check_integer(const char* name, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Short || type == ScalarType::Char ||
+          type == ScalarType::Byte,
+      name, " must be an integer tensor");
+}
+
+// The type of locations and sums.
+inline torch::headeronly::ScalarType compute_type(const torch::stable::Tensor& features) {
+  using torch::headeronly::ScalarType;
+  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace reimplementation

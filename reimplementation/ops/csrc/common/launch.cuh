@@ -1,0 +1,76 @@
+// What every kernel launch needs: the tensors' types and strides, the stream of their device, a look at the launch's error.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <type_traits>
+
+#include "vector.cuh"
+
+namespace reimplementation::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// PyTorch's current stream on a device. The function lives in libtorch_cuda, which a CPU build of PyTorch lacks; it is
+// looked up when first used, so that one and the same library loads under both.
+inline cudaStream_t current_stream(int32_t device_index) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const Function get_current_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(get_current_stream != nullptr, "libtorch_cuda.so is not loaded: PyTorch was built without CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get_current_stream(device_index, &stream) == 0, "no current CUDA stream on device ", device_index);
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, kernel, " could not be launched: ", cudaGetErrorString(error));
+}
+
+// Calls `body` with a null T* and a null W* of the features' and the weights' types.
+template <typename Body>
+void dispatch_types(const Tensor& features, const Tensor& weights, Body body) {
+  auto with_features = [&](auto* t) {
+    if (weights.scalar_type() == features.scalar_type()) {
+      body(t, t);
+    } else {
+      body(t, static_cast<compute_t<std::remove_pointer_t<decltype(t)>>*>(nullptr));
+    }
+  };
+  switch (features.scalar_type()) {
+    case ScalarType::Double:
+      return body(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+    case ScalarType::Float:
+      return body(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+    case ScalarType::Half:
+      return with_features(static_cast<__half*>(nullptr));
+    case ScalarType::BFloat16:
+      return with_features(static_cast<__nv_bfloat16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, "feature_maps must be float64, float32, float16 or bfloat16");
+  }
+}
+
+inline void copy_strides(const Tensor& tensor, int64_t* strides) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    strides[i] = tensor.stride(i);
+  }
+}
+
+inline int ceil_log2(int64_t n) {
+  int log = 0;
+  while ((int64_t{1} << log) < n) {
+    ++log;
+  }
+  return log;
+}
+
+}  // namespace reimplementation::cuda

@@ -1,0 +1,129 @@
+// Access to several channels at once: aligned vectors of features, read and converted, and added atomically.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstring>
+
+namespace reimplementation::cuda {
+
+constexpr int WARP = 32;
+
+// The type that sums run in.
+template <typename T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <typename T>
+using compute_t = typename Compute<T>::type;
+
+__device__ __forceinline__ float to_compute(__half value) {
+  return __half2float(value);
+}
+__device__ __forceinline__ float to_compute(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+__device__ __forceinline__ float to_compute(float value) {
+  return value;
+}
+__device__ __forceinline__ double to_compute(double value) {
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T from_compute(compute_t<T> value) {
+  return static_cast<T>(value);
+}
+template <>
+__device__ __forceinline__ __half from_compute<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_compute<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// N channels that are loaded or stored by one instruction of sizeof(T) * N bytes (at most 16).
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+
+  __device__ __forceinline__ compute_t<T> operator[](int i) const {
+    return to_compute(values[i]);
+  }
+};
+
+// The word that one load instruction of so many bytes moves.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// Reads N channels that no thread writes meanwhile: the compiler may then move the load across atomics.
+template <int N, typename T>
+__device__ __forceinline__ Vector<T, N> load_vector(const T* address) {
+  using Loaded = typename Word<sizeof(T) * N>::type;
+  const Loaded word = __ldg(reinterpret_cast<const Loaded*>(address));
+  Vector<T, N> vector;
+  memcpy(&vector, &word, sizeof(word));
+  return vector;
+}
+
+// Adds N sums to memory: 16-byte reductions where the GPU has them, which lets L2 take four channels per request.
+template <int N>
+__device__ __forceinline__ void atomic_add_vector(float* address, const float (&values)[N]) {
+  int i = 0;
+#if __CUDA_ARCH__ >= 900
+#pragma unroll
+  for (; i + 4 <= N; i += 4) {
+    atomicAdd(
+        reinterpret_cast<float4*>(address + i), make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]));
+  }
+#endif
+#pragma unroll
+  for (; i < N; ++i) {
+    atomicAdd(address + i, values[i]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void atomic_add_vector(double* address, const double (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    atomicAdd(address + i, values[i]);
+  }
+}
+
+// Four numbers that shared memory hands out in one read: a footprint's weights, or its rows.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T values[4];
+
+  __device__ __forceinline__ T& operator[](int i) {
+    return values[i];
+  }
+  __device__ __forceinline__ T operator[](int i) const {
+    return values[i];
+  }
+};
+
+}  // namespace reimplementation::cuda

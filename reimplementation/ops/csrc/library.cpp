@@ -1,0 +1,44 @@
+// Every operator of the extension: schemas, and which function serves which device.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "common/deformable_aggregation.h"
+
+STABLE_TORCH_LIBRARY(reimplementation, m) {
+  m.def(
+      "deformable_aggregation(Tensor feature_maps, Tensor spatial_shape, Tensor scale_start_index, "
+      "Tensor sampling_location, Tensor weights) -> Tensor");
+  m.def(
+      "deformable_aggregation_backward(Tensor grad_output, Tensor feature_maps, Tensor spatial_shape, "
+      "Tensor scale_start_index, Tensor sampling_location, Tensor weights, bool needs_feature_maps, "
+      "bool needs_sampling_location, bool needs_weights) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {
+  m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cpu::deformable_aggregation));
+  m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cpu::deformable_aggregation_backward));
+}
+
+#ifdef REIMPLEMENTATION_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
+  m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cuda::deformable_aggregation));
+  m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cuda::deformable_aggregation_backward));
+}
+#endif
+
+// The import that loads this library, and so runs the registrations above, is an empty module that says for which GPUs
+// it was built.
+#ifndef REIMPLEMENTATION_CUDA_ARCHITECTURES
+#define REIMPLEMENTATION_CUDA_ARCHITECTURES ""
+#endif
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr &&
+      PyModule_AddStringConstant(module, "cuda_architectures", REIMPLEMENTATION_CUDA_ARCHITECTURES) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
