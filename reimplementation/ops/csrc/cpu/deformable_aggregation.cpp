@@ -1,0 +1,609 @@
+// Deformable aggregation on the CPU.
+//
+// A sample is one visible (camera, level, point) of a query: four pixels, i.e. four rows of C features. The arithmetic
+// is small; what takes the time is reading those rows from beyond the cache. A query's samples are therefore listed
+// first, camera by camera and level by level, so that neighbours in the list often share rows, and the loop that reads
+// them holds nothing but loads and multiply-adds.
+//
+// Forward: threads share out the queries. Each sums its query's samples in one row of C sums.
+//
+// Backward, without atomics and with the same bits for any number of threads:
+// - gradients of weights and locations: threads share out the queries and read the features as the forward does;
+// - gradient of the features: the samples' corners are sorted by the row that they fall in (a counting sort, stable, so
+//   that a row's list is in the order of the queries), and threads share out the rows. Each row is summed in the cache
+//   from rows of grad_output, which is small, and written once.
+#include "../common/deformable_aggregation.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../common/footprint.h"
+#include "capability.h"
+#include "pages.h"
+#include "vector.h"
+
+namespace reimplementation::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// A tensor's elements, addressed through its strides.
+template <typename T, int dims>
+class View {
+ public:
+  explicit View(const Tensor& tensor) {
+    if constexpr (std::is_const_v<T>) {
+      data_ = static_cast<T*>(tensor.const_data_ptr());
+    } else {
+      data_ = static_cast<T*>(tensor.mutable_data_ptr());
+    }
+    for (int dim = 0; dim < dims; ++dim) {
+      strides_[dim] = tensor.stride(dim);
+    }
+  }
+
+  // The element at the given indices; 0 for the dimensions left out.
+  template <typename... Index>
+  T* at(Index... index) const {
+    T* element = data_;
+    const int64_t* stride = strides_;
+    ((element += index * *stride++), ...);
+    return element;
+  }
+
+  int64_t stride(int dim) const {
+    return strides_[dim];
+  }
+
+ private:
+  T* data_;
+  int64_t strides_[dims];
+};
+
+// One value for each pixel of a footprint, in the order (x, y) = (0, 0), (1, 0), (0, 1), (1, 1).
+template <typename T>
+using Corners = std::array<T, 4>;
+
+template <typename T>
+struct Sample {
+  int64_t point;
+  int64_t camera;
+  int64_t level;
+  Axis<T> x;
+  Axis<T> y;
+  Corners<int> row;
+
+  T corner(int i) const {
+    return x.weight[i & 1] * y.weight[i >> 1];
+  }
+};
+
+// What the forward and the backward read.
+template <typename Feature, typename Weight>
+struct Operands {
+  using T = Compute<Feature>;
+
+  DeformableAggregationSizes sizes;
+  std::vector<Level> levels;  // (num_cams, num_levels)
+  const Feature* features;    // (batch, num_rows, channels)
+  View<const T, 5> location;
+  View<const Weight, 6> weights;
+
+  int64_t group_channels() const {
+    return sizes.channels / sizes.num_groups;
+  }
+
+  // The features at a sample's corners.
+  Corners<const Feature*> rows_of(int64_t batch, const Sample<T>& sample) const {
+    Corners<const Feature*> rows;
+    for (int corner = 0; corner < 4; ++corner) {
+      rows[corner] = features + (batch * sizes.num_rows + sample.row[corner]) * sizes.channels;
+    }
+    return rows;
+  }
+
+  // The group weights of a sample, `weights.stride(5)` apart.
+  const Weight* weights_of(int64_t batch, int64_t query, const Sample<T>& sample) const {
+    return weights.at(batch, query, sample.point, sample.camera, sample.level);
+  }
+
+  // Replaces `samples` by those of one query.
+  void list_samples(int64_t batch, int64_t query, std::vector<Sample<T>>& samples) const {
+    samples.clear();
+    for (int64_t camera = 0; camera < sizes.num_cams; ++camera) {
+      for (int64_t level = 0; level < sizes.num_levels; ++level) {
+        const Level& shape = levels[camera * sizes.num_levels + level];
+        if (shape.empty()) {
+          continue;
+        }
+        for (int64_t point = 0; point < sizes.num_points; ++point) {
+          const T* xy = location.at(batch, query, point, camera);
+          const T x = xy[0];
+          const T y = xy[location.stride(4)];
+          if (inside_unit_square(x, y)) {
+            samples.push_back(sample_at(x, y, shape, point, camera, level));
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static Sample<T> sample_at(T x, T y, const Level& shape, int64_t point, int64_t camera, int64_t level) {
+    const Axis<T> column = bilinear_axis(pixel_position(x, shape.width), shape.width);
+    const Axis<T> line = bilinear_axis(pixel_position(y, shape.height), shape.height);
+    const int first = shape.start + line.index[0] * shape.width;
+    const int second = shape.start + line.index[1] * shape.width;
+    return {
+        point,
+        camera,
+        level,
+        column,
+        line,
+        {first + column.index[0], first + column.index[1], second + column.index[0], second + column.index[1]},
+    };
+  }
+};
+
+// sum += scale * from, for `count` elements.
+template <int lanes, typename T>
+C10_ALWAYS_INLINE void add_scaled(T* sum, const T* from, T scale, int64_t count) {
+  for (; count >= lanes; count -= lanes, sum += lanes, from += lanes) {
+    store<lanes>(sum, load<lanes>(sum) + scale * load<lanes>(from));
+  }
+  if constexpr (lanes > 1) {
+    add_scaled<lanes / 2>(sum, from, scale, count);
+  }
+}
+
+// sum += scale[0] * rows[0] + ... + scale[3] * rows[3], for `count` elements from `first` on.
+template <int lanes, typename T, typename Feature>
+C10_ALWAYS_INLINE void add_corners(
+    T* sum, const Corners<const Feature*>& rows, const Corners<T>& scale, int64_t first, int64_t count) {
+  for (; count >= lanes; count -= lanes, first += lanes) {
+    store<lanes>(
+        sum + first,
+        load<lanes>(sum + first) + scale[0] * load<lanes>(rows[0] + first) + scale[1] * load<lanes>(rows[1] + first) +
+            scale[2] * load<lanes>(rows[2] + first) + scale[3] * load<lanes>(rows[3] + first));
+  }
+  if constexpr (lanes > 1) {
+    add_corners<lanes / 2>(sum, rows, scale, first, count);
+  }
+}
+
+// dot[i] += the product of `with` and rows[i], for `count` elements from `first` on.
+template <int lanes, typename T, typename Feature>
+C10_ALWAYS_INLINE void add_dot_products(
+    Corners<T>& dot, const T* with, const Corners<const Feature*>& rows, int64_t first, int64_t count) {
+  if (count >= lanes) {
+    Vector<T, lanes> sums[4] = {};
+    for (; count >= lanes; count -= lanes, first += lanes) {
+      const Vector<T, lanes> factor = load<lanes>(with + first);
+      for (int i = 0; i < 4; ++i) {
+        sums[i] += factor * load<lanes>(rows[i] + first);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      dot[i] += sum_of_lanes<lanes, T>(sums[i]);
+    }
+  }
+  if constexpr (lanes > 1) {
+    add_dot_products<lanes / 2>(dot, with, rows, first, count);
+  }
+}
+
+template <int lanes, typename T, typename Stored>
+C10_ALWAYS_INLINE void convert(Stored* to, const T* from, int64_t count) {
+  for (; count >= lanes; count -= lanes, to += lanes, from += lanes) {
+    store<lanes>(to, load<lanes>(from));
+  }
+  if constexpr (lanes > 1) {
+    convert<lanes / 2>(to, from, count);
+  }
+}
+
+// The output of queries [begin, end), numbered through the batch.
+template <typename Feature, typename Weight>
+struct Forward {
+  using T = Compute<Feature>;
+
+  const Operands<Feature, Weight>& operands;
+  Feature* output;  // (batch, num_queries, channels)
+
+  template <int bytes>
+  C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int lanes = bytes / sizeof(T);
+    const DeformableAggregationSizes& sizes = operands.sizes;
+    const int64_t group_channels = operands.group_channels();
+    const int64_t weight_stride = operands.weights.stride(5);
+    std::vector<Sample<T>> samples;
+    std::vector<T> sum(sizes.channels);
+
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / sizes.num_queries;
+      const int64_t query = i % sizes.num_queries;
+      operands.list_samples(batch, query, samples);
+      std::fill(sum.begin(), sum.end(), T(0));
+      for (const Sample<T>& sample : samples) {
+        const Corners<const Feature*> rows = operands.rows_of(batch, sample);
+        const Weight* weight = operands.weights_of(batch, query, sample);
+        for (int64_t group = 0; group < sizes.num_groups; ++group) {
+          const T group_weight = static_cast<T>(weight[group * weight_stride]);
+          const Corners<T> scale = {
+              group_weight * sample.corner(0),
+              group_weight * sample.corner(1),
+              group_weight * sample.corner(2),
+              group_weight * sample.corner(3)};
+          add_corners<lanes>(sum.data(), rows, scale, group * group_channels, group_channels);
+        }
+      }
+      convert<lanes>(output + i * sizes.channels, sum.data(), sizes.channels);
+    }
+  }
+};
+
+// The gradients of the weights and locations of queries [begin, end), numbered through the batch. Both were zeroed.
+template <typename Feature, typename Weight>
+struct BackwardOfSamples {
+  using T = Compute<Feature>;
+
+  const Operands<Feature, Weight>& operands;
+  const T* grad_output;  // (batch, num_queries, channels)
+  std::optional<View<T, 5>> grad_location;
+  std::optional<View<Weight, 6>> grad_weights;
+
+  template <int bytes>
+  C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int lanes = bytes / sizeof(T);
+    const DeformableAggregationSizes& sizes = operands.sizes;
+    const int64_t group_channels = operands.group_channels();
+    const int64_t weight_stride = operands.weights.stride(5);
+    std::vector<Sample<T>> samples;
+
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / sizes.num_queries;
+      const int64_t query = i % sizes.num_queries;
+      operands.list_samples(batch, query, samples);
+      for (const Sample<T>& sample : samples) {
+        const Corners<const Feature*> rows = operands.rows_of(batch, sample);
+        const Weight* weight = operands.weights_of(batch, query, sample);
+        Corners<T> weighted = {};  // the sum over groups of weight and dot product
+        for (int64_t group = 0; group < sizes.num_groups; ++group) {
+          Corners<T> dot = {};
+          add_dot_products<lanes>(
+              dot, grad_output + i * sizes.channels, rows, group * group_channels, group_channels);
+          T grad_weight = 0;
+          for (int corner = 0; corner < 4; ++corner) {
+            grad_weight += sample.corner(corner) * dot[corner];
+            weighted[corner] += static_cast<T>(weight[group * weight_stride]) * dot[corner];
+          }
+          if (grad_weights) {
+            *grad_weights->at(batch, query, sample.point, sample.camera, sample.level, group) =
+                static_cast<Weight>(grad_weight);
+          }
+        }
+        if (grad_location) {
+          T* grad_xy = grad_location->at(batch, query, sample.point, sample.camera);
+          for (int corner = 0; corner < 4; ++corner) {
+            const int x = corner & 1;
+            const int y = corner >> 1;
+            grad_xy[0] += weighted[corner] * sample.x.slope[x] * sample.y.weight[y];
+            grad_xy[grad_location->stride(4)] += weighted[corner] * sample.x.weight[x] * sample.y.slope[y];
+          }
+        }
+      }
+    }
+  }
+};
+
+// A corner of a sample, as the row that it falls in sees it.
+template <typename T, typename Weight>
+struct Hit {
+  const Weight* weights;
+  const T* grad_output;
+  T scale;
+};
+
+// The hits of one batch element, row by row and within a row in the order of `list_samples` and of the queries.
+template <typename Feature, typename Weight>
+class HitsByRow {
+ public:
+  using T = Compute<Feature>;
+
+  HitsByRow(const Operands<Feature, Weight>& operands, const T* grad_output, int64_t batch)
+      : first_(operands.sizes.num_rows + 1) {
+    const int64_t num_rows = operands.sizes.num_rows;
+    const int64_t num_queries = operands.sizes.num_queries;
+    const int64_t channels = operands.sizes.channels;
+    constexpr int64_t most_chunks = 16;  // bounds the memory of the counters
+    const int64_t chunks = std::min<int64_t>({torch::stable::get_num_threads(), num_queries, most_chunks});
+
+    // One counter per chunk of queries and row: first the number of hits, then the place of the next one.
+    std::vector<int64_t> counters(chunks * num_rows);
+    const auto for_each_hit = [&](const auto& action) {
+      torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+        std::vector<Sample<T>> samples;
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          const int64_t last = (chunk + 1) * num_queries / chunks;
+          for (int64_t query = chunk * num_queries / chunks; query < last; ++query) {
+            operands.list_samples(batch, query, samples);
+            for (const Sample<T>& sample : samples) {
+              for (int corner = 0; corner < 4; ++corner) {
+                if (sample.corner(corner) != 0) {
+                  action(query, sample, corner, counters[chunk * num_rows + sample.row[corner]]);
+                }
+              }
+            }
+          }
+        }
+      });
+    };
+
+    for_each_hit([](int64_t, const Sample<T>&, int, int64_t& count) { ++count; });
+    int64_t total = 0;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      first_[row] = total;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        total += std::exchange(counters[chunk * num_rows + row], total);
+      }
+    }
+    first_[num_rows] = total;
+    hits_.reset(new Hit<T, Weight>[total]);
+    for_each_hit([&](int64_t query, const Sample<T>& sample, int corner, int64_t& place) {
+      hits_[place++] = {
+          operands.weights_of(batch, query, sample),
+          grad_output + (batch * num_queries + query) * channels,
+          sample.corner(corner)};
+    });
+  }
+
+  const Hit<T, Weight>* begin(int64_t row) const {
+    return hits_.get() + first_[row];
+  }
+
+  const Hit<T, Weight>* end(int64_t row) const {
+    return hits_.get() + first_[row + 1];
+  }
+
+  // The first row of share number `share`, where `shares` contiguous shares of the rows take about the same time each;
+  // the number of rows for share number `shares`.
+  int64_t first_row_of_share(int64_t share, int64_t shares) const {
+    constexpr int64_t writing = 2;  // writing a row takes about as long as adding so many hits
+    const int64_t num_rows = static_cast<int64_t>(first_.size()) - 1;
+    const int64_t wanted = (first_[num_rows] + writing * num_rows) * share / shares;
+    const auto found = std::partition_point(first_.begin(), first_.end(), [&](const int64_t& first) {
+      const int64_t row = &first - first_.data();
+      return first + writing * row < wanted;
+    });
+    return found - first_.begin();
+  }
+
+ private:
+  std::vector<int64_t> first_;
+  std::unique_ptr<Hit<T, Weight>[]> hits_;
+};
+
+// The gradient of one batch element's features: the rows of shares [begin, end).
+template <typename Feature, typename Weight>
+struct BackwardOfFeatures {
+  using T = Compute<Feature>;
+
+  const Operands<Feature, Weight>& operands;
+  const HitsByRow<Feature, Weight>& hits;
+  int64_t shares;
+  Feature* grad_features;  // (num_rows, channels)
+
+  template <int bytes>
+  C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
+    constexpr int lanes = bytes / sizeof(T);
+    const DeformableAggregationSizes& sizes = operands.sizes;
+    const int64_t group_channels = operands.group_channels();
+    const int64_t weight_stride = operands.weights.stride(5);
+    std::vector<T> sum(sizes.channels);
+
+    const int64_t last = hits.first_row_of_share(end, shares);
+    for (int64_t row = hits.first_row_of_share(begin, shares); row < last; ++row) {
+      std::fill(sum.begin(), sum.end(), T(0));
+      for (const Hit<T, Weight>* hit = hits.begin(row); hit != hits.end(row); ++hit) {
+        for (int64_t group = 0; group < sizes.num_groups; ++group) {
+          add_scaled<lanes>(
+              sum.data() + group * group_channels,
+              hit->grad_output + group * group_channels,
+              hit->scale * static_cast<T>(hit->weights[group * weight_stride]),
+              group_channels);
+        }
+      }
+      convert<lanes>(grad_features + row * sizes.channels, sum.data(), sizes.channels);
+    }
+  }
+};
+
+// Below this many multiplications a thread is not worth waking.
+int64_t queries_per_thread(const DeformableAggregationSizes& sizes) {
+  constexpr int64_t least_work = 1 << 16;
+  return 1 + least_work / (sizes.num_points * sizes.num_levels * sizes.channels);
+}
+
+template <typename Feature, typename Weight>
+void forward(const Operands<Feature, Weight>& operands, const Tensor& output) {
+  const DeformableAggregationSizes& sizes = operands.sizes;
+  const Forward<Feature, Weight> kernel{operands, static_cast<Feature*>(output.mutable_data_ptr())};
+  parallel_run(kernel, sizes.batch * sizes.num_queries, queries_per_thread(sizes));
+}
+
+template <typename Feature, typename Weight>
+void backward_of_samples(
+    const Operands<Feature, Weight>& operands,
+    const Tensor& grad_output,
+    const Tensor& grad_location,
+    const Tensor& grad_weights) {
+  using T = Compute<Feature>;
+  const DeformableAggregationSizes& sizes = operands.sizes;
+  BackwardOfSamples<Feature, Weight> kernel{operands, static_cast<const T*>(grad_output.const_data_ptr()), {}, {}};
+  if (grad_location.numel() > 0) {
+    kernel.grad_location.emplace(grad_location);
+  }
+  if (grad_weights.numel() > 0) {
+    kernel.grad_weights.emplace(grad_weights);
+  }
+  parallel_run(kernel, sizes.batch * sizes.num_queries, queries_per_thread(sizes));
+}
+
+template <typename Feature, typename Weight>
+void backward_of_features(
+    const Operands<Feature, Weight>& operands, const Tensor& grad_output, const Tensor& grad_features) {
+  const DeformableAggregationSizes& sizes = operands.sizes;
+  const auto* grad_output_rows = static_cast<const Compute<Feature>*>(grad_output.const_data_ptr());
+  Feature* grad_rows = static_cast<Feature*>(grad_features.mutable_data_ptr());
+  advise_huge_pages(grad_rows, grad_features.numel() * sizeof(Feature));
+  const int64_t shares = torch::stable::get_num_threads();
+  for (int64_t batch = 0; batch < sizes.batch; ++batch) {
+    const HitsByRow<Feature, Weight> hits(operands, grad_output_rows, batch);
+    const BackwardOfFeatures<Feature, Weight> kernel{
+        operands, hits, shares, grad_rows + batch * sizes.num_rows * sizes.channels};
+    parallel_run(kernel, shares, 1);
+  }
+}
+
+// The metadata, refused where a level reaches beyond the features.
+std::vector<Level> read_levels(
+    const Tensor& spatial_shape,
+    const Tensor& scale_start_index,
+    const Tensor& features,
+    const DeformableAggregationSizes& sizes) {
+  check_same_device("spatial_shape", spatial_shape, features);
+  check_same_device("scale_start_index", scale_start_index, features);
+  const Tensor shapes = torch::stable::contiguous(torch::stable::to(spatial_shape, ScalarType::Long));
+  const Tensor starts = torch::stable::contiguous(torch::stable::to(scale_start_index, ScalarType::Long));
+  const int64_t* shape = static_cast<const int64_t*>(shapes.const_data_ptr());
+  const int64_t* start = static_cast<const int64_t*>(starts.const_data_ptr());
+
+  std::vector<Level> levels(sizes.num_cams * sizes.num_levels);
+  for (size_t i = 0; i < levels.size(); ++i, shape += 2, ++start) {
+    const int64_t height = shape[0];
+    const int64_t width = shape[1];
+    const bool empty = height == 0 || width == 0;
+    const bool fits = height >= 0 && width >= 0 && *start >= 0 && *start <= sizes.num_rows &&
+        (empty || (height <= sizes.num_rows && width <= sizes.num_rows && height * width <= sizes.num_rows - *start));
+    STD_TORCH_CHECK(
+        fits, "spatial_shape and scale_start_index must stay within num_feat=", sizes.num_rows, " rows; camera ",
+        i / sizes.num_levels, ", level ", i % sizes.num_levels, " is ", height, " x ", width, " and starts at row ",
+        *start);
+    if (!empty) {
+      levels[i] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(*start)};
+    }
+  }
+  return levels;
+}
+
+// Calls `function` with the operands in their types.
+template <typename Function>
+void with_operands(
+    const DeformableAggregationSizes& sizes,
+    const std::vector<Level>& levels,
+    const Tensor& features,
+    const Tensor& sampling_location,
+    const Tensor& weights,
+    const Function& function) {
+  const auto call = [&](auto feature, auto weight) {
+    using Feature = decltype(feature);
+    using Weight = decltype(weight);
+    function(Operands<Feature, Weight>{
+        sizes,
+        levels,
+        static_cast<const Feature*>(features.const_data_ptr()),
+        View<const Compute<Feature>, 5>(sampling_location),
+        View<const Weight, 6>(weights)});
+  };
+  const bool same = weights.scalar_type() == features.scalar_type();
+  switch (features.scalar_type()) {
+    case ScalarType::Double:
+      return call(double{}, double{});
+    case ScalarType::Float:
+      return call(float{}, float{});
+    case ScalarType::Half:
+      return same ? call(Half{}, Half{}) : call(Half{}, float{});
+    case ScalarType::BFloat16:
+      return same ? call(BFloat16{}, BFloat16{}) : call(BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, "feature_maps must be float64, float32, float16 or bfloat16");
+  }
+}
+
+Tensor zeros_if_needed(bool needed, const Tensor& operand) {
+  Tensor zeros = needed ? torch::stable::empty_like(operand) : torch::stable::new_empty(operand, {0});
+  return torch::stable::zero_(zeros);
+}
+
+}  // namespace
+
+Tensor deformable_aggregation(
+    const Tensor& feature_maps,
+    const Tensor& spatial_shape,
+    const Tensor& scale_start_index,
+    const Tensor& sampling_location,
+    const Tensor& weights) {
+  const DeformableAggregationSizes sizes =
+      check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
+  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes);
+  if (sizes.nothing_to_sample()) {
+    return torch::stable::new_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
+  }
+  const Tensor features = torch::stable::contiguous(feature_maps);
+  const Tensor output = torch::stable::new_empty(features, {sizes.batch, sizes.num_queries, sizes.channels});
+  with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
+    forward(operands, output);
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
+    const Tensor& grad_output,
+    const Tensor& feature_maps,
+    const Tensor& spatial_shape,
+    const Tensor& scale_start_index,
+    const Tensor& sampling_location,
+    const Tensor& weights,
+    bool needs_feature_maps,
+    bool needs_sampling_location,
+    bool needs_weights) {
+  const DeformableAggregationSizes sizes =
+      check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
+  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.channels});
+  check_same_device("grad_output", grad_output, feature_maps);
+  STD_TORCH_CHECK(
+      grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the dtype of feature_maps");
+  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes);
+
+  Tensor grad_features = needs_feature_maps
+      ? torch::stable::new_empty(feature_maps, {sizes.batch, sizes.num_rows, sizes.channels})
+      : torch::stable::new_empty(feature_maps, {0});
+  Tensor grad_location = zeros_if_needed(needs_sampling_location, sampling_location);
+  Tensor grad_weights = zeros_if_needed(needs_weights, weights);
+  if (sizes.nothing_to_sample()) {
+    torch::stable::zero_(grad_features);
+    return {grad_features, grad_location, grad_weights};
+  }
+
+  const Tensor features = torch::stable::contiguous(feature_maps);
+  const Tensor grad_rows = torch::stable::contiguous(torch::stable::to(grad_output, compute_type(features)));
+  with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
+    if (needs_feature_maps) {
+      backward_of_features(operands, grad_rows, grad_features);
+    }
+    if (needs_sampling_location || needs_weights) {
+      backward_of_samples(operands, grad_rows, grad_location, grad_weights);
+    }
+  });
+  return {grad_features, grad_location, grad_weights};
+}
+
+}  // namespace reimplementation::cpu
