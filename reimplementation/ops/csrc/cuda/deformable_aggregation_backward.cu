@@ -31,11 +31,10 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int MAX_GROUPS = 8;     // groups in shared memory at a time: a *pass*
 constexpr int STAGED_LEVELS = 8;  // levels of a pair staged together
+constexpr int MIN_BLOCKS = 8;     // a multiprocessor's: warps that wait for atomics need others to take over
 constexpr int NOWHERE = -1;
 
-// Samples in shared memory at a time; what they need has to fit in the 48 KB that every GPU has.
-template <typename T>
-constexpr int STAGED_SAMPLES = sizeof(T) == 8 ? 64 : 128;
+constexpr int STAGED_SAMPLES = 64;  // in shared memory at a time: small enough for many blocks on a multiprocessor
 
 template <typename T, typename W>
 struct Gradients {
@@ -51,7 +50,7 @@ struct Gradients {
 
 template <typename T>
 struct Shared {
-  static constexpr int SAMPLES = STAGED_SAMPLES<T>;
+  static constexpr int SAMPLES = STAGED_SAMPLES;
   static constexpr int CORNERS = 4 * SAMPLES;
   static constexpr int TABLE = 2 * CORNERS;  // a hash table that is never more than half full
 
@@ -363,7 +362,7 @@ __device__ void finish_samples(
 }
 
 template <typename T, typename W, int VEC, int NV>
-__global__ void __launch_bounds__(THREADS) deformable_aggregation_backward_kernel(
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_backward_kernel(
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
@@ -383,7 +382,7 @@ __global__ void __launch_bounds__(THREADS) deformable_aggregation_backward_kerne
 
     for (int level = 0; level < op.num_levels; level += STAGED_LEVELS) {
       const int levels = min(STAGED_LEVELS, op.num_levels - level);
-      const int pairs_at_once = STAGED_SAMPLES<C> / levels;
+      const int pairs_at_once = STAGED_SAMPLES / levels;
       for (int pair = 0; pair < visible; pair += pairs_at_once) {
         const int pairs = min(pairs_at_once, visible - pair);
         stage(op, pair, pairs, level, levels, shared);
