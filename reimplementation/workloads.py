@@ -1,21 +1,50 @@
-"""Inputs of the sizes that people run, for benchmarks and tests: SparseDrive's cameras, pyramid and queries."""
+"""Inputs of the sizes that people run, for benchmarks and tests.
+
+Deformable aggregation as in SparseDrive: its cameras, pyramid and queries. Multi-scale deformable attention as in
+Deformable DETR's encoder and decoder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reimplementation.models.ms_deform_attn import initial_offsets
 from reimplementation.rig import nuscenes_like_rig
 from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STRIDES = (4, 8, 16, 32)
 
 
+class OpInputs:
+    """The five operands of an op, in its order: features, shapes and starts of levels, locations, weights."""
+
+    def __iter__(self):
+        return (getattr(self, field.name) for field in fields(self))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """Features and weights in ``dtype``, locations in float32 or wider, everything on ``device``."""
+        features, shapes, starts, locations, weights = self
+        location_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return type(self)(
+            features.to(device, dtype),
+            shapes.to(device),
+            starts.to(device),
+            locations.to(device, location_dtype),
+            weights.to(device, dtype),
+        )
+
+
 @dataclass(frozen=True)
-class AggregationInputs:
+class AggregationInputs(OpInputs):
     """The arguments of `reimplementation.ops.deformable_aggregation_function`, in its order."""
 
     feature_maps: Tensor
@@ -24,24 +53,21 @@ class AggregationInputs:
     sampling_location: Tensor
     weights: Tensor
 
-    def __iter__(self):
-        return (getattr(self, field.name) for field in fields(self))
-
     @property
     def num_visible(self) -> int:
         """How many (point, camera) pairs lie in the open unit square."""
         return int(((self.sampling_location > 0) & (self.sampling_location < 1)).all(-1).sum())
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> AggregationInputs:
-        """Features and weights in ``dtype``, locations in float32 or wider, everything on ``device``."""
-        location_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return AggregationInputs(
-            self.feature_maps.to(device, dtype),
-            self.spatial_shape.to(device),
-            self.scale_start_index.to(device),
-            self.sampling_location.to(device, location_dtype),
-            self.weights.to(device, dtype),
-        )
+
+@dataclass(frozen=True)
+class AttentionInputs(OpInputs):
+    """The arguments of `reimplementation.ops.ms_deform_attn`, in its order, less ``im2col_step``."""
+
+    value: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+    sampling_locations: Tensor
+    attention_weights: Tensor
 
 
 def aggregation_inputs(
@@ -86,11 +112,102 @@ def aggregation_inputs(
     rows = spatial_shape.prod(-1).flatten()
     scale_start_index = (rows.cumsum(0) - rows).view(num_cams, len(shapes))
     features = torch.randn(batch_size, int(rows.sum()), channels, generator=generator)
-    logits = torch.randn(
-        batch_size, num_queries, num_points, num_cams, len(shapes), num_groups, generator=generator
-    )
+    logits = torch.randn(batch_size, num_queries, num_points, num_cams, len(shapes), num_groups, generator=generator)
     weights = logits.flatten(2, 4).softmax(2).view_as(logits)
     return AggregationInputs(features, spatial_shape, scale_start_index, location, weights).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """How large a case of multi-scale deformable attention is.
+
+    shapes: (H, W) of each level. num_queries: None stands for one query per pixel of every level, as in an encoder.
+    """
+
+    batch_size: int
+    shapes: tuple[tuple[int, int], ...]
+    num_queries: int | None
+    num_heads: int
+    channels: int  # of a head
+    num_points: int
+
+    @property
+    def num_values(self) -> int:
+        return sum(height * width for height, width in self.shapes)
+
+
+_DETR_SHAPES = ((100, 152), (50, 76), (25, 38), (13, 19))
+_PAPER_SHAPES = ((92, 160), (46, 80), (23, 40), (12, 20))
+ATTENTION_CASES = {
+    "encoder": AttentionSizes(2, _DETR_SHAPES, None, num_heads=8, channels=32, num_points=4),
+    "decoder": AttentionSizes(2, _DETR_SHAPES, 900, num_heads=8, channels=32, num_points=4),
+    "paper": AttentionSizes(48, _PAPER_SHAPES, 15422, num_heads=1, channels=32, num_points=8),
+    "small-encoder": AttentionSizes(1, ((16, 20), (8, 10)), None, num_heads=4, channels=16, num_points=4),
+    "small-decoder": AttentionSizes(1, ((16, 20), (8, 10)), 50, num_heads=4, channels=16, num_points=4),
+}
+
+
+def attention_inputs(
+    case: str = "encoder",
+    batch_size: int | None = None,
+    *,
+    geometry: str = "around",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random values and softmax weights of a case's sizes, sampled where a geometry says.
+
+    Args:
+        case: a name in `ATTENTION_CASES`.
+        batch_size: instead of the case's own.
+        geometry: "around", each query samples around a place of its own, as `reimplementation.models.MSDeformAttn`
+            does when it is new, give or take a pixel: an encoder's query around its own pixel, any other around a
+            random place; "uniform", anywhere in the unit square.
+        dtype: of value and weights; locations are float32, or float64 with float64.
+        device: of everything; the numbers do not depend on it.
+        seed: of the random generator.
+
+    Raises:
+        ValueError: no case or geometry has that name.
+    """
+    if case not in ATTENTION_CASES:
+        raise ValueError(f"case must be one of {', '.join(ATTENTION_CASES)}; got {case!r}")
+    sizes = ATTENTION_CASES[case]
+    batch_size = sizes.batch_size if batch_size is None else batch_size
+    num_queries = sizes.num_values if sizes.num_queries is None else sizes.num_queries
+    num_levels = len(sizes.shapes)
+    generator = torch.Generator().manual_seed(seed)
+
+    spatial_shapes = torch.tensor(sizes.shapes)
+    rows = spatial_shapes.prod(-1)
+    samples = (batch_size, num_queries, sizes.num_heads, num_levels, sizes.num_points)
+    if geometry == "around":
+        if sizes.num_queries is None:
+            places = pixel_centres(sizes.shapes).expand(batch_size, -1, 2)
+        else:
+            places = torch.rand(batch_size, num_queries, 2, generator=generator)
+        offsets = initial_offsets(sizes.num_heads, sizes.num_points)[:, None]  # pixels of each level
+        offsets = offsets + torch.randn(*samples, 2, generator=generator)
+        locations = places[:, :, None, None, None] + offsets / spatial_shapes.flip(-1)[:, None]
+    elif geometry == "uniform":
+        locations = torch.rand(*samples, 2, generator=generator)
+    else:
+        raise ValueError(f"geometry must be 'around' or 'uniform'; got {geometry!r}")
+
+    value = torch.randn(batch_size, int(rows.sum()), sizes.num_heads, sizes.channels, generator=generator)
+    logits = torch.randn(*samples, generator=generator)
+    weights = logits.flatten(3).softmax(-1).view_as(logits)
+    return AttentionInputs(value, spatial_shapes, rows.cumsum(0) - rows, locations, weights).to(device, dtype)
+
+
+def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(S, 2): normalised (x, y) of every pixel of every level, in the order of the value's rows."""
+    levels = []
+    for height, width in shapes:
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        levels.append(torch.stack([x, y], -1).view(-1, 2))
+    return torch.cat(levels)
 
 
 def _projected_key_points(rig, batch_size: int, num_queries: int, num_points: int, seed: int) -> Tensor:

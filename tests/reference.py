@@ -43,6 +43,28 @@ def deformable_aggregation(features, spatial_shape, scale_start_index, location,
     return output
 
 
+def ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights) -> Tensor:
+    """(N, Lq, M * D) float64; differentiable in value, locations and weights."""
+    value, locations, weights = value.double(), locations.double(), weights.double()
+    output = value.new_zeros(value.shape[0], locations.shape[1], *value.shape[2:])
+    for level, (height, width) in enumerate(spatial_shapes.tolist()):
+        start = int(level_start_index[level])
+        size = locations.new_tensor([width, height])
+        pixel = locations[:, :, :, level] * size - 0.5
+        touches = ((pixel > -1) & (pixel < size)).all(-1)
+        x, y = torch.where(touches[..., None], pixel, 0.0).unbind(-1)
+        weight = torch.where(touches, weights[:, :, :, level], 0)
+        if height * width == 0:
+            continue
+        rows = value[:, start : start + height * width]
+        sampled = [
+            torch.stack([bilinear(head, height, width, x[n, :, m], y[n, :, m]) for m, head in enumerate(heads)], 1)
+            for n, heads in enumerate(rows.transpose(1, 2))
+        ]
+        output = output + (torch.stack(sampled) * weight[..., None]).sum(-2)
+    return output.flatten(2)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error; NaN anywhere in ``actual`` is an infinite error, as is any error of an expected zero."""
     difference = (actual.double() - expected.double()).norm().item()

@@ -103,9 +103,7 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation") -> 
     if forced is not None:
         _require(forced, op)
         if forced in ("cuda", "cpu") and device.type not in (forced, "meta"):
-            raise RuntimeError(
-                f"backend {forced!r} is forced, but the tensors are on {device}: move them to {forced}"
-            )
+            raise RuntimeError(f"backend {forced!r} is forced, but the tensors are on {device}: move them to {forced}")
         return forced
     if device.type == "meta":
         return "cpu" if EXTENSION_AVAILABLE else "grid_sample"
@@ -132,9 +130,7 @@ def _missing_reason(device_type: str) -> str | None:
     if device_type == "cpu" or CUDA_EXT_AVAILABLE:
         return None
     if not _cuda_architectures:
-        return (
-            _recorded_build().get("reasons", {}).get("cuda") or "the extension was built without CUDA kernels"
-        )
+        return _recorded_build().get("reasons", {}).get("cuda") or "the extension was built without CUDA kernels"
     return f"PyTorch {torch.__version__} is a build without CUDA"
 
 
@@ -142,7 +138,4 @@ def _require(name: str, op: str = "Deformable aggregation") -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     if name != "grid_sample" and (reason := _missing_reason(name)):
-        raise RuntimeError(
-            f"{op} {name.upper()} extension is not available: {reason}. "
-            f"To build it: {BUILD_COMMAND}"
-        )
+        raise RuntimeError(f"{op} {name.upper()} extension is not available: {reason}. To build it: {BUILD_COMMAND}")

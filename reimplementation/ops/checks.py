@@ -45,9 +45,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device, or_cpu: bool =
         raise ValueError(f"{name} must be on {where}; got {tensor.device}")
 
 
-def check_levels_fit(
-    spatial_shape: Tensor, start_index: Tensor, num_rows: int, names: tuple[str, str, str]
-) -> None:
+def check_levels_fit(spatial_shape: Tensor, start_index: Tensor, num_rows: int, names: tuple[str, str, str]) -> None:
     """Raise ValueError where a level does not lie within its feature rows; only metadata on the CPU is looked at.
 
     Args:
@@ -56,11 +54,7 @@ def check_levels_fit(
         num_rows: rows that there are.
         names: how the two tensors and the rows are called.
     """
-    if (
-        torch.compiler.is_compiling()
-        or spatial_shape.device.type != "cpu"
-        or start_index.device.type != "cpu"
-    ):
+    if torch.compiler.is_compiling() or spatial_shape.device.type != "cpu" or start_index.device.type != "cpu":
         return
     shapes = spatial_shape.reshape(-1, 2).tolist()
     for (height, width), start in zip(shapes, start_index.reshape(-1).tolist()):

@@ -78,16 +78,10 @@ def _check(
     check_shape("feature_maps", feature_maps, ("bs", "num_feat", "C"), sizes)
     check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), sizes)
     check_shape("scale_start_index", scale_start_index, ("num_cams", "num_levels"), sizes)
-    check_shape(
-        "sampling_location", sampling_location, ("bs", "num_queries", "num_pts", "num_cams", 2), sizes
-    )
-    check_shape(
-        "weights", weights, ("bs", "num_queries", "num_pts", "num_cams", "num_levels", "num_groups"), sizes
-    )
+    check_shape("sampling_location", sampling_location, ("bs", "num_queries", "num_pts", "num_cams", 2), sizes)
+    check_shape("weights", weights, ("bs", "num_queries", "num_pts", "num_cams", "num_levels", "num_groups"), sizes)
     if sizes["num_groups"] == 0 or sizes["C"] % sizes["num_groups"] != 0:
-        raise ValueError(
-            f"weights: num_groups must divide C={sizes['C']}; got num_groups={sizes['num_groups']}"
-        )
+        raise ValueError(f"weights: num_groups must divide C={sizes['C']}; got num_groups={sizes['num_groups']}")
     check_levels_fit(
         spatial_shape,
         scale_start_index,

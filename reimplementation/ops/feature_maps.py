@@ -38,14 +38,9 @@ def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
     for group in groups:
         _check_group(group, groups[0])
 
-    blocks = [
-        torch.cat([level.flatten(3).transpose(2, 3) for level in group], dim=2).flatten(1, 2)
-        for group in groups
-    ]
+    blocks = [torch.cat([level.flatten(3).transpose(2, 3) for level in group], dim=2).flatten(1, 2) for group in groups]
     rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-    shapes = [
-        [tuple(level.shape[-2:]) for level in group] for group in groups for _ in range(group[0].shape[1])
-    ]
+    shapes = [[tuple(level.shape[-2:]) for level in group] for group in groups for _ in range(group[0].shape[1])]
     starts, end = [], 0
     for camera in shapes:
         starts.append([])
@@ -64,9 +59,7 @@ def _check_group(group: Sequence[Tensor], first: Sequence[Tensor]) -> None:
         if not isinstance(level, Tensor):
             raise TypeError(f"feature_maps must hold torch.Tensor levels; got {type(level).__name__}")
     if len(group) != len(first):
-        raise ValueError(
-            f"feature_maps: every group must have num_levels={len(first)} levels; got {len(group)}"
-        )
+        raise ValueError(f"feature_maps: every group must have num_levels={len(first)} levels; got {len(group)}")
     for level in group:
         bs, num_cams, channels = first[0].shape[0], group[0].shape[1], first[0].shape[2]
         if level.dim() != 5 or (level.shape[0], level.shape[1], level.shape[2]) != (bs, num_cams, channels):
@@ -90,7 +83,5 @@ def _split(col_feats: Tensor, spatial_shape: Tensor, scale_start_index: Tensor) 
         start, end = end, end + num_cams * sum(height * width for height, width in camera)
         rows = col_feats[:, start:end].unflatten(1, (num_cams, -1))
         levels = rows.split([height * width for height, width in camera], dim=2)
-        groups.append(
-            [level.unflatten(2, shape).permute(0, 1, 4, 2, 3) for level, shape in zip(levels, camera)]
-        )
+        groups.append([level.unflatten(2, shape).permute(0, 1, 4, 2, 3) for level, shape in zip(levels, camera)])
     return groups[0] if len(groups) == 1 else groups

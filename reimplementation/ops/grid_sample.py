@@ -21,9 +21,9 @@ def deformable_aggregation(
     weights: Tensor,
 ) -> Tensor:
     """`reimplementation.ops.deformable_aggregation_function` on arguments that were checked."""
-    bs, num_feat, channels = feature_maps.shape
-    num_queries, num_pts, num_cams = sampling_location.shape[1:4]
-    num_levels, num_groups = weights.shape[-2:]
+    bs, _, channels = feature_maps.shape
+    num_queries, _, num_cams = sampling_location.shape[1:4]
+    num_groups = weights.shape[-1]
 
     visible = ((sampling_location > 0) & (sampling_location < 1)).all(-1)
     location = sampling_location.where(visible[..., None], OUTSIDE)
@@ -34,18 +34,18 @@ def deformable_aggregation(
 
     output = location.new_zeros(bs, num_groups, channels // num_groups, num_queries)
     output = output + _nothing(feature_maps, location, weights)
-    for level in range(num_levels):
-        for (height, width), members in _cameras_by_shape(
-            spatial_shape[:, level], scale_start_index[:, level], num_feat
-        ).items():
-            cams = [cam for cam, _ in members]
-            rows = torch.stack(
-                [feature_maps[:, start : start + height * width] for _, start in members], dim=1
-            )
-            sampled = _sample(rows.flatten(0, 1), height, width, location[:, cams].flatten(0, 1))
-            sampled = sampled.unflatten(0, (bs, len(cams)))
-            sampled = sampled.unflatten(2, (num_groups, channels // num_groups))
-            output = output + (sampled * weights[:, cams, level, :, None]).sum(dim=(1, -1))
+    shapes, starts = spatial_shape.tolist(), scale_start_index.tolist()
+    rows = _rows_by_level(feature_maps, shapes, starts)
+    for level, level_weights in enumerate(weights.unbind(2)):
+        cameras_by_shape: dict[tuple[int, int], list[int]] = {}
+        for cam in range(num_cams):
+            if (cam, level) in rows:
+                cameras_by_shape.setdefault(tuple(shapes[cam][level]), []).append(cam)
+        for (height, width), cams in cameras_by_shape.items():
+            images = torch.stack([rows[cam, level] for cam in cams], dim=1).flatten(0, 1)
+            sampled = _sample(images, height, width, _cameras(location, cams).flatten(0, 1))
+            sampled = sampled.unflatten(0, (bs, len(cams))).unflatten(2, (num_groups, channels // num_groups))
+            output = output + (sampled * _cameras(level_weights, cams)[:, :, :, None]).sum(dim=(1, -1))
     return output.permute(0, 3, 1, 2).flatten(2).to(feature_maps.dtype)
 
 
@@ -92,13 +92,35 @@ def _nothing(*operands: Tensor) -> Tensor:
     return sum(operand[:0].sum() for operand in operands)
 
 
-def _cameras_by_shape(shapes: Tensor, starts: Tensor, num_rows: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """One level: {(H, W): [(camera, first row), ...]}, without cameras whose level cannot be sampled."""
-    cameras: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for cam, ((height, width), start) in enumerate(zip(shapes.tolist(), starts.tolist())):
-        if _fits(height, width, start, num_rows):
-            cameras.setdefault((height, width), []).append((cam, start))
-    return cameras
+def _cameras(operand: Tensor, cams: list[int]) -> Tensor:
+    """Those cameras of an operand (bs, num_cams, ...)."""
+    if len(cams) == operand.shape[1]:
+        return operand
+    return operand.index_select(1, torch.tensor(cams, device=operand.device))
+
+
+def _rows_by_level(feature_maps: Tensor, shapes: list, starts: list) -> dict[tuple[int, int], Tensor]:
+    """{(camera, level): its rows (bs, H * W, C)}, without the levels that cannot be sampled.
+
+    Levels that do not overlap come from one split, whose backward joins their gradients in one go; slices would
+    each make a gradient as large as all features.
+    """
+    spans = {
+        (cam, level): (starts[cam][level], height * width)
+        for cam, levels in enumerate(shapes)
+        for level, (height, width) in enumerate(levels)
+        if _fits(height, width, starts[cam][level], feature_maps.shape[1])
+    }
+    sizes, place, end = [], {}, 0
+    for key, (start, count) in sorted(spans.items(), key=lambda item: item[1]):
+        if start < end:  # they overlap
+            return {key: feature_maps[:, start : start + count] for key, (start, count) in spans.items()}
+        sizes.append(start - end)
+        place[key] = len(sizes)
+        sizes.append(count)
+        end = start + count
+    pieces = feature_maps.split([*sizes, feature_maps.shape[1] - end], dim=1)
+    return {key: pieces[i] for key, i in place.items()}
 
 
 def _fits(height: int, width: int, start: int, num_rows: int) -> bool:

@@ -7,42 +7,16 @@ import torch
 
 from reimplementation import ops
 from reimplementation.workloads import AggregationInputs, aggregation_inputs
+from tests.ops import agreement
+from tests.ops.agreement import run
 from tests.ops.inputs import GEOMETRIES, border_inputs, random_inputs
 from tests.reference import TOLERANCE, deformable_aggregation, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-GRADIENTS = ("feature_maps", "sampling_location", "weights")
 
 
-def run(function, inputs: AggregationInputs, grad_output=None):
-    """Output and the three gradients; the gradient of the output is random but for its seed."""
-    features, shapes, starts, location, weights = inputs
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (features, location, weights)]
-    output = function(leaves[0], shapes, starts, leaves[1], leaves[2])
-    if grad_output is None:
-        grad_output = torch.randn(
-            output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
-        )
-    gradients = torch.autograd.grad(output, leaves, grad_output.to(output))
-    return output.detach(), *gradients
-
-
-def assert_agrees(inputs: AggregationInputs, device, dtype, tolerance=None):
-    """The op equals the float64 formula on the same, rounded, numbers."""
-    inputs = inputs.to("cpu", dtype)
-    grad_output = torch.randn(
-        inputs.feature_maps.shape[0],
-        inputs.sampling_location.shape[1],
-        inputs.feature_maps.shape[2],
-        generator=torch.Generator().manual_seed(9),
-    ).to(dtype)
-    expected = run(deformable_aggregation, inputs.to("cpu", torch.float64), grad_output)
-    actual = run(ops.deformable_aggregation_function, inputs.to(device, dtype), grad_output)
-    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
-    assert actual[0].dtype == dtype
-    for name, got, wanted in zip(("output", *GRADIENTS), actual, expected):
-        error = relative_error(got.cpu(), wanted)
-        assert error <= tolerance, f"{name}: relative L2 error {error:.2e} > {tolerance:.0e}"
+def assert_agrees(inputs: AggregationInputs, device, dtype):
+    agreement.assert_agrees(ops.deformable_aggregation_function, deformable_aggregation, inputs, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,9 +82,9 @@ def test_mixed_float_precisions_are_cast(backend_device):
 
 
 def test_gradcheck(backend_device):
-    features, shapes, starts, location, weights = random_inputs(
-        4, batch_size=1, num_queries=3, channels=8
-    ).to(backend_device, torch.float64)
+    features, shapes, starts, location, weights = random_inputs(4, batch_size=1, num_queries=3, channels=8).to(
+        backend_device, torch.float64
+    )
     # Half a step away from the edges of pixels, where the derivative does not exist.
     leaves = [t.requires_grad_() for t in (features, location + 2.0**-13, weights)]
 
@@ -125,9 +99,7 @@ def test_only_the_gradients_that_are_needed(backend_device, needed):
     inputs = random_inputs(5).to(backend_device, torch.float64)
     expected = run(ops.deformable_aggregation_function, inputs)[1:]
     features, shapes, starts, location, weights = inputs
-    leaves = [
-        t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((features, location, weights))
-    ]
+    leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((features, location, weights))]
     output = ops.deformable_aggregation_function(leaves[0], shapes, starts, leaves[1], leaves[2])
     output.backward(
         torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
@@ -180,9 +152,7 @@ def test_features_at_an_odd_address(backend_device):
     assert relative_error(output.cpu(), deformable_aggregation(*(t.cpu() for t in inputs))) <= 2e-6
 
 
-@pytest.mark.parametrize(
-    "empty", ["batch_size", "num_queries", "num_points", "num_feat", "num_cams", "num_levels"]
-)
+@pytest.mark.parametrize("empty", ["batch_size", "num_queries", "num_points", "num_feat", "num_cams", "num_levels"])
 def test_nothing_to_sample(backend_device, empty):
     sizes = {"batch_size": 2, "num_queries": 3, "num_points": 2}
     shapes = [[(4, 5)]] * 2
@@ -256,9 +226,7 @@ def test_levels_beyond_the_features(backend_device):
     ]:
         message = r"spatial_shape and scale_start_index must stay within num_feat=\d+ rows; got a level of .*"
         with pytest.raises(ValueError, match=message):
-            ops.deformable_aggregation_function(
-                features, bad_shapes.cpu(), bad_starts.cpu(), location, weights
-            )
+            ops.deformable_aggregation_function(features, bad_shapes.cpu(), bad_starts.cpu(), location, weights)
         if backend_device.type == "cuda":
             output = ops.deformable_aggregation_function(features, bad_shapes, bad_starts, location, weights)
             fits = (bad_shapes > 0).all(-1) & (bad_starts >= 0)
@@ -352,24 +320,22 @@ def test_direct_calls_of_the_operator_are_checked():
         wrong(sampling_location=lambda t: t.half()),
         wrong(spatial_shape=lambda t: t.double()),
     ):
-        with pytest.raises(
-            RuntimeError, match="sampling_location|scale_start_index|num_groups|spatial_shape"
-        ):
+        with pytest.raises(RuntimeError, match="sampling_location|scale_start_index|num_groups|spatial_shape"):
             operator(*arguments.values())
 
 
 def test_second_derivatives(backend_device):
     """The kernels refuse, and say so; plain PyTorch has them right."""
-    features, shapes, starts, location, weights = random_inputs(
-        13, batch_size=1, num_queries=2, channels=4
-    ).to(backend_device, torch.float64)
+    features, shapes, starts, location, weights = random_inputs(13, batch_size=1, num_queries=2, channels=4).to(
+        backend_device, torch.float64
+    )
     leaves = [t.requires_grad_() for t in (features, location + 2.0**-13, weights)]
 
     def function(features, location, weights):
         return ops.deformable_aggregation_function(features, shapes, starts, location, weights)
 
     if ops.backends.select_backend(backend_device) == "grid_sample":
-        assert torch.autograd.gradgradcheck(function, leaves)
+        agreement.assert_second_derivatives_or_refusal(function, leaves)
         return
     (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
     with pytest.raises(RuntimeError, match="deformable_aggregation has no second derivative"):
@@ -382,12 +348,8 @@ def test_autocast(backend_device, dtype):
     inputs = random_inputs(14).to(backend_device, torch.float32)
     features, shapes, starts, location, weights = inputs
     with torch.autocast(backend_device.type, dtype):
-        half = ops.deformable_aggregation_function(
-            features.to(dtype), shapes, starts, location, weights.to(dtype)
-        )
-        single = ops.deformable_aggregation_function(
-            features, shapes, starts, location.half(), weights.to(dtype)
-        )
+        half = ops.deformable_aggregation_function(features.to(dtype), shapes, starts, location, weights.to(dtype))
+        single = ops.deformable_aggregation_function(features, shapes, starts, location.half(), weights.to(dtype))
     assert half.dtype == dtype
     assert single.dtype == torch.float32
     expected = deformable_aggregation(*(t.cpu() for t in inputs))

@@ -1,0 +1,53 @@
+"""What both ops take: features, shapes and first rows of their levels, sampling locations, weights. Their types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import FEATURE_DTYPES, INTEGER_DTYPES, check_device, check_dtype
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """The dtype of locations and sums."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def check_operands(names: Sequence[str], operands: Sequence[Tensor]) -> None:
+    """Raise TypeError or ValueError where one of the five operands has a dtype or device that the ops do not take."""
+    features, shapes, starts, locations, weights = operands
+    features_name, shapes_name, starts_name, locations_name, weights_name = names
+    check_dtype(features_name, features, FEATURE_DTYPES)
+    check_dtype(shapes_name, shapes, INTEGER_DTYPES)
+    check_dtype(starts_name, starts, INTEGER_DTYPES)
+    check_dtype(
+        locations_name,
+        locations,
+        (torch.float32, torch.float64),
+        ": half precision cannot address a pixel, compute locations in float32",
+    )
+    check_dtype(weights_name, weights, tuple({features.dtype: None, torch.float32: None}))
+
+    check_device(shapes_name, shapes, features.device, or_cpu=True)
+    check_device(starts_name, starts, features.device, or_cpu=True)
+    check_device(locations_name, locations, features.device)
+    check_device(weights_name, weights, features.device)
+
+
+def under_autocast(features: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and weights in dtypes that the ops take beside these features, whatever autocast made of them."""
+    if locations.dtype in HALF_DTYPES:
+        locations = locations.float()
+    if weights.dtype not in (features.dtype, torch.float32):
+        weights = weights.to(features.dtype)
+    return locations, weights
+
+
+def as_kernels_read(features: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and weights that passed the checks, in the dtypes that the kernels know beside these features."""
+    wide = compute_dtype(features)
+    return locations.to(wide), weights.to(wide) if wide == torch.float64 else weights

@@ -1,0 +1,426 @@
+"""The op on every backend against the float64 formula, its errors, and its registration with PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reimplementation import ops
+from reimplementation.workloads import ATTENTION_CASES, AttentionInputs, attention_inputs
+from tests.ops import agreement
+from tests.ops.agreement import run
+from tests.ops.inputs import ATTENTION_GEOMETRIES, attention_border_inputs, random_attention_inputs
+from tests.reference import TOLERANCE, ms_deform_attn, relative_error
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+CHANNELS = [1, 8, 30, 32, 64, 71, 1025, 2048, 3096]
+
+
+def assert_agrees(inputs: AttentionInputs, device, dtype):
+    agreement.assert_agrees(ops.ms_deform_attn, ms_deform_attn, inputs, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", ATTENTION_GEOMETRIES)
+def test_agrees_with_float64(backend_device, dtype, geometry):
+    assert_agrees(ATTENTION_GEOMETRIES[geometry](), backend_device, dtype)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_any_channels(backend_device, channels):
+    inputs = random_attention_inputs(1, num_queries=3, num_heads=2, channels=channels)
+    for dtype in DTYPES:
+        assert_agrees(inputs, backend_device, dtype)
+
+
+@pytest.mark.parametrize("num_levels", [1, 5, 9])
+@pytest.mark.parametrize("num_heads", [1, 3, 16])
+@pytest.mark.parametrize("num_points", [1, 8, 33])
+def test_any_heads_levels_points(backend_device, num_points, num_heads, num_levels):
+    shapes = [(2 + level % 5, 3 + level) for level in range(num_levels)]
+    inputs = random_attention_inputs(
+        2, num_queries=3, num_heads=num_heads, channels=4, num_points=num_points, shapes=shapes
+    )
+    assert_agrees(inputs, backend_device, torch.float64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 65])
+@pytest.mark.parametrize("im2col_step", [1, 2, 64])
+def test_batch_need_not_be_a_multiple_of_im2col_step(backend_device, batch_size, im2col_step):
+    inputs = random_attention_inputs(3, batch_size=batch_size, num_queries=2).to(backend_device, torch.float64)
+    output = ops.MSDeformAttnFunction.apply(*inputs, im2col_step)
+    assert relative_error(output.cpu(), ms_deform_attn(*(t.cpu() for t in inputs))) <= 1e-12
+
+
+def test_half_value_with_float32_weights(backend_device):
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = random_attention_inputs(3).to("cpu", dtype)
+        single = AttentionInputs(*list(inputs)[:4], inputs.attention_weights.float())
+        output = ops.ms_deform_attn(*(t.to(backend_device) for t in single))
+        assert output.dtype == dtype
+        assert relative_error(output.cpu(), ms_deform_attn(*single)) <= TOLERANCE[dtype]
+
+
+def test_mixed_float_precisions_are_cast(backend_device):
+    inputs = random_attention_inputs(3)
+    single = list(inputs.to(backend_device, torch.float32))
+    double = list(inputs.to(backend_device, torch.float64))
+    wide_locations = [*single[:3], double[3], single[4]]
+    narrow_operands = [*double[:3], single[3], single[4]]
+    for arguments in (wide_locations, narrow_operands):
+        dtype = arguments[0].dtype
+        output = ops.ms_deform_attn(*arguments)
+        assert output.dtype == dtype
+        assert relative_error(output.cpu(), ms_deform_attn(*(t.cpu() for t in arguments))) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_gradcheck(backend_device, channels):
+    value, shapes, starts, locations, weights = random_attention_inputs(
+        4, batch_size=1, num_queries=2, num_heads=2, channels=channels, num_points=2, shapes=((3, 4), (2, 1))
+    ).to(backend_device, torch.float64)
+    # Half a step away from the edges of pixels, where the derivative does not exist.
+    leaves = [t.requires_grad_() for t in (value, locations + 2.0**-13, weights)]
+
+    def function(value, locations, weights):
+        return ops.ms_deform_attn(value, shapes, starts, locations, weights)
+
+    # Many channels: random projections of the Jacobian instead of all its elements.
+    assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12, fast_mode=channels > 100)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_only_the_gradients_that_are_needed(backend_device, needed):
+    inputs = random_attention_inputs(5).to(backend_device, torch.float64)
+    expected = run(ops.ms_deform_attn, inputs)[1:]
+    value, shapes, starts, locations, weights = inputs
+    leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((value, locations, weights))]
+    output = ops.ms_deform_attn(leaves[0], shapes, starts, leaves[1], leaves[2])
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    output.backward(grad_output.to(output))
+    for i, leaf in enumerate(leaves):
+        if i in needed:
+            assert relative_error(leaf.grad, expected[i]) <= 1e-12
+        else:
+            assert leaf.grad is None
+
+
+def test_forward_is_bitwise_reproducible(backend_device):
+    inputs = attention_inputs("small-encoder", device=backend_device)
+    first = ops.ms_deform_attn(*inputs)
+    assert all(torch.equal(first, ops.ms_deform_attn(*inputs)) for _ in range(5))
+
+
+def test_operands_are_read_through_their_strides(backend_device):
+    inputs = random_attention_inputs(6).to(backend_device, torch.float64)
+    value, shapes, starts, locations, weights = inputs
+    strided = AttentionInputs(
+        value.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        shapes.t().contiguous().t().to(torch.int32),
+        starts.repeat_interleave(2)[::2].to(torch.int16),
+        locations.permute(5, 3, 0, 2, 1, 4).contiguous().permute(2, 4, 3, 1, 5, 0),
+        weights.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2),
+    )
+    for got, wanted in zip(run(ops.ms_deform_attn, strided), run(ops.ms_deform_attn, inputs)):
+        assert relative_error(got, wanted) <= 1e-12
+
+
+def test_expanded_operands(backend_device):
+    value, shapes, starts, locations, weights = random_attention_inputs(7, num_queries=1, num_points=1).to(
+        backend_device, torch.float64
+    )
+    expanded = locations.expand(-1, 5, -1, -1, 2, -1), weights.expand(-1, 5, -1, -1, 2)
+    repeated = [t.contiguous() for t in expanded]
+    got = run(ops.ms_deform_attn, AttentionInputs(value, shapes, starts, *expanded))
+    wanted = run(ops.ms_deform_attn, AttentionInputs(value, shapes, starts, *repeated))
+    assert all(relative_error(a, b) <= 1e-12 for a, b in zip(got, wanted))
+
+
+def test_value_at_an_odd_address(backend_device):
+    inputs = random_attention_inputs(8).to(backend_device, torch.float32)
+    buffer = torch.empty(inputs.value.numel() + 1, device=backend_device)
+    shifted = buffer[1:].view_as(inputs.value).copy_(inputs.value)
+    output = ops.ms_deform_attn(shifted, *list(inputs)[1:])
+    assert relative_error(output.cpu(), ms_deform_attn(*(t.cpu() for t in inputs))) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("empty", "shapes"),
+    [
+        ("batch_size", ((4, 5),)),
+        ("num_queries", ((4, 5),)),
+        ("num_heads", ((4, 5),)),
+        ("channels", ((4, 5),)),
+        ("num_points", ((4, 5),)),
+        ("values", ((0, 0), (0, 3))),
+        ("levels", ()),
+    ],
+)
+def test_nothing_to_sample(backend_device, empty, shapes):
+    sizes = {empty: 0} if empty not in ("values", "levels") else {}
+    inputs = random_attention_inputs(9, shapes=shapes, **sizes).to(backend_device, torch.float64)
+    output, *gradients = run(ops.ms_deform_attn, inputs)
+    batch_size, _, num_heads, channels = inputs.value.shape
+    assert output.shape == (batch_size, inputs.sampling_locations.shape[1], num_heads * channels)
+    assert not output.any()
+    for gradient, operand in zip(gradients, (inputs.value, inputs.sampling_locations, inputs.attention_weights)):
+        assert gradient.shape == operand.shape
+        assert not gradient.any()
+
+
+def touching(inputs: AttentionInputs) -> torch.Tensor:
+    """(N, Lq, M, L, P) bool: the samples whose footprint touches their level."""
+    size = inputs.spatial_shapes.flip(-1)[:, None].to(inputs.sampling_locations)
+    pixel = inputs.sampling_locations * size - 0.5
+    return ((pixel > -1) & (pixel < size)).all(-1)
+
+
+def test_samples_outside_the_unit_square_count_while_they_touch(backend_device):
+    """A quarter of a pixel outside, the border pixel still has a quarter of its weight."""
+    value = torch.arange(1.0, 5.0, device=backend_device).view(1, 4, 1, 1)
+    locations = torch.tensor([[-0.125, 0.25], [1.125, 0.25], [0.25, -0.125], [0.75, 1.125], [-0.25, 0.25]])
+    output = ops.ms_deform_attn(
+        value,
+        torch.tensor([[2, 2]], device=backend_device),
+        torch.tensor([0], device=backend_device),
+        locations.view(1, 5, 1, 1, 1, 2).to(backend_device),
+        torch.ones(1, 5, 1, 1, 1, device=backend_device),
+    )
+    assert output.flatten().tolist() == [0.25, 0.5, 0.25, 1.0, 0.0]
+
+
+def test_samples_that_touch_nothing_leave_no_trace(backend_device):
+    inputs = attention_border_inputs().to(backend_device, torch.float64)
+    apart = ~touching(inputs)
+    assert 0.3 < apart.double().mean() < 0.9
+    poisoned = AttentionInputs(*list(inputs)[:4], inputs.attention_weights.masked_fill(apart, float("nan")))
+    clean = run(ops.ms_deform_attn, inputs)
+    for got, wanted in zip(run(ops.ms_deform_attn, poisoned), clean):
+        assert relative_error(got, wanted) <= 1e-12
+    _, _, grad_locations, grad_weights = clean
+    assert not grad_locations[apart].any()
+    assert not grad_weights[apart].any()
+
+
+def test_rows_outside_the_level_are_not_read(backend_device):
+    value = torch.randn(1, 18, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value[:, [0, 17]] = float("nan")  # the rows around a level of 4 x 4
+    corners = torch.tensor([[-0.1, -0.1], [1.1, -0.1], [-0.1, 1.1], [1.1, 1.1], [0.01, 0.99]], dtype=torch.float64)
+    inputs = AttentionInputs(
+        value,
+        torch.tensor([[4, 4]]),
+        torch.tensor([1]),
+        corners.view(1, 5, 1, 1, 1, 2),
+        torch.ones(1, 5, 1, 1, 1, dtype=torch.float64),
+    ).to(backend_device, torch.float64)
+    assert all(t.isfinite().all() for t in run(ops.ms_deform_attn, inputs))
+
+
+def test_levels_beyond_the_value(backend_device):
+    value, shapes, starts, locations, weights = random_attention_inputs(10).to(backend_device, torch.float64)
+    for bad_shapes, bad_starts in [
+        (shapes, starts + 1),
+        (shapes, starts - 1),
+        (shapes * torch.tensor([1, 2], device=backend_device), starts),
+        (-shapes, starts),
+        (torch.full_like(shapes, 2**31 - 1), starts),
+    ]:
+        message = r"spatial_shapes and level_start_index must stay within S=\d+ rows; got a level of .*"
+        with pytest.raises(ValueError, match=message):
+            ops.ms_deform_attn(value, bad_shapes.cpu(), bad_starts.cpu(), locations, weights)
+        if backend_device.type == "cuda":
+            output = ops.ms_deform_attn(value, bad_shapes, bad_starts, locations, weights)
+            fits = (bad_shapes > 0).all(-1) & (bad_starts >= 0)
+            fits &= bad_starts + bad_shapes.prod(-1).clamp(max=2**40) <= value.shape[1]
+            kept = torch.where(fits[..., None], bad_shapes, 0), torch.where(fits, bad_starts, 0)
+            assert torch.equal(output, ops.ms_deform_attn(value, *kept, locations, weights))
+
+
+def test_overlapping_and_permuted_levels(backend_device):
+    inputs = random_attention_inputs(11, shapes=((6, 5), (6, 5), (2, 3)))
+    permuted = AttentionInputs(inputs.value, inputs.spatial_shapes, torch.tensor([36, 3, 0]), *list(inputs)[3:])
+    assert_agrees(permuted, backend_device, torch.float64)
+
+
+def wrong(**changes):
+    """Valid arguments with some replaced."""
+    inputs = random_attention_inputs(12)
+    arguments = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
+    arguments.update({name: change(arguments[name]) for name, change in changes.items()})
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            wrong(sampling_locations=lambda t: t[:, :, :, :2]),
+            ValueError,
+            r"sampling_locations must be \(N, Lq, M, L, P, 2\) with N=2, M=3, L=3; got \(2, 7, 3, 2, 3, 2\)",
+        ),
+        (wrong(value=lambda t: t.flatten(2)), ValueError, r"value must be \(N, S, M, D\); got \(2, 164, 24\)"),
+        (wrong(spatial_shapes=lambda t: t[0]), ValueError, r"spatial_shapes must be \(L, 2\); got \(2,\)"),
+        (
+            wrong(level_start_index=lambda t: t[:1]),
+            ValueError,
+            r"level_start_index must be \(L,\) with L=3; got \(1,\)",
+        ),
+        (
+            wrong(attention_weights=lambda t: t.flatten(3)),
+            ValueError,
+            r"attention_weights must be \(N, Lq, M, L, P\) with N=2, Lq=7, M=3, L=3, P=3; got \(2, 7, 3, 9\)",
+        ),
+        (
+            wrong(sampling_locations=lambda t: t.half()),
+            TypeError,
+            r"sampling_locations must be float32 or float64; got float16: half precision cannot address a pixel",
+        ),
+        (
+            wrong(attention_weights=lambda t: t.half()),
+            TypeError,
+            r"attention_weights must be float64 or float32; got float16",
+        ),
+        (wrong(value=lambda t: t.long()), TypeError, r"value must be float64 or .*; got int64"),
+        (wrong(value=lambda t: t.tolist()), TypeError, r"value must be a torch.Tensor; got list"),
+        (wrong(spatial_shapes=lambda t: t.float()), TypeError, r"spatial_shapes must be int64 or .*; got float32"),
+        (wrong(value=lambda t: t.to_sparse()), TypeError, r"value must be a dense \(strided\) tensor"),
+        (wrong(attention_weights=lambda t: t.to("meta")), ValueError, r"attention_weights must be on cpu; got meta"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.ms_deform_attn(**arguments)
+
+
+def test_direct_calls_of_the_operator_are_checked():
+    if "cpu" not in ops.available_backends("cpu"):
+        pytest.skip("the extension is not built")
+    operator = torch.ops.reimplementation.ms_deform_attn
+    for arguments in (
+        wrong(sampling_locations=lambda t: t[:, :, :, :2]),
+        wrong(level_start_index=lambda t: t + 1),
+        wrong(attention_weights=lambda t: t[..., :2]),
+        wrong(sampling_locations=lambda t: t.half()),
+        wrong(spatial_shapes=lambda t: t.double()),
+    ):
+        with pytest.raises(RuntimeError, match="sampling_locations|level_start_index|attention_weights|spatial_shapes"):
+            operator(*arguments.values())
+
+
+def test_second_derivatives(backend_device):
+    """The kernels refuse, and say so; plain PyTorch has them right."""
+    value, shapes, starts, locations, weights = random_attention_inputs(
+        13, batch_size=1, num_queries=2, num_heads=1, channels=4
+    ).to(backend_device, torch.float64)
+    leaves = [t.requires_grad_() for t in (value, locations + 2.0**-13, weights)]
+
+    def function(value, locations, weights):
+        return ops.ms_deform_attn(value, shapes, starts, locations, weights)
+
+    if ops.backends.select_backend(backend_device) == "grid_sample":
+        agreement.assert_second_derivatives_or_refusal(function, leaves)
+        return
+    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="ms_deform_attn has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(backend_device, dtype):
+    """The value keeps its dtype, locations are read as float32, weights fit the value."""
+    inputs = random_attention_inputs(14).to(backend_device, torch.float32)
+    value, shapes, starts, locations, weights = inputs
+    with torch.autocast(backend_device.type, dtype):
+        half = ops.ms_deform_attn(value.to(dtype), shapes, starts, locations, weights.to(dtype))
+        single = ops.ms_deform_attn(value, shapes, starts, locations.half(), weights.to(dtype))
+    assert half.dtype == dtype
+    assert single.dtype == torch.float32
+    expected = ms_deform_attn(*(t.cpu() for t in inputs))
+    assert relative_error(half.cpu(), expected) <= 2 * TOLERANCE[dtype]
+    rounded = [t.cpu() for t in (value, shapes, starts, locations.half(), weights.to(dtype))]
+    assert relative_error(single.cpu(), ms_deform_attn(*rounded)) <= TOLERANCE[torch.float32]
+
+
+def test_forcing_a_backend_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(ops.backends, "_forced_by_environment", "cuda")
+    if ops.CUDA_EXT_AVAILABLE:
+        pytest.skip("the CUDA kernels are there")
+    with pytest.raises(RuntimeError, match="Multi-scale deformable attention CUDA extension is not available: "):
+        ops.ms_deform_attn(*random_attention_inputs(15))
+
+
+@pytest.mark.parametrize("case", ["small-encoder", "small-decoder"])
+@pytest.mark.parametrize("geometry", ["around", "uniform"])
+def test_workloads(case, geometry):
+    sizes = ATTENTION_CASES[case]
+    inputs = attention_inputs(case, 2, geometry=geometry)
+    output = ops.ms_deform_attn(*inputs)
+    assert output.shape == (2, sizes.num_queries or sizes.num_values, sizes.num_heads * sizes.channels)
+    assert touching(inputs).double().mean() > 0.5
+    torch.testing.assert_close(inputs.attention_weights.sum((-1, -2)), torch.ones(output.shape[:2] + (4,)))
+    with pytest.raises(ValueError, match="geometry must be"):
+        attention_inputs(case, geometry="nowhere")
+    with pytest.raises(ValueError, match="case must be one of encoder, decoder"):
+        attention_inputs("huge")
+
+
+class TestOperator:
+    """What torch.library promises of a registered operator."""
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+    def inputs(self, request):
+        if request.param not in ops.available_backends(request.param):
+            pytest.skip(f"the {request.param} kernels are not built")
+        return random_attention_inputs(16, num_queries=3).to(request.param, torch.float32)
+
+    def test_forward(self, inputs):
+        value, shapes, starts, locations, weights = inputs
+        for needs in (False, True):
+            arguments = (
+                value.clone().requires_grad_(needs),
+                shapes,
+                starts,
+                locations.clone().requires_grad_(needs),
+                weights.clone().requires_grad_(needs),
+            )
+            torch.library.opcheck(torch.ops.reimplementation.ms_deform_attn, arguments)
+
+    @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+    def test_backward(self, inputs, needs):
+        output = torch.ops.reimplementation.ms_deform_attn(*inputs)
+        weights = inputs.attention_weights.transpose(2, 3).contiguous().transpose(2, 3)
+        arguments = (torch.randn_like(output), *list(inputs)[:4], weights, *needs)
+        torch.library.opcheck(torch.ops.reimplementation.ms_deform_attn_backward, arguments)
+
+    def test_autocast_kernel(self, inputs):
+        value, shapes, starts, locations, weights = inputs
+        with torch.autocast(value.device.type, torch.bfloat16):
+            output = torch.ops.reimplementation.ms_deform_attn(
+                value.bfloat16(), shapes, starts, locations.half(), weights.half()
+            )
+        assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.cuda
+def test_another_stream_and_metadata_on_the_cpu():
+    inputs = random_attention_inputs(17).to("cuda", torch.float64)
+    value, shapes, starts, locations, weights = inputs
+    expected = ops.ms_deform_attn(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        output = ops.ms_deform_attn(value, shapes.cpu(), starts.cpu(), locations, weights)
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.cuda
+def test_no_host_synchronization():
+    value, shapes, starts, locations, weights = random_attention_inputs(18).to("cuda", torch.float32)
+    leaves = [t.requires_grad_() for t in (value, locations, weights)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.ms_deform_attn(leaves[0], shapes, starts, leaves[1], leaves[2]).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
