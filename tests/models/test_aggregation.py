@@ -62,14 +62,10 @@ def surround_rig():
 def box_anchors():
     bearing, distance = torch.rand(2, BS, NUM_ANCHOR, dtype=torch.float64)
     bearing, distance = bearing * 2 * math.pi, distance * 10 + 4
-    centre = torch.stack(
-        [distance * bearing.cos(), distance * bearing.sin(), torch.ones_like(bearing)], dim=-1
-    )
+    centre = torch.stack([distance * bearing.cos(), distance * bearing.sin(), torch.ones_like(bearing)], dim=-1)
     log_size = torch.randn(BS, NUM_ANCHOR, 3).double() * 0.2 + 0.5
     yaw = torch.rand(BS, NUM_ANCHOR, 1).double() * 2 * math.pi
-    return torch.cat(
-        [centre, log_size, yaw.sin(), yaw.cos(), torch.randn(BS, NUM_ANCHOR, 3).double()], dim=-1
-    )
+    return torch.cat([centre, log_size, yaw.sin(), yaw.cos(), torch.randn(BS, NUM_ANCHOR, 3).double()], dim=-1)
 
 
 def scene(dtype=torch.float64, device="cpu", anchor=None):
@@ -103,9 +99,7 @@ def reference(module, key_points, feature, embed, maps, metas):
     query = feature + embed
     matrices = metas["projection_mat"]
     if module.camera_encoder is not None:
-        query = (
-            query[:, :, None] + module.camera_encoder(matrices[:, :, :3].reshape(BS, NUM_CAMS, 12))[:, None]
-        )
+        query = query[:, :, None] + module.camera_encoder(matrices[:, :, :3].reshape(BS, NUM_CAMS, 12))[:, None]
     weights = module.weights_fc(query).reshape(BS, NUM_ANCHOR, -1, NUM_GROUPS).softmax(dim=2)
     weights = weights.reshape(BS, NUM_ANCHOR, NUM_CAMS, len(LEVELS), -1, NUM_GROUPS)
     rows = []
@@ -130,9 +124,7 @@ def values_and_gradients(module, feature, anchor, embed, maps, metas, formatted=
     if function is None:
         output = module(*leaves[:3], ops.feature_maps_format(maps) if formatted else maps, metas)
     else:
-        output = function(
-            module, module.kps_generator(leaves[1], leaves[0]), leaves[0], leaves[2], maps, metas
-        )
+        output = function(module, module.kps_generator(leaves[1], leaves[0]), leaves[0], leaves[2], maps, metas)
         output = output + leaves[0]
     leaves += [parameter for parameter in module.parameters() if parameter.requires_grad]
     cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
@@ -176,9 +168,7 @@ def test_both_forms_of_maps_and_both_paths_agree(dtype, device):
     # Sums of a few hundred terms, in different order; locations are scaled by the size of a level.
     tolerance = {"rtol": 1e3 * torch.finfo(dtype).eps, "atol": 1e3 * torch.finfo(dtype).eps}
     for variant, formatted in [(plain, True), (module, False), (module, True)]:
-        for actual, wanted in zip(
-            values_and_gradients(variant, *arguments, formatted), expected, strict=True
-        ):
+        for actual, wanted in zip(values_and_gradients(variant, *arguments, formatted), expected, strict=True):
             torch.testing.assert_close(actual, wanted, **tolerance)
 
 
@@ -207,15 +197,11 @@ def test_camera_groups_of_different_shapes():
     wide = [level[:, :2] for level in maps]
     tall = [torch.randn(BS, 1, EMBED_DIMS, 2 * height, width).double() for height, width in LEVELS]
     grouped = module(feature, anchor, embed, [wide, tall], metas)
-    torch.testing.assert_close(
-        grouped, module(feature, anchor, embed, ops.feature_maps_format([wide, tall]), metas)
-    )
+    torch.testing.assert_close(grouped, module(feature, anchor, embed, ops.feature_maps_format([wide, tall]), metas))
     only_tall = [torch.cat([torch.zeros_like(t), torch.zeros_like(t), t], dim=1) for t in tall]
     only_wide = [torch.cat([w, torch.zeros_like(w[:, :1])], dim=1) for w in wide]
     bias = module.output_proj.bias
-    summed = module(feature, anchor, embed, only_tall, metas) + module(
-        feature, anchor, embed, only_wide, metas
-    )
+    summed = module(feature, anchor, embed, only_tall, metas) + module(feature, anchor, embed, only_wide, metas)
     torch.testing.assert_close(grouped, summed - feature - bias)
 
 
@@ -238,9 +224,7 @@ def test_points_behind_the_camera_contribute_nothing():
     ahead = metas["projection_mat"][:, :1]
     anchor[..., :3] = torch.tensor([8.0, 0.5, 1.5])  # in front of the first camera
     seen = module(feature, anchor, embed, maps, {**metas, "projection_mat": ahead.expand(BS, NUM_CAMS, 4, 4)})
-    unseen = module(
-        feature, anchor, embed, maps, {**metas, "projection_mat": backwards.expand(BS, NUM_CAMS, 4, 4)}
-    )
+    unseen = module(feature, anchor, embed, maps, {**metas, "projection_mat": backwards.expand(BS, NUM_CAMS, 4, 4)})
     assert (seen - module.output_proj.bias).abs().max() > 0.01
     torch.testing.assert_close(unseen, module.output_proj.bias.expand_as(unseen))
 
@@ -387,9 +371,7 @@ def test_init_weight_as_a_head_calls_it(monkeypatch):
     for submodule in module.modules():
         if hasattr(submodule, "init_weight"):
             submodule.init_weight()
-    torch.testing.assert_close(
-        module.kps_generator.fix_scale.data.tolist(), [list(p) for p in BOX["fix_scale"]]
-    )
+    torch.testing.assert_close(module.kps_generator.fix_scale.data.tolist(), [list(p) for p in BOX["fix_scale"]])
     assert not module.output_proj.bias.any() and module.output_proj.weight.any()
     weights = sampling_weights(module, scene(), monkeypatch)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / (5 * NUM_CAMS * len(LEVELS))))

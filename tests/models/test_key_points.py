@@ -93,9 +93,7 @@ def test_point_key_points_against_a_loop(device):
                 for height in heights:
                     for _ in range(2):
                         point = next(actual)
-                        torch.testing.assert_close(
-                            point[:2], anchor[b, n, 2 * sample : 2 * sample + 2] + next(offsets)
-                        )
+                        torch.testing.assert_close(point[:2], anchor[b, n, 2 * sample : 2 * sample + 2] + next(offsets))
                         assert point[2].item() == pytest.approx(height - 1.8)
 
 
@@ -300,9 +298,7 @@ def test_wrong_shapes():
 
 
 def test_map_generator_needs_learnable_points_and_a_feature():
-    with pytest.raises(
-        ValueError, match="num_learnable_pts >= 1.*got num_learnable_pts=0 and an instance_feature"
-    ):
+    with pytest.raises(ValueError, match="num_learnable_pts >= 1.*got num_learnable_pts=0 and an instance_feature"):
         SparsePoint3DKeyPointsGenerator(16, num_sample=5)(torch.zeros(2, 4, 10), torch.zeros(2, 4, 16))
     with pytest.raises(ValueError, match="got num_learnable_pts=1 and no instance_feature"):
         SparsePoint3DKeyPointsGenerator(16, num_sample=5, num_learnable_pts=1)(torch.zeros(2, 4, 10))

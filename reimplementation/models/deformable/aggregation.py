@@ -214,11 +214,7 @@ class DeformableFeatureAggregation(nn.Module):
 
 def _is_formatted(feature_maps: Sequence) -> bool:
     """Whether this is [col_feats, spatial_shape, scale_start_index]: integers in second place, no level."""
-    return (
-        len(feature_maps) == 3
-        and isinstance(feature_maps[1], Tensor)
-        and not feature_maps[1].is_floating_point()
-    )
+    return len(feature_maps) == 3 and isinstance(feature_maps[1], Tensor) and not feature_maps[1].is_floating_point()
 
 
 def _build(
@@ -236,8 +232,6 @@ def _build(
     plugin = settings.pop("type")
     if isinstance(plugin, str):
         if plugin not in PLUGINS:
-            raise ValueError(
-                f"{argument}['type'] must be a class or one of {', '.join(PLUGINS)}; got {plugin!r}"
-            )
+            raise ValueError(f"{argument}['type'] must be a class or one of {', '.join(PLUGINS)}; got {plugin!r}")
         plugin = PLUGINS[plugin]
     return plugin(**settings)

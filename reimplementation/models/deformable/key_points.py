@@ -116,9 +116,7 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         x, y, z = offset.unbind(-1)
         turned = torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1)
         key_points = turned + anchor[..., None, CENTRE]
-        return with_past_frames(
-            key_points, anchor[..., VELOCITY], T_cur2temp_list, cur_timestamp, temp_timestamps
-        )
+        return with_past_frames(key_points, anchor[..., VELOCITY], T_cur2temp_list, cur_timestamp, temp_timestamps)
 
     @staticmethod
     def anchor_projection(

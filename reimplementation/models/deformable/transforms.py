@@ -81,17 +81,11 @@ def with_past_frames(
     Raises:
         ValueError: there are not as many transforms as timestamps.
     """
-    if (
-        T_cur2temp_list is None
-        or cur_timestamp is None
-        or temp_timestamps is None
-        or len(temp_timestamps) == 0
-    ):
+    if T_cur2temp_list is None or cur_timestamp is None or temp_timestamps is None or len(temp_timestamps) == 0:
         return key_points
     if len(T_cur2temp_list) != len(temp_timestamps):
         raise ValueError(
-            f"T_cur2temp_list must hold one transform per timestamp, {len(temp_timestamps)}; "
-            f"got {len(T_cur2temp_list)}"
+            f"T_cur2temp_list must hold one transform per timestamp, {len(temp_timestamps)}; got {len(T_cur2temp_list)}"
         )
     past = []
     for matrix, timestamp in zip(T_cur2temp_list, temp_timestamps, strict=True):

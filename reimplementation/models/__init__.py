@@ -1,0 +1,5 @@
+"""Modules built on the ops."""
+
+from .ms_deform_attn import MSDeformAttn
+
+__all__ = ["MSDeformAttn"]
