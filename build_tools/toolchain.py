@@ -64,9 +64,7 @@ def find_torch() -> Torch:
         torch = importlib.import_module("torch")
         cpp_extension = importlib.import_module("torch.utils.cpp_extension")
     except (ImportError, OSError) as error:
-        raise Missing(
-            f"torch is not importable while building: install with --no-build-isolation ({error})"
-        ) from error
+        raise Missing(f"torch is not importable while building: install with --no-build-isolation ({error})") from error
     version = str(torch.__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise Missing(f"torch {version} is older than 2.10, the first with the ABI that the extension uses")

@@ -60,7 +60,7 @@ def draw(
         for j, camera_index in enumerate(row):
             x = left + j * (view_width + GAP)
             name = rig.cameras[camera_index].name.removeprefix("CAM_").replace("_", " ").lower()
-            _write(page, x, top - 12, _shortened(name, int(view_width / 10)), 15, MUTED)
+            write(page, x, top - 12, _shortened(name, int(view_width / 10)), 15, MUTED)
             bottom = 1 - (top + view_height) / height
             axes = figure.add_axes((x / WIDTH, bottom, view_width / WIDTH, view_height / height))
             _view(axes, rig, views, recovery, camera_index)
@@ -80,16 +80,14 @@ def _surround_rows(cameras: Sequence[Camera]) -> list[list[int]]:
 
 
 def _header(page: Axes, rig: Rig, recovery: Recovery, painted: np.ndarray | None) -> None:
-    _write(page, MARGIN, 66, "Deformable aggregation", 38, TEXT, weight="bold")
-    subtitle = (
-        f"{len(rig.boxes)} boxes, {recovery.seen.shape[1]} key points in each, {len(rig.cameras)} cameras"
-    )
-    _write(page, MARGIN, 104, subtitle, 18, MUTED)
+    write(page, MARGIN, 66, "Deformable aggregation", 38, TEXT, weight="bold")
+    subtitle = f"{len(rig.boxes)} boxes, {recovery.seen.shape[1]} key points in each, {len(rig.cameras)} cameras"
+    write(page, MARGIN, 104, subtitle, 18, MUTED)
     if painted is not None:
         error = np.abs(recovery.colors - painted).mean(axis=1)[recovery.counted].mean()
-        _write(page, WIDTH - MARGIN, 66, f"{_error(error)} / 255", 38, ACCENT, weight="bold", ha="right")
+        write(page, WIDTH - MARGIN, 66, f"{_error(error)} / 255", 38, ACCENT, weight="bold", ha="right")
         note = f"mean colour error over {recovery.counted.sum()} boxes in plain sight"
-        _write(page, WIDTH - MARGIN, 104, note, 18, MUTED, ha="right")
+        write(page, WIDTH - MARGIN, 104, note, 18, MUTED, ha="right")
 
     x = WIDTH / 2 - 400
     for label, style in (
@@ -97,8 +95,8 @@ def _header(page: Axes, rig: Rig, recovery: Recovery, painted: np.ndarray | None
         ("seen, footprint not clean", _SEEN),
         ("hidden from this camera", _HIDDEN),
     ):
-        page.scatter(x, 98, s=_area(5.5), **style)
-        _write(page, x + 16, 104, label, 16, MUTED)
+        page.scatter(x, 98, s=area(5.5), **style)
+        write(page, x + 16, 104, label, 16, MUTED)
         x += 40 + 8.6 * len(label)
 
 
@@ -108,18 +106,14 @@ def _view(axes: Axes, rig: Rig, views: Sequence[View], recovery: Recovery, index
     axes.set(xlim=(0, camera.width), ylim=(camera.height, 0), anchor="N")
     axes.axis("off")
 
-    outlines = [
-        _visible_edges(camera, view, rig.boxes[i]) for i in np.unique(view.box_ids[view.box_ids >= 0])
-    ]
+    outlines = [_visible_edges(camera, view, rig.boxes[i]) for i in np.unique(view.box_ids[view.box_ids >= 0])]
     if outlines:
         x, y = np.concatenate(outlines).T
         axes.plot(x, y, color="#ffffff", linewidth=0.8, alpha=0.9, solid_capstyle="round")
 
     pixels, depth = rig.project(key_points(rig.boxes))
     pixels, depth = pixels[..., index, :], depth[..., index]
-    inside = (
-        (depth > NEAR) & (pixels >= 0).all(axis=-1) & (pixels < (camera.width, camera.height)).all(axis=-1)
-    )
+    inside = (depth > NEAR) & (pixels >= 0).all(axis=-1) & (pixels < (camera.width, camera.height)).all(axis=-1)
     weights, seen = recovery.weights[..., index], recovery.seen[..., index]
     extent = np.ptp(pixels, axis=1).min(axis=1, keepdims=True)  # small boxes get small dots
     radius = np.clip(extent / 12, 1.2, 4.0) * (0.8 + 1.4 * np.sqrt(weights))
@@ -128,7 +122,7 @@ def _view(axes: Axes, rig: Rig, views: Sequence[View], recovery: Recovery, index
         (inside & seen & (weights == 0), _SEEN),
         (inside & (weights > 0), _SAMPLED),
     ):
-        axes.scatter(*pixels[chosen].T, s=_area(radius[chosen]), **style)
+        axes.scatter(*pixels[chosen].T, s=area(radius[chosen]), **style)
     _numbers(axes, rig, views, index)
 
 
@@ -142,9 +136,7 @@ def _visible_edges(camera: Camera, view: View, box: Box) -> np.ndarray:
     depth = projected[..., 2]
     pixels = projected[..., :2] / np.maximum(depth, NEAR)[..., None]
 
-    inside = (
-        (depth > NEAR) & (pixels >= 0).all(axis=-1) & (pixels < (camera.width, camera.height)).all(axis=-1)
-    )
+    inside = (depth > NEAR) & (pixels >= 0).all(axis=-1) & (pixels < (camera.width, camera.height)).all(axis=-1)
     column, row = (np.where(inside, pixels[..., axis], 0).astype(int) for axis in (0, 1))
     # A silhouette runs between two pixels, so it shows where any pixel next to it is as deep.
     behind = [
@@ -160,9 +152,7 @@ def _numbers(axes: Axes, rig: Rig, views: Sequence[View], index: int) -> None:
     """Number each box in the view that shows most of it, above or below, where no other number stands."""
     box_ids = views[index].box_ids
     height, width = box_ids.shape
-    counts = np.array(
-        [np.bincount(view.box_ids[view.box_ids >= 0], minlength=len(rig.boxes)) for view in views]
-    )
+    counts = np.array([np.bincount(view.box_ids[view.box_ids >= 0], minlength=len(rig.boxes)) for view in views])
     taken: list[tuple[float, float]] = []
     for box in np.flatnonzero((counts.argmax(axis=0) == index) & (counts[index] > 0)):
         rows, columns = np.nonzero(box_ids == box)
@@ -179,7 +169,7 @@ def _numbers(axes: Axes, rig: Rig, views: Sequence[View], index: int) -> None:
                     "edgecolor": "none",
                     "alpha": 0.72,
                 }
-                _write(axes, x, y, str(box + 1), 12, TEXT, ha="center", va="center", bbox=plate)
+                write(axes, x, y, str(box + 1), 12, TEXT, ha="center", va="center", bbox=plate)
                 break
 
 
@@ -189,7 +179,7 @@ def _swatches(page: Axes, top: float, rig: Rig, recovery: Recovery, painted: np.
         if painted is None
         else "Painted (left), and recovered through the op (right)"
     )
-    _write(page, MARGIN, top + 46, title, 20, TEXT, weight="bold")
+    write(page, MARGIN, top + 46, title, 20, TEXT, weight="bold")
     cell = (WIDTH - 2 * MARGIN) / SWATCHES_PER_ROW
     for i, box in enumerate(rig.boxes[:MAX_SWATCHES]):
         x = MARGIN + i % SWATCHES_PER_ROW * cell
@@ -211,20 +201,21 @@ def _swatches(page: Axes, top: float, rig: Rig, recovery: Recovery, painted: np.
             )
         counted = recovery.counted[i] if painted is not None else not unseen
         label = _shortened(box.label.replace("_", " "), 13)
-        _write(page, x + 70, y + 15, f"{i + 1}  {label}", 15, TEXT if counted else MUTED)
+        write(page, x + 70, y + 15, f"{i + 1}  {label}", 15, TEXT if counted else MUTED)
         if unseen:
             note = "no camera sees it"
         elif painted is None:
             note = f"{recovery.seen[i].any(axis=1).sum()} of {recovery.seen.shape[1]} points seen"
         else:
             note = f"{'off by' if counted else 'uncounted:'} {_error(np.abs(recovered - painted[i]).mean())}"
-        _write(page, x + 70, y + 34, note, 12.5, MUTED)
+        write(page, x + 70, y + 34, note, 12.5, MUTED)
     if len(rig.boxes) > MAX_SWATCHES:
         note = f"and {len(rig.boxes) - MAX_SWATCHES} more boxes"
-        _write(page, WIDTH - MARGIN, top + 46, note, 16, MUTED, ha="right")
+        write(page, WIDTH - MARGIN, top + 46, note, 16, MUTED, ha="right")
 
 
-def _write(axes: Axes, x: float, y: float, text: str, pixels: float, color: str, **style) -> None:
+def write(axes: Axes, x: float, y: float, text: str, pixels: float, color: str, **style) -> None:
+    """Put text of a height in pixels at (x, y); `style` goes to matplotlib."""
     # Labels come from files: a dollar sign in one is a dollar sign, not mathematics.
     axes.text(x, y, text, fontsize=pixels * POINTS_PER_PIXEL, color=color, parse_math=False, **style)
 
@@ -237,6 +228,6 @@ def _error(value: float) -> str:
     return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
-def _area(radius: float | np.ndarray) -> float | np.ndarray:
+def area(radius: float | np.ndarray) -> float | np.ndarray:
     """What `scatter` calls a size, for a radius in pixels."""
     return (2 * radius * POINTS_PER_PIXEL) ** 2

@@ -49,9 +49,7 @@ def recover_colors(rig: Rig, views: Sequence[View]) -> Recovery:
     weights = shares / np.maximum(shares.sum(axis=(1, 2), keepdims=True), 1)
 
     pixels, depth = rig.project(key_points(rig.boxes))
-    locations = np.where(
-        depth[..., None] > 0, pixels / rig.image_wh, -1.0
-    )  # behind the camera: outside, so ignored
+    locations = np.where(depth[..., None] > 0, pixels / rig.image_wh, -1.0)  # behind the camera: outside, so ignored
     level_weights = torch.zeros(*weights.shape, len(STRIDES), 1)
     level_weights[..., 0, 0] = torch.from_numpy(weights)
     colors = ops.deformable_aggregation_function(

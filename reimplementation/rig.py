@@ -21,9 +21,7 @@ MAX_IMAGE_PIXELS = 40_000_000
 MAX_CAMERAS = 64
 MAX_BOXES = 4096
 MAX_NAME_LENGTH = 64
-MAX_MAGNITUDE = (
-    1e6  # metres or pixels; far beyond any rig, and small enough that no later arithmetic overflows
-)
+MAX_MAGNITUDE = 1e6  # metres or pixels; far beyond any rig, and small enough that no later arithmetic overflows
 MIN_DEPTH = 1e-5  # metres; SparseDrive divides by no less
 
 
@@ -64,9 +62,7 @@ class Camera:
         rotation = self.world_to_camera[:3, :3]
         rigid = np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3) and np.linalg.det(rotation) > 0
         if not rigid or not np.allclose(self.world_to_camera[3], (0, 0, 0, 1)):
-            raise ValueError(
-                "world_to_camera must be a rotation and a translation, with the last row (0, 0, 0, 1)"
-            )
+            raise ValueError("world_to_camera must be a rotation and a translation, with the last row (0, 0, 0, 1)")
         if self.image is not None and self.image.shape != (self.height, self.width, 3):
             raise ValueError(f"image must be ({self.height}, {self.width}, 3); got {self.image.shape}")
 
@@ -126,9 +122,7 @@ class Box:
         object.__setattr__(self, "label", _text(self.label, "label"))
         object.__setattr__(self, "velocity_xy", _numbers(self.velocity_xy, "velocity_xy", (2,)))
         if not (self.size_lwh > 1e-3).all():
-            raise ValueError(
-                f"size_lwh must be positive, at least a millimetre; got {self.size_lwh.tolist()}"
-            )
+            raise ValueError(f"size_lwh must be positive, at least a millimetre; got {self.size_lwh.tolist()}")
 
     @property
     def rotation(self) -> np.ndarray:
@@ -256,9 +250,7 @@ def _load_camera(entry: Any, folder: Path, where: str) -> Camera:
         )
         if not isinstance(entry["image"], str):
             raise ValueError(f"image must be a file name; got {_short(entry['image'])}")
-        return replace(
-            camera, image=_read_image(_inside(folder, entry["image"]), camera.width, camera.height)
-        )
+        return replace(camera, image=_read_image(_inside(folder, entry["image"]), camera.width, camera.height))
     except ValueError as error:
         message = str(error).replace("world_to_camera", "lidar_to_camera")
         raise ValueError(f"{where}: {message}") from None
@@ -284,9 +276,7 @@ def _read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(document, dict):
-        raise ValueError(
-            f"{path} must hold an object with the keys cameras and boxes; got {_short(document)}"
-        )
+        raise ValueError(f"{path} must hold an object with the keys cameras and boxes; got {_short(document)}")
     return document
 
 
@@ -333,9 +323,7 @@ def _read_image(path: Path, width: int, height: int) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("JPEG", "PNG")) as image:
                 if image.size != (width, height):  # before a single pixel is decoded
-                    raise ValueError(
-                        f"it is {image.size[0]} x {image.size[1]} pixels; expected {width} x {height}"
-                    )
+                    raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels; expected {width} x {height}")
                 return np.array(image.convert("RGB"))
     except Image.UnidentifiedImageError:
         raise ValueError(f"image {path}: not a JPEG or PNG file") from None

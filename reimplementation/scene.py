@@ -119,9 +119,7 @@ def built_in_scene() -> Scene:
     rig = replace(nuscenes_like_rig().scaled_to(IMAGE_WIDTH, IMAGE_HEIGHT), boxes=street_boxes())
     colors = distinct_colors(len(rig.boxes))
     rendered = [render(camera, rig.boxes, colors) for camera in rig.cameras]
-    cameras = tuple(
-        replace(camera, image=image) for camera, (image, _) in zip(rig.cameras, rendered, strict=True)
-    )
+    cameras = tuple(replace(camera, image=image) for camera, (image, _) in zip(rig.cameras, rendered, strict=True))
     return Scene(replace(rig, cameras=cameras), colors, tuple(view for _, view in rendered))
 
 

@@ -113,18 +113,14 @@ def test_image_follows_intrinsics():
 
 
 def test_too_many_rows_asked_for():
-    with pytest.raises(
-        ValueError, match="CAM_FRONT: 1600 x 900 resized to width 704 has 396 rows, fewer than the 400"
-    ):
+    with pytest.raises(ValueError, match="CAM_FRONT: 1600 x 900 resized to width 704 has 396 rows, fewer than the 400"):
         nuscenes_like_rig().scaled_to(704, 400)
 
 
 def test_box_corners_and_anchor():
     box = Box([1.0, 2.0, 3.0], [4.0, 2.0, 1.0], math.pi / 2, "car", [0.5, -1.0])
     corners = box.corners()
-    np.testing.assert_allclose(
-        corners.min(axis=0), (0, 0, 2.5), atol=1e-12
-    )  # heading +y: the length lies along y
+    np.testing.assert_allclose(corners.min(axis=0), (0, 0, 2.5), atol=1e-12)  # heading +y: the length lies along y
     np.testing.assert_allclose(corners.max(axis=0), (2, 4, 3.5), atol=1e-12)
     np.testing.assert_allclose(corners[7], (0, 4, 3.5), atol=1e-12)  # ahead, left, up
     expected = [1, 2, 3, math.log(4), math.log(2), 0, 1, 0, 0.5, -1, 0]
@@ -293,9 +289,7 @@ def test_images_that_are_none(tmp_path, document):
             Rig.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "size", [(5000, 4000), (20000, 5000), (20000, 10000)]
-)  # the last two alarm Pillow itself
+@pytest.mark.parametrize("size", [(5000, 4000), (20000, 5000), (20000, 10000)])  # the last two alarm Pillow itself
 def test_decompression_bomb_is_not_decoded(tmp_path, document, size, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     image.new("1", size).save(tmp_path / "front.png")

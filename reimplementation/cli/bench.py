@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,17 @@ import torch
 import reimplementation
 from reimplementation import ops
 from reimplementation.timing import Timing, measure
-from reimplementation.workloads import AggregationInputs, aggregation_inputs
+from reimplementation.workloads import AggregationInputs, OpInputs, aggregation_inputs, attention_inputs
 
-CASES = {
-    "rig-bs1": ("rig", 1),
-    "rig-bs6": ("rig", 6),
-    "dense-bs1": ("dense", 1),
-    "dense-bs6": ("dense", 6),
+CASES: dict[str, Callable[..., OpInputs]] = {
+    "rig-bs1": partial(aggregation_inputs, "rig", 1),
+    "rig-bs6": partial(aggregation_inputs, "rig", 6),
+    "dense-bs1": partial(aggregation_inputs, "dense", 1),
+    "dense-bs6": partial(aggregation_inputs, "dense", 6),
+    "msda-encoder-bs1": partial(attention_inputs, "encoder", 1),
+    "msda-encoder": partial(attention_inputs, "encoder"),
+    "msda-decoder": partial(attention_inputs, "decoder"),
+    "msda-paper": partial(attention_inputs, "paper"),
 }
 DTYPES = {
     "float32": torch.float32,
@@ -56,15 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help="of: %(choices)s"
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--backends", nargs="+", choices=ops.backends.BACKENDS, help="default: all of the device"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=30, help="timed runs of each input (default: %(default)s)"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--backends", nargs="+", choices=ops.backends.BACKENDS, help="default: all of the device")
+    parser.add_argument("--repeats", type=int, default=30, help="timed runs of each input (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures, with the machine's name")
     parser.set_defaults(run=run)
 
@@ -97,49 +96,38 @@ def run(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps(document(device, results), indent=1) + "\n")
 
 
-def time_case(
-    case: str, dtype: torch.dtype, device: torch.device, backend: str, passed: str, repeats: int
-) -> Timing:
-    """Time one pass of the op; on CUDA over several inputs in turn, larger than the L2 together."""
-    geometry, batch_size = CASES[case]
-    first = aggregation_inputs(geometry, batch_size, dtype=dtype, device=device)
+def time_case(case: str, dtype: torch.dtype, device: torch.device, backend: str, passed: str, repeats: int) -> Timing:
+    """Time one pass of an op; on CUDA over several inputs in turn, larger than the L2 together."""
+    first = CASES[case](dtype=dtype, device=device)
+    features = next(iter(first))
     copies = 1
     if device.type == "cuda":
-        copies += ROTATED_BYTES // (first.feature_maps.numel() * first.feature_maps.element_size())
-    inputs = [first] + [
-        aggregation_inputs(geometry, batch_size, dtype=dtype, device=device, seed=seed)
-        for seed in range(1, copies)
-    ]
-    if backend == "grid_sample":  # it reads the shapes on the host
-        inputs = [
-            AggregationInputs(
-                i.feature_maps,
-                i.spatial_shape.cpu(),
-                i.scale_start_index.cpu(),
-                i.sampling_location,
-                i.weights,
-            )
-            for i in inputs
-        ]
+        copies += ROTATED_BYTES // (features.numel() * features.element_size())
+    inputs = [first] + [CASES[case](dtype=dtype, device=device, seed=seed) for seed in range(1, copies)]
     with ops.use_backend(backend):
-        return measure([_step(i, passed) for i in inputs], device, repeats)
+        return measure([_step(i, backend, passed) for i in inputs], device, repeats)
 
 
-def _step(inputs: AggregationInputs, passed: str) -> Callable[[], object]:
-    features, shapes, starts, location, weights = inputs
-    leaves = [t.detach().requires_grad_(passed == "training") for t in (features, location, weights)]
-    grad_output = torch.randn_like(features[:, :1]).expand(-1, location.shape[1], -1).contiguous()
+def _step(inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]:
+    aggregation = isinstance(inputs, AggregationInputs)
+    function = ops.deformable_aggregation_function if aggregation else ops.ms_deform_attn
+    features, shapes, starts, locations, weights = inputs
+    if backend == "grid_sample":  # it reads the shapes on the host
+        shapes, starts = shapes.cpu(), starts.cpu()
+    leaves = [t.detach().requires_grad_(passed == "training") for t in (features, locations, weights)]
 
     def forward():
-        return ops.deformable_aggregation_function(leaves[0], shapes, starts, leaves[1], leaves[2])
+        return function(leaves[0], shapes, starts, leaves[1], leaves[2])
 
     if passed == "forward":
         return forward
+    with torch.no_grad():
+        grad_output = torch.randn_like(forward())
     if passed == "training":
         return lambda: torch.autograd.grad(forward(), leaves, grad_output)
-    return lambda: torch.ops.reimplementation.deformable_aggregation_backward(
-        grad_output, *inputs, True, True, True
-    )
+    name = "deformable_aggregation" if aggregation else "ms_deform_attn"
+    backward = getattr(torch.ops.reimplementation, f"{name}_backward")
+    return lambda: backward(grad_output, *inputs, True, True, True)
 
 
 def print_table(results: list[Result]) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import reimplementation
+from reimplementation.recovery import MIN_PIXELS_ACROSS, Recovery, recover_colors
 from reimplementation.rig import Rig
 from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH, View, built_in_scene, trace_boxes
 
-from .module_timing import Timing, cases, measure, problem, reference
-from reimplementation.recovery import MIN_PIXELS_ACROSS, Recovery, recover_colors
+from . import msda_demo
+from .module_timing import EMBED_DIMS, Timing, cases, measure, module_document, problem, reference
 from .report import print_report
 
+OPS = ("aggregation", "msda")
 MAX_QUERIES = 100_000
+STEPS_BESIDE_TIMING = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +36,16 @@ class Surroundings:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="read the colours of boxes around a car through the op, and time the module on every backend",
-        description="Read the colours of the boxes around a car through deformable aggregation, draw what "
-        "was read and where, and time the whole module on every backend of this machine.",
+        help="read colours from images through an op, and time its module on every backend",
+        description="Read the colours of the boxes around a car through deformable aggregation, or those around "
+        "a grid of queries in one image through multi-scale deformable attention; draw what was read and where; "
+        "and time the op's whole module on every backend of this machine.",
     )
+    parser.add_argument("--op", choices=OPS, default="aggregation", help="which op (default: %(default)s)")
     parser.add_argument(
         "--rig", metavar="DIR", help="a folder with sample.json and images (default: a built-in street)"
     )
-    parser.add_argument(
-        "--output", metavar="FILE", default="demo.png", help="the picture (default: %(default)s)"
-    )
+    parser.add_argument("--output", metavar="FILE", default="demo.png", help="the picture (default: %(default)s)")
     parser.add_argument(
         "--queries",
         metavar="N",
@@ -49,45 +53,58 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default=900,
         help="queries of the timed module (default: %(default)s)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    # Both extras are imported before the work begins, so that a missing one is named at once.
+    # Here as in the functions that draw, extras are imported before the work begins: a missing one is named at once.
     from rich.console import Console
     from rich.progress import Progress
-
-    from reimplementation.drawing import draw
 
     output = Path(options.output)
     if output.is_dir() or not output.resolve().parent.is_dir():
         raise ValueError(f"--output {output} must name a file in a folder that exists")
 
-    which = cases()
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("looking around", total=len(which) + 4)
-        surroundings = look_around(options.rig)
-        progress.update(task, advance=1, description="reading colours")
-        recovery = recover_colors(surroundings.rig, surroundings.views)
-        progress.update(task, advance=1, description="drawing")
-        draw(output, surroundings.rig, surroundings.views, recovery, surroundings.painted)
-        progress.update(task, advance=1, description="the module in float64")
-        batch = problem(surroundings.rig, options.queries)
-        expected = reference(batch)
-        timings = []
-        for case in which:
-            progress.update(task, advance=1, description=f"the module on {case.backend}, {case.dtype_name}")
-            timings.append(measure(batch, expected, case))
+        task = progress.add_task("looking around", total=len(cases()) + STEPS_BESIDE_TIMING)
 
-    document = _document(surroundings, recovery, timings, options.queries, output)
+        def step(description: str) -> None:
+            progress.update(task, advance=1, description=description)
+
+        show = {"aggregation": _show, "msda": msda_demo.show}[options.op]
+        found = show(options, output, step)
+
+    document = {
+        "reimplementation": reimplementation.__version__,
+        "op": options.op,
+        "picture": str(output),
+        **found,
+    }
     if options.json:
         print(json.dumps(document, indent=2))
     else:
         print_report(document, Console())
+
+
+def _show(options: argparse.Namespace, output: Path, step: Callable[[str], None]) -> dict:
+    """Draw the picture, time the module; returns everything that was found. ``step`` is told what comes next."""
+    from reimplementation.drawing import draw
+
+    surroundings = look_around(options.rig)
+    step("reading colours")
+    recovery = recover_colors(surroundings.rig, surroundings.views)
+    step("drawing")
+    draw(output, surroundings.rig, surroundings.views, recovery, surroundings.painted)
+    step("the module in float64")
+    batch = problem(surroundings.rig, options.queries)
+    expected = reference(batch)
+    timings = []
+    for case in cases():
+        step(f"the module on {case.backend}, {case.dtype_name}")
+        timings.append(measure(batch, expected, case))
+    return _document(surroundings, recovery, timings, options.queries)
 
 
 def look_around(folder: str | None = None) -> Surroundings:
@@ -104,9 +121,7 @@ def color_errors(recovered: np.ndarray, painted: np.ndarray) -> np.ndarray:
     return np.abs(recovered - painted).mean(axis=1)
 
 
-def _document(
-    surroundings: Surroundings, recovery: Recovery, timings: list[Timing], queries: int, output: Path
-) -> dict:
+def _document(surroundings: Surroundings, recovery: Recovery, timings: list[Timing], queries: int) -> dict:
     """Everything the demo found, ready for JSON."""
     painted = surroundings.painted
     boxes = []
@@ -126,26 +141,14 @@ def _document(
             }
         boxes.append(entry)
     document = {
-        "reimplementation": reimplementation.__version__,
-        "picture": str(output),
         "cameras": [camera.name for camera in surroundings.rig.cameras],
         "boxes": boxes,
-        "module": {
-            "queries": queries,
-            "error": "largest error of the module's output against float64, over the largest float64 output",
-            "timings": [
-                {
-                    "device": timing.case.device,
-                    "backend": timing.case.backend,
-                    "dtype": timing.case.dtype_name,
-                    "forward_ms": timing.forward_ms,
-                    "forward_backward_ms": timing.training_ms,
-                    "extra_memory_bytes": timing.extra_bytes,
-                    "max_relative_error": timing.max_error,
-                }
-                for timing in timings
-            ],
-        },
+        "module": module_document(
+            "DeformableFeatureAggregation",
+            queries,
+            f"{len(surroundings.rig.cameras)} cameras, {EMBED_DIMS} channels",
+            timings,
+        ),
     }
     if painted is not None:
         counted = [box["error"] for box in boxes if box["counted"]]

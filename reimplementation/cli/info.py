@@ -57,9 +57,7 @@ def _lines(facts: dict) -> list[str]:
         ("extension", extension["file"] or "not there"),
     ]
     for kind in ("cpu", "cuda"):
-        rows.append(
-            (f"{kind} kernels", "there" if extension[kind] else f"missing: {extension['reasons'].get(kind)}")
-        )
+        rows.append((f"{kind} kernels", "there" if extension[kind] else f"missing: {extension['reasons'].get(kind)}"))
     if extension["architectures"]:
         rows.append(("architectures", " ".join(extension["architectures"])))
     rows += [(tool, extension[tool]) for tool in ("nvcc", "compiler") if extension.get(tool)]

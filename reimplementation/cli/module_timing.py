@@ -7,20 +7,20 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reimplementation import ops
 from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.rig import Rig
 from reimplementation.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS
-
 from reimplementation.workloads import STRIDES
 
 EMBED_DIMS, NUM_GROUPS = 256, 8  # SparseDrive's
@@ -62,6 +62,22 @@ class Timing:
     max_error: float
 
 
+class Timed(Protocol):
+    """A module with one batch of inputs: what `measure` times."""
+
+    module: nn.Module
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The inputs whose gradients are taken."""
+
+    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Timed:
+        """The same elsewhere; gradients of the result do not reach this one's tensors."""
+
+    def forward(self) -> Tensor:
+        """Call the module."""
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """The module, and one batch of inputs for it: float32, on one device."""
@@ -72,6 +88,11 @@ class Problem:
     anchor_embed: Tensor
     feature_maps: list[Tensor]  # col_feats, spatial_shape, scale_start_index
     metas: dict[str, Tensor]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The inputs whose gradients are taken."""
+        return self.feature_maps[0], self.instance_feature
 
     def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Problem:
         """The same elsewhere. Only the feature maps go to half precision; integers keep their dtype.
@@ -91,9 +112,7 @@ class Problem:
         )
 
     def forward(self) -> Tensor:
-        return self.module(
-            self.instance_feature, self.anchor, self.anchor_embed, self.feature_maps, self.metas
-        )
+        return self.module(self.instance_feature, self.anchor, self.anchor_embed, self.feature_maps, self.metas)
 
 
 def cases() -> list[Case]:
@@ -149,18 +168,18 @@ def problem(rig: Rig, num_queries: int, seed: int = 0) -> Problem:
     )
 
 
-def reference(of: Problem) -> Tensor:
+def reference(of: Timed) -> Tensor:
     """The module's output in float64, on the CPU and in plain PyTorch."""
     with torch.no_grad(), ops.use_backend("grid_sample"):
         return of.to(dtype=torch.float64).forward()
 
 
-def measure(of: Problem, expected: Tensor, case: Case) -> Timing:
+def measure(of: Timed, expected: Tensor, case: Case) -> Timing:
     """Time the module in one case; half precision runs under autocast, with features in that dtype."""
     of = of.to(case.device, case.dtype)
     half = case.dtype != torch.float32
-    of.feature_maps[0].requires_grad_()
-    of.instance_feature.requires_grad_()
+    for leaf in of.leaves:
+        leaf.requires_grad_()
 
     def run() -> Tensor:
         with ops.use_backend(case.backend), torch.autocast(case.device, case.dtype, enabled=half):
@@ -174,7 +193,8 @@ def measure(of: Problem, expected: Tensor, case: Case) -> Timing:
         output = run()
         output.backward(torch.ones_like(output))
         of.module.zero_grad()
-        of.feature_maps[0].grad = of.instance_feature.grad = None
+        for leaf in of.leaves:
+            leaf.grad = None
 
     with torch.no_grad():
         error = (run().cpu().double() - expected).abs().max() / expected.abs().max()
@@ -186,6 +206,28 @@ def measure(of: Problem, expected: Tensor, case: Case) -> Timing:
         extra_bytes,
         error.item(),
     )
+
+
+def module_document(name: str, queries: int, sizes: str, timings: Sequence[Timing]) -> dict:
+    """What was timed and what came out, ready for JSON."""
+    return {
+        "name": name,
+        "queries": queries,
+        "sizes": sizes,
+        "error": "largest error of the module's output against float64, over the largest float64 output",
+        "timings": [
+            {
+                "device": timing.case.device,
+                "backend": timing.case.backend,
+                "dtype": timing.case.dtype_name,
+                "forward_ms": timing.forward_ms,
+                "forward_backward_ms": timing.training_ms,
+                "extra_memory_bytes": timing.extra_bytes,
+                "max_relative_error": timing.max_error,
+            }
+            for timing in timings
+        ],
+    }
 
 
 def _milliseconds(step: Callable[[], None], device: str) -> float:
@@ -244,7 +286,5 @@ def _anchors(rig: Rig, count: int, seed: int) -> np.ndarray:
     position = np.stack([distance * np.cos(bearing), distance * np.sin(bearing)], axis=1)
     elevation = np.full((count, 1), camera_height - 0.7)
     heading = np.stack([np.sin(yaw), np.cos(yaw)], axis=1)
-    around = np.concatenate(
-        [position, elevation, np.log(sizes), heading, velocity, np.zeros((count, 1))], axis=1
-    )
+    around = np.concatenate([position, elevation, np.log(sizes), heading, velocity, np.zeros((count, 1))], axis=1)
     return np.concatenate([rig.anchors, around])[:count]

@@ -13,7 +13,10 @@ MAX_ROWS = 100
 
 def print_report(document: dict, console: Console) -> None:
     """Print what `demo --json` would have said, as tables."""
-    _print_colors(document, console)
+    if document["op"] == "aggregation":
+        _print_colors(document, console)
+    else:
+        _print_attention(document, console)
     _print_module(document, console)
     console.print(f"\nPicture: {document['picture']}", markup=False, highlight=False)
 
@@ -50,11 +53,29 @@ def _print_colors(document: dict, console: Console) -> None:
         )
 
 
+def _print_attention(document: dict, console: Console) -> None:
+    from rich.text import Text
+
+    table = _table(f"Colours read around each query of {document['camera']}")
+    for heading in ("x", "y"):
+        table.add_column(heading, justify="right", style="dim")
+    table.add_column("mean")
+    table.add_column("of each head")
+    for query in document["queries"]:
+        heads = query["heads_rgb"]
+        mean = [sum(channel) / len(heads) for channel in zip(*heads)]
+        table.add_row(*(f"{x:.2f}" for x in query["xy"]), _swatch(mean), Text.assemble(*map(_patch, heads)))
+    console.print(table)
+    colors = document["colors"]
+    console.print(
+        f"\nLargest error {_error(colors['max_absolute_error'])} / 255, against {colors['against']}.",
+        highlight=False,
+    )
+
+
 def _print_module(document: dict, console: Console) -> None:
     module = document["module"]
-    table = _table(
-        f"The whole module: {len(document['cameras'])} cameras, {module['queries']} queries, 256 channels"
-    )
+    table = _table(f"The whole module, {module['name']}: {module['queries']} queries, {module['sizes']}")
     for heading in ("device", "backend", "dtype"):
         table.add_column(heading)
     for heading in ("forward, ms", "fwd + bwd, ms", "memory, MB", "max error"):
@@ -73,8 +94,7 @@ def _print_module(document: dict, console: Console) -> None:
     console.print()
     console.print(table)
     console.print(
-        "Memory: the most held during forward and backward, beyond parameters and inputs. "
-        f"Error: {module['error']}.",
+        f"Memory: the most held during forward and backward, beyond parameters and inputs. Error: {module['error']}.",
         style="dim",
     )
 
@@ -94,5 +114,15 @@ def _swatch(color: list | None) -> Text:
 
     if color is None:
         return Text("not seen", style="dim")
-    red, green, blue = (min(max(round(channel), 0), 255) for channel in color)
-    return Text.assemble(("    ", f"on rgb({red},{green},{blue})"), f" {red:3d} {green:3d} {blue:3d}")
+    red, green, blue = _rgb(color)
+    return Text.assemble(_patch(color), f" {red:3d} {green:3d} {blue:3d}")
+
+
+def _patch(color: list) -> Text:
+    from rich.text import Text
+
+    return Text("    ", style="on rgb({},{},{})".format(*_rgb(color)))
+
+
+def _rgb(color: list) -> tuple[int, ...]:
+    return tuple(min(max(round(channel), 0), 255) for channel in color)

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from reimplementation import ops
 from reimplementation.cli import demo, main
-from reimplementation.recovery import color_pyramid, recover_colors
-from reimplementation.workloads import STRIDES
 from reimplementation.cli.report import print_report
 from reimplementation.drawing import draw
+from reimplementation.recovery import color_pyramid, recover_colors
 from reimplementation.rig import Box, Rig
 from reimplementation.scene import trace_boxes
+from reimplementation.workloads import STRIDES
 
 NUSCENES = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuscenes_sample"
 

@@ -43,9 +43,7 @@ def test_needs_no_extra():
         "import sys; sys.modules.update(dict.fromkeys(('rich', 'matplotlib', 'PIL')));"
         "from reimplementation.cli import main; sys.exit(main(['info']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,130 @@
+"""The demo of multi-scale deformable attention: colours read around queries, and the module on every backend."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reimplementation.models import MSDeformAttn
+from reimplementation.reading import NUM_HEADS, NUM_POINTS, STRIDES, Reading, read_colors
+from reimplementation.rig import Camera, Rig
+from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH, built_in_scene
+
+from .module_timing import Timing, cases, measure, module_document, reference
+
+D_MODEL = 256
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """The module, and one batch of inputs for it: float32, on one device."""
+
+    module: MSDeformAttn
+    query: Tensor
+    reference_points: Tensor
+    input_flatten: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The inputs whose gradients are taken."""
+        return self.query, self.input_flatten
+
+    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> AttentionProblem:
+        """The same elsewhere. Only the features go to half precision; integers keep their dtype.
+
+        Gradients of the result do not reach this problem's tensors.
+        """
+        wide = dtype if dtype == torch.float64 else None
+        return replace(
+            self,
+            module=copy.deepcopy(self.module).to(device, wide),
+            query=self.query.detach().to(device, wide),
+            reference_points=self.reference_points.to(device, wide),
+            input_flatten=self.input_flatten.detach().to(device, dtype),
+            spatial_shapes=self.spatial_shapes.to(device),
+            level_start_index=self.level_start_index.to(device),
+        )
+
+    def forward(self) -> Tensor:
+        return self.module(
+            self.query, self.reference_points, self.input_flatten, self.spatial_shapes, self.level_start_index
+        )
+
+
+def show(options: argparse.Namespace, output: Path, step: Callable[[str], None]) -> dict:
+    """Draw the picture, time the module; returns everything that was found. ``step`` is told what comes next."""
+    from reimplementation.attention_drawing import draw
+
+    camera = front_camera(options.rig)
+    step("reading colours")
+    reading = read_colors(camera.image)
+    step("drawing")
+    draw(output, camera.image, reading)
+    step("the module in float64")
+    batch = problem(options.queries)
+    expected = reference(batch)
+    timings = []
+    for case in cases():
+        step(f"the module on {case.backend}, {case.dtype_name}")
+        timings.append(measure(batch, expected, case))
+    return _document(camera, reading, timings, options.queries)
+
+
+def front_camera(folder: str | None = None) -> Camera:
+    """The camera that looks ahead, in the built-in street or in the rig of a folder, at 704 x 256 pixels."""
+    rig = built_in_scene().rig if folder is None else Rig.load(folder).scaled_to(IMAGE_WIDTH, IMAGE_HEIGHT)
+    return max(rig.cameras, key=lambda camera: camera.world_to_camera[2, 1])  # y of its optical axis: forward
+
+
+def problem(num_queries: int, seed: int = 0) -> AttentionProblem:
+    """256 channels, 8 heads, 4 points, 4 levels of a 704 x 256 image; random features, queries at random places.
+
+    The module's offsets and weights depend on the query, as after training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = MSDeformAttn(D_MODEL, len(STRIDES), NUM_HEADS, NUM_POINTS).eval()
+        with torch.no_grad():
+            for layer in (module.sampling_offsets, module.attention_weights):
+                torch.nn.init.xavier_uniform_(layer.weight)
+    spatial_shapes = torch.tensor([(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES])
+    rows = spatial_shapes.prod(-1)
+    return AttentionProblem(
+        module=module,
+        query=torch.randn(1, num_queries, D_MODEL, generator=generator),
+        reference_points=torch.rand(1, num_queries, 1, 2, generator=generator),
+        input_flatten=torch.randn(1, int(rows.sum()), D_MODEL, generator=generator),
+        spatial_shapes=spatial_shapes,
+        level_start_index=rows.cumsum(0) - rows,
+    )
+
+
+def _document(camera: Camera, reading: Reading, timings: list[Timing], queries: int) -> dict:
+    """Everything the demo found, ready for JSON."""
+    return {
+        "camera": camera.name,
+        "queries": [
+            {"xy": place.tolist(), "heads_rgb": colors.tolist()}
+            for place, colors in zip(reading.places, reading.colors, strict=True)
+        ],
+        "colors": {
+            "max_absolute_error": reading.error,
+            "against": "grid_sample in float64",
+            "unit": "1/255",
+        },
+        "module": module_document(
+            "MSDeformAttn",
+            queries,
+            f"{NUM_HEADS} heads, {len(STRIDES)} levels, {NUM_POINTS} points, {D_MODEL} channels",
+            timings,
+        ),
+    }
