@@ -13,11 +13,12 @@
 //
 //   1. its threads compact the visible pairs; one thread per sample computes the footprint and enters its four
 //      rows in a hash table in shared memory; each row heads a chain of its corners;
-//   2. teams take the distinct rows in turn: gather the row, sum s over the lanes of a group; follow the chain for u, and
-//      add u * gradient to the row, atomically and in vectors of 16 bytes where the GPU can;
-//   3. a few lanes per sample put the gradients of weights and location together from s.
+//   2. one thread per row and group follows the row's chain for u;
+//   3. teams take the distinct rows in turn: gather the row, sum s over the lanes of a group, and add u * gradient to
+//      the row, atomically and in vectors of 16 bytes where the GPU can;
+//   4. a few lanes per sample put the gradients of weights and location together from s.
 //
-// Step 2 moves 2 * C elements a distinct row; the rest happens in shared memory. Only the row gradients, which different
+// Step 3 moves 2 * C elements a distinct row; the rest happens in shared memory. Only the row gradients, which different
 // queries add to, depend on the order of atomics.
 
 #include <torch/csrc/stable/accelerator.h>
@@ -28,13 +29,16 @@
 namespace reimplementation::cuda {
 namespace {
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 256;
 constexpr int MAX_GROUPS = 8;     // groups in shared memory at a time: a *pass*
 constexpr int STAGED_LEVELS = 8;  // levels of a pair staged together
-constexpr int MIN_BLOCKS = 8;     // a multiprocessor's: warps that wait for atomics need others to take over
+constexpr int MIN_BLOCKS = 4;     // a multiprocessor's: warps that wait for atomics need others to take over
 constexpr int NOWHERE = -1;
 
-constexpr int STAGED_SAMPLES = 64;  // in shared memory at a time: small enough for many blocks on a multiprocessor
+
+// Samples in shared memory at a time; what they need has to fit in the 48 KB that every GPU has.
+template <typename T>
+constexpr int STAGED_SAMPLES = sizeof(T) == 8 ? 64 : 128;
 
 template <typename T, typename W>
 struct Gradients {
@@ -45,12 +49,13 @@ struct Gradients {
   int64_t location_strides[5];
   int64_t weight_strides[6];
   int pass_groups;           // groups of a pass
+  int row_stride, sums_at;   // where the sums of a distinct row's groups lie: s from 0, u from sums_at
   int group_steps;           // doubling steps that sum a group's lanes
 };
 
 template <typename T>
 struct Shared {
-  static constexpr int SAMPLES = STAGED_SAMPLES;
+  static constexpr int SAMPLES = STAGED_SAMPLES<T>;
   static constexpr int CORNERS = 4 * SAMPLES;
   static constexpr int TABLE = 2 * CORNERS;  // a hash table that is never more than half full
 
@@ -68,7 +73,7 @@ struct Shared {
   short corner_rows[CORNERS];  // the entry of each corner's row; NOWHERE for a corner outside its level
 
   T weights[SAMPLES * MAX_GROUPS];
-  T dots[CORNERS * MAX_GROUPS];  // s of each distinct row
+  T row_sums[CORNERS * MAX_GROUPS];  // of each distinct row: u, and s, which may take its place
 };
 
 // Enters a row in the table; returns its place.
@@ -197,7 +202,21 @@ __device__ void zero_invisible_pairs(
   }
 }
 
-// Step 2 for the channels first_channel, ... below end_channel of a pass: s of every distinct row, and its gradient.
+// Step 2: u of every distinct row.
+template <typename T, typename W>
+__device__ void sum_corner_weights(const Gradients<T, W>& grad, int num_groups, Shared<compute_t<T>>& shared) {
+  for (int i = threadIdx.x; i < shared.num_rows * num_groups; i += THREADS) {
+    const int entry = i / num_groups;
+    const int group = i - entry * num_groups;
+    compute_t<T> sum = 0;
+    for (int corner = shared.chains[entry]; corner != NOWHERE; corner = shared.next_corner[corner]) {
+      sum += corner_weight(shared, corner) * shared.weights[corner / 4 * grad.pass_groups + group];
+    }
+    shared.row_sums[entry * grad.row_stride + grad.sums_at + group] = sum;
+  }
+}
+
+// Step 3 for the channels first_channel, ... below end_channel of a pass: s of every distinct row, and its gradient.
 template <typename T, typename W, int VEC, int NV>
 __device__ __forceinline__ void walk_rows(
     const Operands<T, W>& op,
@@ -262,26 +281,21 @@ __device__ __forceinline__ void walk_rows(
       values[k] = fetched[k];
     }
     fetch(entry + teams);  // in flight while this row is worked on
+    C* sums = shared.row_sums + entry * grad.row_stride;
     if (grad.features != nullptr) {
-      C sums[NV] = {};
-      for (int corner = shared.chains[entry]; corner != NOWHERE; corner = shared.next_corner[corner]) {
-        const C weight = corner_weight(shared, corner);
-#pragma unroll
-        for (int k = 0; k < NV; ++k) {
-          sums[k] += weight * shared.weights[corner / 4 * grad.pass_groups + group[k]];
-        }
-      }
 #pragma unroll
       for (int k = 0; k < NV; ++k) {
+        const C sum = sums[grad.sums_at + group[k]];
         C terms[VEC];
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
-          terms[v] = sums[k] * gradient[k][v];
+          terms[v] = sum * gradient[k][v];
         }
         if (live[k]) {
           atomic_add_vector(grad_features + row + channel[k], terms);
         }
       }
+      __syncwarp(team_mask);  // u has been read: s may take its place
     }
     if (needs_dots) {
 #pragma unroll
@@ -296,8 +310,7 @@ __device__ __forceinline__ void walk_rows(
           dot += (same_group[k] >> step & 1) ? above : C(0);
         }
         if (head[k]) {
-          C& sum = shared.dots[entry * grad.pass_groups + group[k]];
-          sum = begins_group[k] ? dot : sum + dot;
+          sums[group[k]] = begins_group[k] ? dot : sums[group[k]] + dot;
         }
         __syncwarp(team_mask);  // the next vector may hold more of the same group
       }
@@ -305,7 +318,7 @@ __device__ __forceinline__ void walk_rows(
   }
 }
 
-// Step 3: the gradients of the staged samples' weights, and what the groups of this pass add to their locations.
+// Step 4: the gradients of the staged samples' weights, and what the groups of this pass add to their locations.
 template <typename T, typename W>
 __device__ void finish_samples(
     const Operands<T, W>& op,
@@ -332,7 +345,7 @@ __device__ void finish_samples(
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
         const int entry = shared.corner_rows[4 * sample + corner];
-        dots[corner] = entry == NOWHERE ? C(0) : shared.dots[entry * grad.pass_groups + lane];
+        dots[corner] = entry == NOWHERE ? C(0) : shared.row_sums[entry * grad.row_stride + lane];
         grad_weight += corner_weight(shared, 4 * sample + corner) * dots[corner];
       }
       if (grad.weights != nullptr) {
@@ -382,7 +395,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
 
     for (int level = 0; level < op.num_levels; level += STAGED_LEVELS) {
       const int levels = min(STAGED_LEVELS, op.num_levels - level);
-      const int pairs_at_once = STAGED_SAMPLES / levels;
+      const int pairs_at_once = STAGED_SAMPLES<C> / levels;
       for (int pair = 0; pair < visible; pair += pairs_at_once) {
         const int pairs = min(pairs_at_once, visible - pair);
         stage(op, pair, pairs, level, levels, shared);
@@ -390,6 +403,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
           const int groups = min(grad.pass_groups, num_groups - group);
           stage_weights(op, weights, pair, pairs, level, levels, group, groups, grad.pass_groups, shared);
           __syncthreads();
+          if (grad.features != nullptr) {
+            sum_corner_weights(grad, groups, shared);
+            __syncthreads();
+          }
           const int end_channel = (group + groups) * op.group_channels;
           for (int channel = group * op.group_channels; channel < end_channel; channel += op.lanes * NV * VEC) {
             walk_rows<T, W, VEC, NV>(
@@ -434,6 +451,10 @@ void launch(
   grad.pass_groups = std::clamp<int>(
       WARP * VEC * NV / op.group_channels, 1, std::min<int>(MAX_GROUPS, op.channels / op.group_channels));
   set_team(op, grad.pass_groups * op.group_channels, VEC * NV);
+  // A group that takes several goes is the only one of its pass: there is room for u beside s.
+  const bool several_goes = grad.pass_groups * op.group_channels > op.lanes * VEC * NV;
+  grad.sums_at = several_goes ? 1 : 0;
+  grad.row_stride = several_goes ? 2 : grad.pass_groups;
   grad.group_steps = ceil_log2(std::min(op.lanes, std::max(1, op.group_channels / VEC)));
   deformable_aggregation_backward_kernel<T, W, VEC, NV><<<query_blocks(sizes), THREADS, 0, stream>>>(op, grad);
   check_launch("deformable_aggregation_backward");
