@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/deformable_aggregation.h"
+#include "common/ms_deform_attn.h"
 
 STABLE_TORCH_LIBRARY(reimplementation, m) {
   m.def(
@@ -12,17 +13,28 @@ STABLE_TORCH_LIBRARY(reimplementation, m) {
       "deformable_aggregation_backward(Tensor grad_output, Tensor feature_maps, Tensor spatial_shape, "
       "Tensor scale_start_index, Tensor sampling_location, Tensor weights, bool needs_feature_maps, "
       "bool needs_sampling_location, bool needs_weights) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
+      "Tensor attention_weights) -> Tensor");
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
+      "Tensor sampling_locations, Tensor attention_weights, bool needs_value, bool needs_sampling_locations, "
+      "bool needs_attention_weights) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {
   m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cpu::deformable_aggregation));
   m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cpu::deformable_aggregation_backward));
+  m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cpu::ms_deform_attn));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&reimplementation::cpu::ms_deform_attn_backward));
 }
 
 #ifdef REIMPLEMENTATION_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
   m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cuda::deformable_aggregation));
   m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cuda::deformable_aggregation_backward));
+  m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cuda::ms_deform_attn));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&reimplementation::cuda::ms_deform_attn_backward));
 }
 #endif
 

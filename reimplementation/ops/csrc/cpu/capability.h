@@ -73,6 +73,13 @@ void run(Capability capability, const Kernel& kernel, int64_t begin, int64_t end
   kernel.template run<16>(begin, end);
 }
 
+// How many items a thread takes at least, where each takes about `work` multiplications: for fewer it is not worth
+// waking.
+inline int64_t items_per_thread(int64_t work) {
+  constexpr int64_t least_work = 1 << 16;
+  return 1 + least_work / work;
+}
+
 // Runs the kernel on [0, count), shared out among torch's threads, at least `grain_size` to each.
 template <typename Kernel>
 void parallel_run(const Kernel& kernel, int64_t count, int64_t grain_size) {

@@ -17,60 +17,22 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <type_traits>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "../common/footprint.h"
 #include "capability.h"
+#include "operands.h"
 #include "pages.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace reimplementation::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-// A tensor's elements, addressed through its strides.
-template <typename T, int dims>
-class View {
- public:
-  explicit View(const Tensor& tensor) {
-    if constexpr (std::is_const_v<T>) {
-      data_ = static_cast<T*>(tensor.const_data_ptr());
-    } else {
-      data_ = static_cast<T*>(tensor.mutable_data_ptr());
-    }
-    for (int dim = 0; dim < dims; ++dim) {
-      strides_[dim] = tensor.stride(dim);
-    }
-  }
-
-  // The element at the given indices; 0 for the dimensions left out.
-  template <typename... Index>
-  T* at(Index... index) const {
-    T* element = data_;
-    const int64_t* stride = strides_;
-    ((element += index * *stride++), ...);
-    return element;
-  }
-
-  int64_t stride(int dim) const {
-    return strides_[dim];
-  }
-
- private:
-  T* data_;
-  int64_t strides_[dims];
-};
-
-// One value for each pixel of a footprint, in the order (x, y) = (0, 0), (1, 0), (0, 1), (1, 1).
-template <typename T>
-using Corners = std::array<T, 4>;
 
 template <typename T>
 struct Sample {
@@ -82,7 +44,7 @@ struct Sample {
   Corners<int> row;
 
   T corner(int i) const {
-    return x.weight[i & 1] * y.weight[i >> 1];
+    return corner_weight(x, y, i);
   }
 };
 
@@ -153,17 +115,6 @@ struct Operands {
   }
 };
 
-// sum += scale * from, for `count` elements.
-template <int lanes, typename T>
-C10_ALWAYS_INLINE void add_scaled(T* sum, const T* from, T scale, int64_t count) {
-  for (; count >= lanes; count -= lanes, sum += lanes, from += lanes) {
-    store<lanes>(sum, load<lanes>(sum) + scale * load<lanes>(from));
-  }
-  if constexpr (lanes > 1) {
-    add_scaled<lanes / 2>(sum, from, scale, count);
-  }
-}
-
 // sum += scale[0] * rows[0] + ... + scale[3] * rows[3], for `count` elements from `first` on.
 template <int lanes, typename T, typename Feature>
 C10_ALWAYS_INLINE void add_corners(
@@ -176,37 +127,6 @@ C10_ALWAYS_INLINE void add_corners(
   }
   if constexpr (lanes > 1) {
     add_corners<lanes / 2>(sum, rows, scale, first, count);
-  }
-}
-
-// dot[i] += the product of `with` and rows[i], for `count` elements from `first` on.
-template <int lanes, typename T, typename Feature>
-C10_ALWAYS_INLINE void add_dot_products(
-    Corners<T>& dot, const T* with, const Corners<const Feature*>& rows, int64_t first, int64_t count) {
-  if (count >= lanes) {
-    Vector<T, lanes> sums[4] = {};
-    for (; count >= lanes; count -= lanes, first += lanes) {
-      const Vector<T, lanes> factor = load<lanes>(with + first);
-      for (int i = 0; i < 4; ++i) {
-        sums[i] += factor * load<lanes>(rows[i] + first);
-      }
-    }
-    for (int i = 0; i < 4; ++i) {
-      dot[i] += sum_of_lanes<lanes, T>(sums[i]);
-    }
-  }
-  if constexpr (lanes > 1) {
-    add_dot_products<lanes / 2>(dot, with, rows, first, count);
-  }
-}
-
-template <int lanes, typename T, typename Stored>
-C10_ALWAYS_INLINE void convert(Stored* to, const T* from, int64_t count) {
-  for (; count >= lanes; count -= lanes, to += lanes, from += lanes) {
-    store<lanes>(to, load<lanes>(from));
-  }
-  if constexpr (lanes > 1) {
-    convert<lanes / 2>(to, from, count);
   }
 }
 
@@ -293,10 +213,8 @@ struct BackwardOfSamples {
         if (grad_location) {
           T* grad_xy = grad_location->at(batch, query, sample.point, sample.camera);
           for (int corner = 0; corner < 4; ++corner) {
-            const int x = corner & 1;
-            const int y = corner >> 1;
-            grad_xy[0] += weighted[corner] * sample.x.slope[x] * sample.y.weight[y];
-            grad_xy[grad_location->stride(4)] += weighted[corner] * sample.x.weight[x] * sample.y.slope[y];
+            add_location_gradient(
+                grad_xy[0], grad_xy[grad_location->stride(4)], sample.x, sample.y, corner, weighted[corner]);
           }
         }
       }
@@ -426,17 +344,16 @@ struct BackwardOfFeatures {
   }
 };
 
-// Below this many multiplications a thread is not worth waking.
-int64_t queries_per_thread(const DeformableAggregationSizes& sizes) {
-  constexpr int64_t least_work = 1 << 16;
-  return 1 + least_work / (sizes.num_points * sizes.num_levels * sizes.channels);
+// About how many multiplications a query takes.
+int64_t work_of_query(const DeformableAggregationSizes& sizes) {
+  return sizes.num_points * sizes.num_levels * sizes.channels;
 }
 
 template <typename Feature, typename Weight>
 void forward(const Operands<Feature, Weight>& operands, const Tensor& output) {
   const DeformableAggregationSizes& sizes = operands.sizes;
   const Forward<Feature, Weight> kernel{operands, static_cast<Feature*>(output.mutable_data_ptr())};
-  parallel_run(kernel, sizes.batch * sizes.num_queries, queries_per_thread(sizes));
+  parallel_run(kernel, sizes.batch * sizes.num_queries, items_per_thread(work_of_query(sizes)));
 }
 
 template <typename Feature, typename Weight>
@@ -454,7 +371,7 @@ void backward_of_samples(
   if (grad_weights.numel() > 0) {
     kernel.grad_weights.emplace(grad_weights);
   }
-  parallel_run(kernel, sizes.batch * sizes.num_queries, queries_per_thread(sizes));
+  parallel_run(kernel, sizes.batch * sizes.num_queries, items_per_thread(work_of_query(sizes)));
 }
 
 template <typename Feature, typename Weight>
@@ -473,35 +390,16 @@ void backward_of_features(
   }
 }
 
-// The metadata, refused where a level reaches beyond the features.
-std::vector<Level> read_levels(
+std::vector<Level> levels_of_features(
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
     const Tensor& features,
     const DeformableAggregationSizes& sizes) {
-  check_same_device("spatial_shape", spatial_shape, features);
-  check_same_device("scale_start_index", scale_start_index, features);
-  const Tensor shapes = torch::stable::contiguous(torch::stable::to(spatial_shape, ScalarType::Long));
-  const Tensor starts = torch::stable::contiguous(torch::stable::to(scale_start_index, ScalarType::Long));
-  const int64_t* shape = static_cast<const int64_t*>(shapes.const_data_ptr());
-  const int64_t* start = static_cast<const int64_t*>(starts.const_data_ptr());
-
-  std::vector<Level> levels(sizes.num_cams * sizes.num_levels);
-  for (size_t i = 0; i < levels.size(); ++i, shape += 2, ++start) {
-    const int64_t height = shape[0];
-    const int64_t width = shape[1];
-    const bool empty = height == 0 || width == 0;
-    const bool fits = height >= 0 && width >= 0 && *start >= 0 && *start <= sizes.num_rows &&
-        (empty || (height <= sizes.num_rows && width <= sizes.num_rows && height * width <= sizes.num_rows - *start));
-    STD_TORCH_CHECK(
-        fits, "spatial_shape and scale_start_index must stay within num_feat=", sizes.num_rows, " rows; camera ",
-        i / sizes.num_levels, ", level ", i % sizes.num_levels, " is ", height, " x ", width, " and starts at row ",
-        *start);
-    if (!empty) {
-      levels[i] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(*start)};
-    }
-  }
-  return levels;
+  return read_levels(
+      spatial_shape, scale_start_index, features, sizes.num_rows, {"spatial_shape", "scale_start_index", "num_feat"},
+      [&](int64_t i) {
+        return "camera " + std::to_string(i / sizes.num_levels) + ", level " + std::to_string(i % sizes.num_levels);
+      });
 }
 
 // Calls `function` with the operands in their types.
@@ -513,7 +411,7 @@ void with_operands(
     const Tensor& sampling_location,
     const Tensor& weights,
     const Function& function) {
-  const auto call = [&](auto feature, auto weight) {
+  with_types("feature_maps", features, weights, [&](auto feature, auto weight) {
     using Feature = decltype(feature);
     using Weight = decltype(weight);
     function(Operands<Feature, Weight>{
@@ -522,24 +420,11 @@ void with_operands(
         static_cast<const Feature*>(features.const_data_ptr()),
         View<const Compute<Feature>, 5>(sampling_location),
         View<const Weight, 6>(weights)});
-  };
-  const bool same = weights.scalar_type() == features.scalar_type();
-  switch (features.scalar_type()) {
-    case ScalarType::Double:
-      return call(double{}, double{});
-    case ScalarType::Float:
-      return call(float{}, float{});
-    case ScalarType::Half:
-      return same ? call(Half{}, Half{}) : call(Half{}, float{});
-    case ScalarType::BFloat16:
-      return same ? call(BFloat16{}, BFloat16{}) : call(BFloat16{}, float{});
-    default:
-      STD_TORCH_CHECK(false, "feature_maps must be float64, float32, float16 or bfloat16");
-  }
+  });
 }
 
 Tensor zeros_if_needed(bool needed, const Tensor& operand) {
-  Tensor zeros = needed ? torch::stable::empty_like(operand) : torch::stable::new_empty(operand, {0});
+  Tensor zeros = empty_if_needed(needed, operand);
   return torch::stable::zero_(zeros);
 }
 
@@ -553,7 +438,7 @@ Tensor deformable_aggregation(
     const Tensor& weights) {
   const DeformableAggregationSizes sizes =
       check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
-  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes);
+  const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
   if (sizes.nothing_to_sample()) {
     return torch::stable::new_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
   }
@@ -581,7 +466,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   check_same_device("grad_output", grad_output, feature_maps);
   STD_TORCH_CHECK(
       grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the dtype of feature_maps");
-  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes);
+  const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
 
   Tensor grad_features = needs_feature_maps
       ? torch::stable::new_empty(feature_maps, {sizes.batch, sizes.num_rows, sizes.channels})

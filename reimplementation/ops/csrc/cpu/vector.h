@@ -100,11 +100,15 @@ C10_ALWAYS_INLINE Vector<uint16_t, lanes> narrow(const Vector<float, lanes>& val
   return __builtin_convertvector(result | sign, Vector<uint16_t, lanes>);
 }
 
+// The type of a lane that holds a stored element: integers stay as they are.
+template <typename Stored>
+using Lane = std::conditional_t<std::is_integral_v<Stored>, Stored, Compute<Stored>>;
+
 // `lanes` consecutive elements, at any alignment.
 template <int lanes, typename Stored>
-C10_ALWAYS_INLINE Vector<Compute<Stored>, lanes> load(const Stored* from) {
+C10_ALWAYS_INLINE Vector<Lane<Stored>, lanes> load(const Stored* from) {
   constexpr bool is_half = sizeof(Stored) == 2;
-  Vector<std::conditional_t<is_half, uint16_t, Compute<Stored>>, lanes> stored;
+  Vector<std::conditional_t<is_half, uint16_t, Lane<Stored>>, lanes> stored;
   std::memcpy(&stored, from, sizeof(stored));
   if constexpr (is_half) {
     return widen<lanes>(stored, Stored{});
@@ -114,7 +118,7 @@ C10_ALWAYS_INLINE Vector<Compute<Stored>, lanes> load(const Stored* from) {
 }
 
 template <int lanes, typename Stored>
-C10_ALWAYS_INLINE void store(Stored* to, const Vector<Compute<Stored>, lanes>& value) {
+C10_ALWAYS_INLINE void store(Stored* to, const Vector<Lane<Stored>, lanes>& value) {
   if constexpr (sizeof(Stored) == 2) {
     const auto stored = narrow<lanes>(value, Stored{});
     std::memcpy(to, &stored, sizeof(stored));

@@ -1,0 +1,117 @@
+// The tensors of a call as the kernels see them: elements through strides, levels that were checked, types by name.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "../common/checks.h"
+#include "../common/levels.h"
+#include "vector.h"
+
+namespace reimplementation::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A tensor's elements, addressed through its strides.
+template <typename T, int dims>
+class View {
+ public:
+  explicit View(const Tensor& tensor) {
+    if constexpr (std::is_const_v<T>) {
+      data_ = static_cast<T*>(tensor.const_data_ptr());
+    } else {
+      data_ = static_cast<T*>(tensor.mutable_data_ptr());
+    }
+    for (int dim = 0; dim < dims; ++dim) {
+      strides_[dim] = tensor.stride(dim);
+    }
+  }
+
+  // The element at the given indices; 0 for the dimensions left out.
+  template <typename... Index>
+  T* at(Index... index) const {
+    T* element = data_;
+    const int64_t* stride = strides_;
+    ((element += index * *stride++), ...);
+    return element;
+  }
+
+  int64_t stride(int dim) const {
+    return strides_[dim];
+  }
+
+ private:
+  T* data_;
+  int64_t strides_[dims];
+};
+
+// What the metadata of an op is called in errors.
+struct LevelNames {
+  const char* shapes;
+  const char* starts;
+  const char* rows;
+};
+
+// The metadata, (..., 2) shapes and (...) first rows, refused where a level reaches beyond the rows that there are.
+// `name_of` names a level by its place in the metadata.
+template <typename NameOf>
+std::vector<Level> read_levels(
+    const Tensor& shapes,
+    const Tensor& starts,
+    const Tensor& features,
+    int64_t num_rows,
+    const LevelNames& names,
+    const NameOf& name_of) {
+  check_same_device(names.shapes, shapes, features);
+  check_same_device(names.starts, starts, features);
+  const Tensor wide_shapes = torch::stable::contiguous(torch::stable::to(shapes, ScalarType::Long));
+  const Tensor wide_starts = torch::stable::contiguous(torch::stable::to(starts, ScalarType::Long));
+  const int64_t* shape = static_cast<const int64_t*>(wide_shapes.const_data_ptr());
+  const int64_t* start = static_cast<const int64_t*>(wide_starts.const_data_ptr());
+
+  std::vector<Level> levels(starts.numel());
+  for (size_t i = 0; i < levels.size(); ++i, shape += 2, ++start) {
+    const int64_t height = shape[0];
+    const int64_t width = shape[1];
+    const bool empty = height == 0 || width == 0;
+    const bool fits = height >= 0 && width >= 0 && *start >= 0 && *start <= num_rows &&
+        (empty || (height <= num_rows && width <= num_rows && height * width <= num_rows - *start));
+    STD_TORCH_CHECK(
+        fits, names.shapes, " and ", names.starts, " must stay within ", names.rows, "=", num_rows, " rows; ",
+        name_of(i), " is ", height, " x ", width, " and starts at row ", *start);
+    if (!empty) {
+      levels[i] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(*start)};
+    }
+  }
+  return levels;
+}
+
+// Calls `function` with a zero of the features' type and one of the weights' type.
+template <typename Function>
+void with_types(const char* name, const Tensor& features, const Tensor& weights, const Function& function) {
+  const bool same = weights.scalar_type() == features.scalar_type();
+  switch (features.scalar_type()) {
+    case ScalarType::Double:
+      return function(double{}, double{});
+    case ScalarType::Float:
+      return function(float{}, float{});
+    case ScalarType::Half:
+      return same ? function(Half{}, Half{}) : function(Half{}, float{});
+    case ScalarType::BFloat16:
+      return same ? function(BFloat16{}, BFloat16{}) : function(BFloat16{}, float{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+  }
+}
+
+inline Tensor empty_if_needed(bool needed, const Tensor& operand) {
+  return needed ? torch::stable::empty_like(operand) : torch::stable::new_empty(operand, {0});
+}
+
+}  // namespace reimplementation::cpu
