@@ -54,9 +54,9 @@ def rig_inputs(seed: int = 0) -> AggregationInputs:
         "rig",
         2,
         num_queries=40,
-        channels=64,
+        channels=32,
         num_groups=8,
-        strides=(8, 16, 32),
+        strides=(16, 32),
         dtype=torch.float64,
         seed=seed,
     )
