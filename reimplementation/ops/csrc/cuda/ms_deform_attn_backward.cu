@@ -1,0 +1,304 @@
+// Multi-scale deformable attention on CUDA, backward; ms_deform_attn.cuh tells how threads map to data.
+//
+//   1. the tile's samples are staged as in the forward: corner weights times the attention weight, and rows;
+//   2. a unit's lanes walk its samples: gather the four corners, dot them with the gradient of the unit's output, and
+//      add weight * gradient to each corner's row, atomically and in vectors of 16 bytes where the GPU can;
+//   3. one thread per sample puts the gradients of its weight and location together from the four dot products, from
+//      coordinates that it computes once more: cheaper than keeping them in the shared memory that blocks compete for.
+//
+// Only the atomics may change their order from run to run: the value's gradient is equal up to rounding.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "ms_deform_attn.cuh"
+
+namespace reimplementation::cuda {
+namespace {
+
+using namespace msda;
+
+constexpr int STAGED_SAMPLES = 288;  // footprints in shared memory at a time: 16 samples of D = 32 channels' units
+constexpr int MIN_BLOCKS = 6;        // a multiprocessor's
+
+template <typename T, typename W>
+struct Gradients {
+  const T* output;          // (batch, queries, heads, channels)
+  compute_t<T>* value;      // zeroed, or null where not needed; so are the others
+  compute_t<T>* locations;
+  W* weights;
+  int64_t location_strides[6];
+  int64_t weight_strides[5];
+};
+
+template <typename T>
+struct Shared {
+  Footprints<T, STAGED_SAMPLES> staged;
+  Four<T> dots[STAGED_SAMPLES];  // of each corner with the gradient of its unit's output
+};
+
+// Sums four values over the lanes of a unit. Every lane ends with the sum of one of them: returns it, and which.
+template <typename T>
+__device__ __forceinline__ T sum_one_of_four(unsigned mask, int lanes, int lane, const T (&values)[4], int& which) {
+  // Half of the lanes pass on what they need not keep, twice; then each quarter of the lanes holds one value.
+  const bool upper = lane & (lanes / 2);
+  const T passed_first = __shfl_xor_sync(mask, upper ? values[0] : values[2], lanes / 2, lanes);
+  const T passed_second = __shfl_xor_sync(mask, upper ? values[1] : values[3], lanes / 2, lanes);
+  const T first = (upper ? values[2] : values[0]) + passed_first;
+  const T second = (upper ? values[3] : values[1]) + passed_second;
+  const bool odd = lane & (lanes / 4);
+  T sum = (odd ? second : first) + __shfl_xor_sync(mask, odd ? first : second, lanes / 4, lanes);
+  for (int step = lanes / 8; step > 0; step /= 2) {
+    sum += __shfl_xor_sync(mask, sum, step, lanes);
+  }
+  which = 2 * upper + odd;
+  return sum;
+}
+
+// Step 2 for one vector of channels a lane.
+template <typename T, typename W, int VEC>
+__device__ __forceinline__ void walk_samples(
+    const Operands<T, W>& op,
+    const Tile<T, W>& tile,
+    const T* value,
+    compute_t<T>* grad_value,
+    const Vector<T, VEC>& grad_output,
+    bool needs_value,
+    bool needs_dots,
+    bool live,
+    bool first_channels,
+    int count,
+    Shared<compute_t<T>>& shared) {
+  using C = compute_t<T>;
+  const int lanes = op.lanes;
+  const int unit = threadIdx.x >> op.log2_lanes;
+  const int lane = threadIdx.x & (lanes - 1);
+  const unsigned unit_mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
+  const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
+#pragma unroll 2
+  for (int sample = 0; sample < count; ++sample) {
+    const int slot = sample * tile.pitch + unit;
+    const Four<int> rows = shared.staged.rows[slot];
+    if (needs_dots) {
+      C dots[4];
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const Vector<T, VEC> corner_value = load_vector<VEC>(value + rows[corner] * row_stride);
+        C dot = 0;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          dot += corner_value[v] * grad_output[v];
+        }
+        dots[corner] = live ? dot : C(0);
+      }
+      if (lanes >= 4) {
+        int corner;
+        const C sum = sum_one_of_four(unit_mask, lanes, lane, dots, corner);
+        if ((lane & (lanes / 4 - 1)) == 0) {
+          C& total = shared.dots[slot][corner];
+          total = first_channels ? sum : total + sum;
+        }
+      } else {
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          if (lanes == 2) {
+            dots[corner] += __shfl_xor_sync(unit_mask, dots[corner], 1, lanes);
+          }
+          if (lane == 0) {
+            C& total = shared.dots[slot][corner];
+            total = first_channels ? dots[corner] : total + dots[corner];
+          }
+        }
+      }
+    }
+    if (needs_value) {
+      const Four<C> weights = shared.staged.weights[slot];
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        if (live && weights[corner] != 0) {
+          C terms[VEC];
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            terms[v] = weights[corner] * grad_output[v];
+          }
+          atomic_add_vector(grad_value + rows[corner] * row_stride, terms);
+        }
+      }
+    }
+  }
+}
+
+// Step 3.
+template <typename T, typename W>
+__device__ void finish_samples(
+    const Operands<T, W>& op,
+    const Gradients<T, W>& grad,
+    const Tile<T, W>& tile,
+    int first,
+    int count,
+    const Shared<compute_t<T>>& shared) {
+  using C = compute_t<T>;
+  for (int i = threadIdx.x; i < count * tile.units; i += THREADS) {
+    const int unit = i / count;
+    const int number = i - unit * count;
+    const int64_t query = tile.first_query + unit;
+    if (query >= op.num_queries) {
+      continue;
+    }
+    const Sample<C> sample = locate(op, tile, query, first + number);
+    C grad_weight = 0, grad_x = 0, grad_y = 0;
+    if (sample.inside) {
+      const Four<C> dots = shared.dots[number * tile.pitch + unit];
+      const Four<C> weights = corner_weights(sample.x, sample.y);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        grad_weight += weights[corner] * dots[corner];
+      }
+      const C attention = attention_weight(op, tile, query, sample);
+      location_gradient(
+          {sample.x.weight[0], sample.x.weight[1], sample.y.weight[0], sample.y.weight[1]},
+          {sample.x.slope[0], sample.x.slope[1], sample.y.slope[0], sample.y.slope[1]},
+          dots.values,
+          grad_x,
+          grad_y);
+      grad_x *= attention;
+      grad_y *= attention;
+    }
+    if (grad.locations != nullptr) {
+      C* location = grad.locations + tile.batch * grad.location_strides[0] + query * grad.location_strides[1] +
+          tile.head * grad.location_strides[2] + sample.level_number * grad.location_strides[3] +
+          sample.point * grad.location_strides[4];
+      location[0] = grad_x;
+      location[grad.location_strides[5]] = grad_y;
+    }
+    if (grad.weights != nullptr) {
+      grad.weights
+          [tile.batch * grad.weight_strides[0] + query * grad.weight_strides[1] + tile.head * grad.weight_strides[2] +
+           sample.level_number * grad.weight_strides[3] + sample.point * grad.weight_strides[4]] =
+          from_compute<W>(grad_weight);
+    }
+  }
+}
+
+template <typename T, typename W, int VEC>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_kernel(
+    const Operands<T, W> op, const Gradients<T, W> grad) {
+  using C = compute_t<T>;
+  __shared__ Shared<C> shared;
+  const Tile<T, W> tile(op);
+  const int unit = threadIdx.x >> op.log2_lanes;
+  const int lane = threadIdx.x & (op.lanes - 1);
+  const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
+  const int samples = op.num_levels * op.num_points;
+  const int samples_at_once = STAGED_SAMPLES / tile.pitch;
+  const int64_t head = tile.batch * op.levels.num_rows * row_stride + tile.head * op.channels;
+  const T* grad_output =
+      grad.output + ((tile.batch * op.num_queries + tile.first_query) * op.num_heads + tile.head) * op.channels;
+  const bool needs_dots = grad.locations != nullptr || grad.weights != nullptr;
+
+  for (int first = 0; first < samples; first += samples_at_once) {
+    const int count = min(samples_at_once, samples - first);
+    stage(op, tile, first, count, shared.staged);
+    if (shared.staged.first_inside[unit] != NONE_INSIDE) {
+      for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes * VEC) {
+        const bool live = first_channel + lane * VEC < op.channels;
+        const int channel = live ? first_channel + lane * VEC : op.channels - VEC;
+        walk_samples(
+            op, tile, op.value + head + channel, grad.value + head + channel,
+            load_vector<VEC>(grad_output + unit * row_stride + channel), grad.value != nullptr, needs_dots, live,
+            first_channel == 0, count, shared);
+      }
+    }
+    if (needs_dots) {
+      __syncthreads();
+      finish_samples(op, grad, tile, first, count, shared);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, typename W, int VEC>
+void launch(
+    const MSDeformAttnSizes& sizes,
+    const Tensor& value,
+    const LevelTable& levels,
+    const Tensor& locations,
+    const Tensor& weights,
+    const Gradients<T, W>& gradients,
+    cudaStream_t stream) {
+  const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
+  ms_deform_attn_backward_kernel<T, W, VEC><<<num_blocks(sizes, op), THREADS, 0, stream>>>(op, gradients);
+  check_launch("ms_deform_attn_backward");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
+    const Tensor& grad_output,
+    const Tensor& value,
+    const Tensor& spatial_shapes,
+    const Tensor& level_start_index,
+    const Tensor& sampling_locations,
+    const Tensor& attention_weights,
+    bool needs_value,
+    bool needs_sampling_locations,
+    bool needs_attention_weights) {
+  const auto sizes =
+      check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
+  STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the value's dtype");
+  check_same_device("grad_output", grad_output, value);
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+
+  const ScalarType compute = compute_type(value);
+  const Tensor values = torch::stable::contiguous(value);
+  const Tensor grad = torch::stable::contiguous(grad_output);
+  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  Tensor grad_value = needs_value
+      ? torch::stable::new_zeros(values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute)
+      : none(values);
+  Tensor grad_locations =
+      needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(sampling_locations);
+  Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(attention_weights);
+
+  if (sizes.nothing_to_sample()) {
+    torch::stable::zero_(grad_locations);
+    torch::stable::zero_(grad_weights);
+  } else if (needs_value || needs_sampling_locations || needs_attention_weights) {
+    const Tensor shapes = readable_metadata(spatial_shapes, values);
+    const Tensor starts = readable_metadata(level_start_index, values);
+    const LevelTable levels = level_table(shapes, starts, sizes.num_values);
+    const cudaStream_t stream = current_stream(values.get_device_index());
+
+    dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      using W = std::remove_pointer_t<decltype(w)>;
+      Gradients<T, W> gradients = {};
+      gradients.output = static_cast<const T*>(grad.const_data_ptr());
+      if (needs_value) {
+        gradients.value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
+      }
+      if (needs_sampling_locations) {
+        gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());
+        copy_strides(grad_locations, gradients.location_strides);
+      }
+      if (needs_attention_weights) {
+        gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
+        copy_strides(grad_weights, gradients.weight_strides);
+      }
+      // Half values come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
+      constexpr int VEC = sizeof(T) == 8 ? 2 : 4;
+      if (can_vectorize<T>(sizes, values, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
+        launch<T, W, VEC>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+      } else {
+        launch<T, W, 1>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+      }
+    });
+  }
+  if (needs_value && value.scalar_type() != compute) {
+    grad_value = torch::stable::to(grad_value, value.scalar_type());
+  }
+  return {grad_value, grad_locations, grad_weights};
+}
+
+}  // namespace reimplementation::cuda
