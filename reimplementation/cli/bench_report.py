@@ -97,9 +97,14 @@ def markdown(document: dict, results: list[Result]) -> str:
         for column in columns:
             found = [r for r in native if r.case == case and (r.passed, r.dtype) == column]
             ratio = speed_up(found[0], results) if found else ""
-            cells.append(f"{found[0].timing.median_us * scale:.3g}{f' ({ratio})' if ratio else ''}" if found else "")
+            figure = _three_digits(found[0].timing.median_us * scale) if found else ""
+            cells.append(f"{figure} ({ratio})" if ratio else figure)
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def speed_up(result: Result, results: list[Result]) -> str:
