@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.workloads import AggregationInputs, aggregation_inputs
+from reimplementation.workloads import AggregationInputs
 from tests.ops import agreement
 from tests.ops.agreement import run
 from tests.ops.inputs import GEOMETRIES, border_inputs, random_inputs
-from tests.reference import TOLERANCE, deformable_aggregation, relative_error
+from tests.reference import deformable_aggregation, relative_error
 
 SMALL = (((4, 5), (2, 3)), ((3, 2), (1, 2)))  # two cameras of two levels: few enough pixels to perturb one by one
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -59,29 +59,6 @@ def test_any_cameras_levels_points(backend_device, num_points, num_cams, num_lev
     assert_agrees(inputs, backend_device, torch.float64)
 
 
-def test_half_features_with_float32_weights(backend_device):
-    for dtype in (torch.float16, torch.bfloat16):
-        inputs = random_inputs(3).to("cpu", dtype)
-        single = AggregationInputs(*list(inputs)[:4], inputs.weights.float())
-        output = ops.deformable_aggregation_function(*(t.to(backend_device) for t in single))
-        expected = deformable_aggregation(*single)
-        assert output.dtype == dtype
-        assert relative_error(output.cpu(), expected) <= TOLERANCE[dtype]
-
-
-def test_mixed_float_precisions_are_cast(backend_device):
-    inputs = random_inputs(3)
-    single = list(inputs.to(backend_device, torch.float32))
-    double = list(inputs.to(backend_device, torch.float64))
-    wide_location = [*single[:3], double[3], single[4]]
-    narrow_operands = [*double[:3], single[3], single[4]]
-    for arguments, tolerance in ((wide_location, 2e-6), (narrow_operands, 1e-12)):
-        expected = deformable_aggregation(*(t.cpu() for t in arguments))
-        output = ops.deformable_aggregation_function(*arguments)
-        assert output.dtype == arguments[0].dtype
-        assert relative_error(output.cpu(), expected) <= tolerance
-
-
 def test_gradcheck(backend_device):
     features, shapes, starts, location, weights = random_inputs(
         4, batch_size=1, num_queries=3, channels=8, shapes=SMALL
@@ -95,45 +72,6 @@ def test_gradcheck(backend_device):
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12)
 
 
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_only_the_gradients_that_are_needed(backend_device, needed):
-    inputs = random_inputs(5).to(backend_device, torch.float64)
-    expected = run(ops.deformable_aggregation_function, inputs)[1:]
-    features, shapes, starts, location, weights = inputs
-    leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((features, location, weights))]
-    output = ops.deformable_aggregation_function(leaves[0], shapes, starts, leaves[1], leaves[2])
-    output.backward(
-        torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(output)
-    )
-    for i, leaf in enumerate(leaves):
-        if i in needed:
-            assert relative_error(leaf.grad, expected[i]) <= 1e-12
-        else:
-            assert leaf.grad is None
-
-
-def test_forward_is_bitwise_reproducible(backend_device):
-    inputs = aggregation_inputs("rig", num_queries=200, channels=64, device=backend_device)
-    first = ops.deformable_aggregation_function(*inputs)
-    assert all(torch.equal(first, ops.deformable_aggregation_function(*inputs)) for _ in range(5))
-
-
-def test_operands_are_read_through_their_strides(backend_device):
-    inputs = random_inputs(6).to(backend_device, torch.float64)
-    features, shapes, starts, location, weights = inputs
-    strided = AggregationInputs(
-        features.transpose(1, 2).contiguous().transpose(1, 2),
-        shapes.flip(0).flip(0).to(torch.int32),
-        starts.t().contiguous().t(),
-        location.permute(4, 3, 0, 2, 1).contiguous().permute(2, 4, 3, 1, 0),
-        weights.permute(0, 1, 3, 4, 2, 5).contiguous().permute(0, 1, 4, 2, 3, 5),
-    )
-    for got, wanted in zip(
-        run(ops.deformable_aggregation_function, strided), run(ops.deformable_aggregation_function, inputs)
-    ):
-        assert relative_error(got, wanted) <= 1e-12
-
-
 def test_expanded_operands(backend_device):
     features, shapes, starts, location, weights = random_inputs(7, num_queries=1, num_points=1).to(
         backend_device, torch.float64
@@ -143,14 +81,6 @@ def test_expanded_operands(backend_device):
     got = run(ops.deformable_aggregation_function, AggregationInputs(features, shapes, starts, *expanded))
     wanted = run(ops.deformable_aggregation_function, AggregationInputs(features, shapes, starts, *repeated))
     assert all(relative_error(a, b) <= 1e-12 for a, b in zip(got, wanted))
-
-
-def test_features_at_an_odd_address(backend_device):
-    inputs = random_inputs(8).to(backend_device, torch.float32)
-    buffer = torch.empty(inputs.feature_maps.numel() + 1, device=backend_device)
-    shifted = buffer[1:].view_as(inputs.feature_maps).copy_(inputs.feature_maps)
-    output = ops.deformable_aggregation_function(shifted, *list(inputs)[1:])
-    assert relative_error(output.cpu(), deformable_aggregation(*(t.cpu() for t in inputs))) <= 2e-6
 
 
 @pytest.mark.parametrize("empty", ["batch_size", "num_queries", "num_points", "num_feat", "num_cams", "num_levels"])
@@ -323,97 +253,3 @@ def test_direct_calls_of_the_operator_are_checked():
     ):
         with pytest.raises(RuntimeError, match="sampling_location|scale_start_index|num_groups|spatial_shape"):
             operator(*arguments.values())
-
-
-def test_second_derivatives(backend_device):
-    """The kernels refuse, and say so; plain PyTorch has them right."""
-    features, shapes, starts, location, weights = random_inputs(
-        13, batch_size=1, num_queries=2, channels=4, shapes=SMALL
-    ).to(backend_device, torch.float64)
-    leaves = [t.requires_grad_() for t in (features, location + 2.0**-13, weights)]
-
-    def function(features, location, weights):
-        return ops.deformable_aggregation_function(features, shapes, starts, location, weights)
-
-    if ops.backends.select_backend(backend_device) == "grid_sample":
-        agreement.assert_second_derivatives_or_refusal(function, leaves)
-        return
-    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="deformable_aggregation has no second derivative"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(backend_device, dtype):
-    """Features keep their dtype, locations are read as float32, weights fit the features."""
-    inputs = random_inputs(14).to(backend_device, torch.float32)
-    features, shapes, starts, location, weights = inputs
-    with torch.autocast(backend_device.type, dtype):
-        half = ops.deformable_aggregation_function(features.to(dtype), shapes, starts, location, weights.to(dtype))
-        single = ops.deformable_aggregation_function(features, shapes, starts, location.half(), weights.to(dtype))
-    assert half.dtype == dtype
-    assert single.dtype == torch.float32
-    expected = deformable_aggregation(*(t.cpu() for t in inputs))
-    assert relative_error(half.cpu(), expected) <= 2 * TOLERANCE[dtype]
-
-
-class TestOperator:
-    """What torch.library promises of a registered operator."""
-
-    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-    def inputs(self, request):
-        if request.param not in ops.available_backends(request.param):
-            pytest.skip(f"the {request.param} kernels are not built")
-        return random_inputs(15, num_queries=3).to(request.param, torch.float32)
-
-    def test_forward(self, inputs):
-        features, shapes, starts, location, weights = inputs
-        for needs in (False, True):
-            arguments = (
-                features.clone().requires_grad_(needs),
-                shapes,
-                starts,
-                location.clone().requires_grad_(needs),
-                weights.clone().requires_grad_(needs),
-            )
-            torch.library.opcheck(torch.ops.reimplementation.deformable_aggregation, arguments)
-
-    @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
-    def test_backward(self, inputs, needs):
-        output = torch.ops.reimplementation.deformable_aggregation(*inputs)
-        weights = inputs.weights.transpose(2, 3).contiguous().transpose(2, 3)
-        arguments = (torch.randn_like(output), *list(inputs)[:4], weights, *needs)
-        torch.library.opcheck(torch.ops.reimplementation.deformable_aggregation_backward, arguments)
-
-    def test_autocast_kernel(self, inputs):
-        features, shapes, starts, location, weights = inputs
-        with torch.autocast(features.device.type, torch.bfloat16):
-            output = torch.ops.reimplementation.deformable_aggregation(
-                features.bfloat16(), shapes, starts, location.half(), weights.half()
-            )
-        assert output.dtype == torch.bfloat16
-
-
-@pytest.mark.cuda
-def test_another_stream_and_metadata_on_the_cpu():
-    inputs = random_inputs(16).to("cuda", torch.float64)
-    features, shapes, starts, location, weights = inputs
-    expected = ops.deformable_aggregation_function(*inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        output = ops.deformable_aggregation_function(features, shapes.cpu(), starts.cpu(), location, weights)
-    stream.synchronize()
-    assert torch.equal(output, expected)
-
-
-@pytest.mark.cuda
-def test_no_host_synchronization():
-    features, shapes, starts, location, weights = random_inputs(17).to("cuda", torch.float32)
-    leaves = [t.requires_grad_() for t in (features, location, weights)]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.deformable_aggregation_function(leaves[0], shapes, starts, leaves[1], leaves[2]).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -10,7 +10,7 @@ from reimplementation.workloads import ATTENTION_CASES, AttentionInputs, attenti
 from tests.ops import agreement
 from tests.ops.agreement import run
 from tests.ops.inputs import ATTENTION_GEOMETRIES, attention_border_inputs, random_attention_inputs
-from tests.reference import TOLERANCE, ms_deform_attn, relative_error
+from tests.reference import ms_deform_attn, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 CHANNELS = [1, 8, 30, 32, 64, 71, 1025, 2048, 3096]
@@ -52,28 +52,6 @@ def test_batch_need_not_be_a_multiple_of_im2col_step(backend_device, batch_size,
     assert relative_error(output.cpu(), ms_deform_attn(*(t.cpu() for t in inputs))) <= 1e-12
 
 
-def test_half_value_with_float32_weights(backend_device):
-    for dtype in (torch.float16, torch.bfloat16):
-        inputs = random_attention_inputs(3).to("cpu", dtype)
-        single = AttentionInputs(*list(inputs)[:4], inputs.attention_weights.float())
-        output = ops.ms_deform_attn(*(t.to(backend_device) for t in single))
-        assert output.dtype == dtype
-        assert relative_error(output.cpu(), ms_deform_attn(*single)) <= TOLERANCE[dtype]
-
-
-def test_mixed_float_precisions_are_cast(backend_device):
-    inputs = random_attention_inputs(3)
-    single = list(inputs.to(backend_device, torch.float32))
-    double = list(inputs.to(backend_device, torch.float64))
-    wide_locations = [*single[:3], double[3], single[4]]
-    narrow_operands = [*double[:3], single[3], single[4]]
-    for arguments in (wide_locations, narrow_operands):
-        dtype = arguments[0].dtype
-        output = ops.ms_deform_attn(*arguments)
-        assert output.dtype == dtype
-        assert relative_error(output.cpu(), ms_deform_attn(*(t.cpu() for t in arguments))) <= TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_gradcheck(backend_device, channels):
     value, shapes, starts, locations, weights = random_attention_inputs(
@@ -89,42 +67,6 @@ def test_gradcheck(backend_device, channels):
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12, fast_mode=channels > 100)
 
 
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_only_the_gradients_that_are_needed(backend_device, needed):
-    inputs = random_attention_inputs(5).to(backend_device, torch.float64)
-    expected = run(ops.ms_deform_attn, inputs)[1:]
-    value, shapes, starts, locations, weights = inputs
-    leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((value, locations, weights))]
-    output = ops.ms_deform_attn(leaves[0], shapes, starts, leaves[1], leaves[2])
-    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    output.backward(grad_output.to(output))
-    for i, leaf in enumerate(leaves):
-        if i in needed:
-            assert relative_error(leaf.grad, expected[i]) <= 1e-12
-        else:
-            assert leaf.grad is None
-
-
-def test_forward_is_bitwise_reproducible(backend_device):
-    inputs = attention_inputs("small-encoder", device=backend_device)
-    first = ops.ms_deform_attn(*inputs)
-    assert all(torch.equal(first, ops.ms_deform_attn(*inputs)) for _ in range(5))
-
-
-def test_operands_are_read_through_their_strides(backend_device):
-    inputs = random_attention_inputs(6).to(backend_device, torch.float64)
-    value, shapes, starts, locations, weights = inputs
-    strided = AttentionInputs(
-        value.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
-        shapes.t().contiguous().t().to(torch.int32),
-        starts.repeat_interleave(2)[::2].to(torch.int16),
-        locations.permute(5, 3, 0, 2, 1, 4).contiguous().permute(2, 4, 3, 1, 5, 0),
-        weights.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2),
-    )
-    for got, wanted in zip(run(ops.ms_deform_attn, strided), run(ops.ms_deform_attn, inputs)):
-        assert relative_error(got, wanted) <= 1e-12
-
-
 def test_expanded_operands(backend_device):
     value, shapes, starts, locations, weights = random_attention_inputs(7, num_queries=1, num_points=1).to(
         backend_device, torch.float64
@@ -134,14 +76,6 @@ def test_expanded_operands(backend_device):
     got = run(ops.ms_deform_attn, AttentionInputs(value, shapes, starts, *expanded))
     wanted = run(ops.ms_deform_attn, AttentionInputs(value, shapes, starts, *repeated))
     assert all(relative_error(a, b) <= 1e-12 for a, b in zip(got, wanted))
-
-
-def test_value_at_an_odd_address(backend_device):
-    inputs = random_attention_inputs(8).to(backend_device, torch.float32)
-    buffer = torch.empty(inputs.value.numel() + 1, device=backend_device)
-    shifted = buffer[1:].view_as(inputs.value).copy_(inputs.value)
-    output = ops.ms_deform_attn(shifted, *list(inputs)[1:])
-    assert relative_error(output.cpu(), ms_deform_attn(*(t.cpu() for t in inputs))) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -307,40 +241,6 @@ def test_direct_calls_of_the_operator_are_checked():
             operator(*arguments.values())
 
 
-def test_second_derivatives(backend_device):
-    """The kernels refuse, and say so; plain PyTorch has them right."""
-    value, shapes, starts, locations, weights = random_attention_inputs(
-        13, batch_size=1, num_queries=2, num_heads=1, channels=4
-    ).to(backend_device, torch.float64)
-    leaves = [t.requires_grad_() for t in (value, locations + 2.0**-13, weights)]
-
-    def function(value, locations, weights):
-        return ops.ms_deform_attn(value, shapes, starts, locations, weights)
-
-    if ops.backends.select_backend(backend_device) == "grid_sample":
-        agreement.assert_second_derivatives_or_refusal(function, leaves)
-        return
-    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="ms_deform_attn has no second derivative"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(backend_device, dtype):
-    """The value keeps its dtype, locations are read as float32, weights fit the value."""
-    inputs = random_attention_inputs(14).to(backend_device, torch.float32)
-    value, shapes, starts, locations, weights = inputs
-    with torch.autocast(backend_device.type, dtype):
-        half = ops.ms_deform_attn(value.to(dtype), shapes, starts, locations, weights.to(dtype))
-        single = ops.ms_deform_attn(value, shapes, starts, locations.half(), weights.to(dtype))
-    assert half.dtype == dtype
-    assert single.dtype == torch.float32
-    expected = ms_deform_attn(*(t.cpu() for t in inputs))
-    assert relative_error(half.cpu(), expected) <= 2 * TOLERANCE[dtype]
-    rounded = [t.cpu() for t in (value, shapes, starts, locations.half(), weights.to(dtype))]
-    assert relative_error(single.cpu(), ms_deform_attn(*rounded)) <= TOLERANCE[torch.float32]
-
-
 def test_forcing_a_backend_that_is_not_there(monkeypatch):
     monkeypatch.setattr(ops.backends, "_forced_by_environment", "cuda")
     if ops.CUDA_EXT_AVAILABLE:
@@ -362,65 +262,3 @@ def test_workloads(case, geometry):
         attention_inputs(case, geometry="nowhere")
     with pytest.raises(ValueError, match="case must be one of encoder, decoder"):
         attention_inputs("huge")
-
-
-class TestOperator:
-    """What torch.library promises of a registered operator."""
-
-    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-    def inputs(self, request):
-        if request.param not in ops.available_backends(request.param):
-            pytest.skip(f"the {request.param} kernels are not built")
-        return random_attention_inputs(16, num_queries=3).to(request.param, torch.float32)
-
-    def test_forward(self, inputs):
-        value, shapes, starts, locations, weights = inputs
-        for needs in (False, True):
-            arguments = (
-                value.clone().requires_grad_(needs),
-                shapes,
-                starts,
-                locations.clone().requires_grad_(needs),
-                weights.clone().requires_grad_(needs),
-            )
-            torch.library.opcheck(torch.ops.reimplementation.ms_deform_attn, arguments)
-
-    @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
-    def test_backward(self, inputs, needs):
-        output = torch.ops.reimplementation.ms_deform_attn(*inputs)
-        weights = inputs.attention_weights.transpose(2, 3).contiguous().transpose(2, 3)
-        arguments = (torch.randn_like(output), *list(inputs)[:4], weights, *needs)
-        torch.library.opcheck(torch.ops.reimplementation.ms_deform_attn_backward, arguments)
-
-    def test_autocast_kernel(self, inputs):
-        value, shapes, starts, locations, weights = inputs
-        with torch.autocast(value.device.type, torch.bfloat16):
-            output = torch.ops.reimplementation.ms_deform_attn(
-                value.bfloat16(), shapes, starts, locations.half(), weights.half()
-            )
-        assert output.dtype == torch.bfloat16
-
-
-@pytest.mark.cuda
-def test_another_stream_and_metadata_on_the_cpu():
-    inputs = random_attention_inputs(17).to("cuda", torch.float64)
-    value, shapes, starts, locations, weights = inputs
-    expected = ops.ms_deform_attn(*inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        output = ops.ms_deform_attn(value, shapes.cpu(), starts.cpu(), locations, weights)
-    stream.synchronize()
-    assert torch.equal(output, expected)
-
-
-@pytest.mark.cuda
-def test_no_host_synchronization():
-    value, shapes, starts, locations, weights = random_attention_inputs(18).to("cuda", torch.float32)
-    leaves = [t.requires_grad_() for t in (value, locations, weights)]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.ms_deform_attn(leaves[0], shapes, starts, leaves[1], leaves[2]).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,214 @@
+"""What both ops promise alike: types, strides, gradients on demand, registration with PyTorch, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from reimplementation import ops
+from reimplementation.workloads import OpInputs
+from tests import reference
+from tests.ops.agreement import assert_second_derivatives_or_refusal, run
+from tests.ops.inputs import random_attention_inputs, random_inputs
+from tests.reference import TOLERANCE, relative_error
+
+HALF_DTYPES = [torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its function, its formula in float64, random inputs, and inputs few enough to perturb one by one."""
+
+    name: str
+    function: Callable
+    formula: Callable
+    inputs: Callable[..., OpInputs]
+    small: OpInputs
+
+    @property
+    def forward(self):
+        return getattr(torch.ops.reimplementation, self.name)
+
+    @property
+    def backward(self):
+        return getattr(torch.ops.reimplementation, f"{self.name}_backward")
+
+
+OPS = [
+    Op(
+        "deformable_aggregation",
+        ops.deformable_aggregation_function,
+        reference.deformable_aggregation,
+        random_inputs,
+        random_inputs(13, batch_size=1, num_queries=2, channels=4, shapes=(((4, 5), (2, 3)), ((3, 2), (1, 2)))),
+    ),
+    Op(
+        "ms_deform_attn",
+        ops.ms_deform_attn,
+        reference.ms_deform_attn,
+        random_attention_inputs,
+        random_attention_inputs(13, batch_size=1, num_queries=2, num_heads=1, channels=4),
+    ),
+]
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.name)
+def op(request) -> Op:
+    return request.param
+
+
+def on_cpu(operands):
+    return [tensor.cpu() for tensor in operands]
+
+
+def with_memory_reversed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with the first dimension innermost in memory."""
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def test_half_features_with_float32_weights(op, backend_device):
+    for dtype in HALF_DTYPES:
+        features, shapes, starts, locations, weights = op.inputs(3).to(backend_device, dtype)
+        operands = features, shapes, starts, locations, weights.float()
+        output = op.function(*operands)
+        assert output.dtype == dtype
+        assert relative_error(output.cpu(), op.formula(*on_cpu(operands))) <= TOLERANCE[dtype]
+
+
+def test_mixed_float_precisions_are_cast(op, backend_device):
+    single = list(op.inputs(3).to(backend_device, torch.float32))
+    double = list(op.inputs(3).to(backend_device, torch.float64))
+    wide_locations = [*single[:3], double[3], single[4]]
+    narrow_operands = [*double[:3], single[3], single[4]]
+    for operands in (wide_locations, narrow_operands):
+        output = op.function(*operands)
+        assert output.dtype == operands[0].dtype
+        assert relative_error(output.cpu(), op.formula(*on_cpu(operands))) <= TOLERANCE[output.dtype]
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_only_the_gradients_that_are_needed(op, backend_device, needed):
+    inputs = op.inputs(5).to(backend_device, torch.float64)
+    expected = run(op.function, inputs)[1:]
+    features, shapes, starts, locations, weights = inputs
+    leaves = [t.detach().clone().requires_grad_(i in needed) for i, t in enumerate((features, locations, weights))]
+    output = op.function(leaves[0], shapes, starts, leaves[1], leaves[2])
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    output.backward(grad_output.to(output))
+    for i, leaf in enumerate(leaves):
+        if i in needed:
+            assert relative_error(leaf.grad, expected[i]) <= 1e-12
+        else:
+            assert leaf.grad is None
+
+
+def test_forward_is_bitwise_reproducible(op, backend_device):
+    inputs = op.inputs(6, num_queries=200).to(backend_device, torch.float32)
+    first = op.function(*inputs)
+    assert all(torch.equal(first, op.function(*inputs)) for _ in range(5))
+
+
+def test_operands_are_read_through_their_strides(op, backend_device):
+    inputs = op.inputs(6).to(backend_device, torch.float64)
+    strided = type(inputs)(*(with_memory_reversed(operand) for operand in inputs))
+    narrow = type(inputs)(*(t if t.is_floating_point() else t.to(torch.int16) for t in strided))
+    expected = run(op.function, inputs)
+    for other in (strided, narrow):
+        assert all(relative_error(a, b) <= 1e-12 for a, b in zip(run(op.function, other), expected))
+
+
+def test_features_at_an_odd_address(op, backend_device):
+    inputs = op.inputs(8).to(backend_device, torch.float32)
+    features = next(iter(inputs))
+    buffer = torch.empty(features.numel() + 1, device=backend_device)
+    shifted = type(inputs)(buffer[1:].view_as(features).copy_(features), *list(inputs)[1:])
+    for got, wanted in zip(run(op.function, shifted), run(op.formula, inputs.to("cpu", torch.float64))):
+        assert relative_error(got.cpu(), wanted) <= TOLERANCE[torch.float32]
+
+
+def test_second_derivatives(op, backend_device):
+    """The kernels refuse, and say so; plain PyTorch has them right."""
+    features, shapes, starts, locations, weights = op.small.to(backend_device, torch.float64)
+    # Half a step away from the edges of pixels, where the derivative does not exist.
+    leaves = [t.detach().requires_grad_() for t in (features, locations + 2.0**-13, weights)]
+
+    def function(features, locations, weights):
+        return op.function(features, shapes, starts, locations, weights)
+
+    if ops.backends.select_backend(backend_device) == "grid_sample":
+        assert_second_derivatives_or_refusal(function, leaves)
+        return
+    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[1], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op.name} has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_autocast(op, backend_device, dtype):
+    """Features keep their dtype, locations are read as float32, weights fit the features."""
+    inputs = op.inputs(14).to(backend_device, torch.float32)
+    features, shapes, starts, locations, weights = inputs
+    with torch.autocast(backend_device.type, dtype):
+        half = op.function(features.to(dtype), shapes, starts, locations, weights.to(dtype))
+        single = op.function(features, shapes, starts, locations.half(), weights.to(dtype))
+    assert half.dtype == dtype
+    assert single.dtype == torch.float32
+    assert relative_error(half.cpu(), op.formula(*on_cpu(inputs))) <= 2 * TOLERANCE[dtype]
+    rounded = features, shapes, starts, locations.half(), weights.to(dtype)
+    assert relative_error(single.cpu(), op.formula(*on_cpu(rounded))) <= TOLERANCE[torch.float32]
+
+
+class TestOperator:
+    """What torch.library promises of a registered operator."""
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+    def inputs(self, request, op) -> OpInputs:
+        if request.param not in ops.available_backends(request.param):
+            pytest.skip(f"the {request.param} kernels are not built")
+        return op.inputs(15, num_queries=3).to(request.param, torch.float32)
+
+    @pytest.mark.parametrize("needs", [False, True])
+    def test_forward(self, op, inputs, needs):
+        operands = (t.clone().requires_grad_(needs) if t.is_floating_point() else t for t in inputs)
+        torch.library.opcheck(op.forward, tuple(operands))
+
+    @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+    def test_backward(self, op, inputs, needs):
+        *operands, weights = inputs
+        grad_output = torch.randn_like(op.forward(*inputs))
+        weights = with_memory_reversed(weights)  # whose gradient has its strides
+        torch.library.opcheck(op.backward, (grad_output, *operands, weights, *needs))
+
+    def test_autocast_kernel(self, op, inputs):
+        features, shapes, starts, locations, weights = inputs
+        with torch.autocast(features.device.type, torch.bfloat16):
+            output = op.forward(features.bfloat16(), shapes, starts, locations.half(), weights.half())
+        assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.cuda
+def test_another_stream_and_metadata_on_the_cpu(op):
+    features, shapes, starts, locations, weights = op.inputs(16).to("cuda", torch.float64)
+    expected = op.function(features, shapes, starts, locations, weights)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        output = op.function(features, shapes.cpu(), starts.cpu(), locations, weights)
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.cuda
+def test_no_host_synchronization(op):
+    features, shapes, starts, locations, weights = op.inputs(17).to("cuda", torch.float32)
+    leaves = [t.requires_grad_() for t in (features, locations, weights)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op.function(leaves[0], shapes, starts, leaves[1], leaves[2]).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
