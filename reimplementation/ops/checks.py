@@ -26,16 +26,21 @@ def check_shape(name: str, tensor: Tensor, dims: tuple[str | int, ...], sizes: d
     A name seen for the first time takes its size from ``tensor`` and is written to ``sizes``; a name seen before
     must have that size again. An integer must match as it is.
     """
-    shape = tuple(tensor.shape)
-    known = {dim: sizes[dim] for dim in dims if dim in sizes}
-    fits = len(shape) == len(dims) and all(
-        size == (dim if isinstance(dim, int) else known.get(dim, size)) for dim, size in zip(dims, shape)
-    )
+    shape = tensor.shape
+    seen: dict[str, int] = {}
+    fits = len(shape) == len(dims)
+    for dim, size in zip(dims, shape):
+        if isinstance(dim, int):
+            fits = fits and size == dim
+        elif dim in sizes:
+            fits = fits and size == sizes[dim]
+        else:
+            seen[dim] = size
     if not fits:
         expected = f"({', '.join(map(str, dims))}{',' * (len(dims) == 1)})"
-        given = " with " + ", ".join(f"{dim}={size}" for dim, size in known.items()) if known else ""
-        raise ValueError(f"{name} must be {expected}{given}; got {shape}")
-    sizes.update((dim, size) for dim, size in zip(dims, shape) if isinstance(dim, str))
+        known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
+        raise ValueError(f"{name} must be {expected}{' with ' if known else ''}{known}; got {tuple(shape)}")
+    sizes.update(seen)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, or_cpu: bool = False) -> None:

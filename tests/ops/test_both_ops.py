@@ -203,6 +203,17 @@ def test_another_stream_and_metadata_on_the_cpu(op):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_gpu_than_the_current_one(op):
+    inputs = op.inputs(18).to("cuda:1", torch.float64)
+    with torch.cuda.device(0):
+        actual = run(op.function, inputs)
+    for got, wanted in zip(actual, run(op.formula, inputs.to("cpu", torch.float64))):
+        assert got.device == torch.device("cuda:1")
+        assert relative_error(got.cpu(), wanted) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.cuda
 def test_no_host_synchronization(op):
     features, shapes, starts, locations, weights = op.inputs(17).to("cuda", torch.float32)
     leaves = [t.requires_grad_() for t in (features, locations, weights)]
