@@ -51,46 +51,53 @@ struct Tile {
   }
 };
 
-// Where one sample of a unit falls.
+// Where one sample of a unit falls, and what it weighs there.
 template <typename T>
 struct Sample {
   Level level;
   Axis<T> x, y;
+  T attention;
   int level_number, point;
-  bool inside;  // its footprint touches the level
+  bool inside;  // its footprint touches the level; only then are the axes and the attention weight set
 };
 
-template <typename T, typename W>
-__device__ __forceinline__ Sample<compute_t<T>> locate(
-    const Operands<T, W>& op, const Tile<T, W>& tile, int64_t query, int number) {
+// Calls `visit(number, unit, query, sample)` for samples first, ..., first + count - 1 (at most THREADS) of every unit.
+// Neighbouring threads take neighbouring samples of one unit: their locations are neighbours in memory. A thread keeps to
+// one number, so what depends on the level is computed once for all of its units.
+template <typename T, typename W, typename Visit>
+__device__ __forceinline__ void for_each_sample(
+    const Operands<T, W>& op, const Tile<T, W>& tile, int first, int count, Visit visit) {
   using C = compute_t<T>;
+  const int first_unit = threadIdx.x / count;
+  const int units_at_once = THREADS / count;
+  const int number = threadIdx.x - first_unit * count;
+  if (first_unit >= units_at_once) {
+    return;
+  }
   Sample<C> sample = {};
-  sample.level_number = number / op.num_points;
-  sample.point = number - sample.level_number * op.num_points;
-  if (query >= op.num_queries) {
-    return sample;
-  }
+  sample.level_number = (first + number) / op.num_points;
+  sample.point = first + number - sample.level_number * op.num_points;
   sample.level = op.levels[sample.level_number];
-  const C* location = op.locations + tile.batch * op.location_strides[0] + query * op.location_strides[1] +
-      tile.head * op.location_strides[2] + sample.level_number * op.location_strides[3] +
-      sample.point * op.location_strides[4];
-  const C x = pixel_position(location[0], sample.level.width);
-  const C y = pixel_position(location[op.location_strides[5]], sample.level.height);
-  sample.inside = !sample.level.empty() && touches_level(x, y, sample.level.width, sample.level.height);
-  if (sample.inside) {
-    sample.x = bilinear_axis(x, sample.level.width);
-    sample.y = bilinear_axis(y, sample.level.height);
+  const C* locations = op.locations + tile.batch * op.location_strides[0] + tile.head * op.location_strides[2] +
+      sample.level_number * op.location_strides[3] + sample.point * op.location_strides[4];
+  const W* weights = op.weights + tile.batch * op.weight_strides[0] + tile.head * op.weight_strides[2] +
+      sample.level_number * op.weight_strides[3] + sample.point * op.weight_strides[4];
+  for (int unit = first_unit; unit < tile.units; unit += units_at_once) {
+    const int64_t query = tile.first_query + unit;
+    sample.inside = false;
+    if (query < op.num_queries && !sample.level.empty()) {
+      const C* location = locations + query * op.location_strides[1];
+      const C x = pixel_position(location[0], sample.level.width);
+      const C y = pixel_position(location[op.location_strides[5]], sample.level.height);
+      sample.inside = touches_level(x, y, sample.level.width, sample.level.height);
+      if (sample.inside) {
+        sample.x = bilinear_axis(x, sample.level.width);
+        sample.y = bilinear_axis(y, sample.level.height);
+        sample.attention = to_compute(weights[query * op.weight_strides[1]]);
+      }
+    }
+    visit(number, unit, query, sample);
   }
-  return sample;
-}
-
-template <typename T, typename W>
-__device__ __forceinline__ compute_t<T> attention_weight(
-    const Operands<T, W>& op, const Tile<T, W>& tile, int64_t query, const Sample<compute_t<T>>& sample) {
-  return to_compute(
-      op.weights
-          [tile.batch * op.weight_strides[0] + query * op.weight_strides[1] + tile.head * op.weight_strides[2] +
-           sample.level_number * op.weight_strides[3] + sample.point * op.weight_strides[4]]);
 }
 
 // A sample is staged at `sample * pitch + unit`: the units of a warp read neighbouring words, and a pitch one above the
@@ -119,29 +126,23 @@ __device__ void stage(
   staged.first_inside[threadIdx.x] = NONE_INSIDE;
   __syncthreads();
   bool outside = false;
-  for (int i = threadIdx.x; i < count * tile.units; i += THREADS) {
-    // Neighbouring threads take neighbouring samples of one unit: their locations are neighbours in memory.
-    const int unit = i / count;
-    const int number = i - unit * count;
-    const int slot = number * tile.pitch + unit;
-    const int64_t query = tile.first_query + unit;
-    const Sample<C> sample = locate(op, tile, query, first + number);
+  for_each_sample(op, tile, first, count, [&](int number, int unit, int64_t, const Sample<C>& sample) {
     Four<C> weights = {};
     Four<int> rows = {-1, -1, -1, -1};
     if (sample.inside) {
-      const C attention = attention_weight(op, tile, query, sample);
       weights = corner_weights(sample.x, sample.y);
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
-        weights[corner] *= attention;
+        weights[corner] *= sample.attention;
       }
       rows = corner_rows(sample.level, sample.x, sample.y);
       atomicMin(&staged.first_inside[unit], number);
     }
+    const int slot = number * tile.pitch + unit;
     staged.weights[slot] = weights;
     staged.rows[slot] = rows;
     outside |= !sample.inside;
-  }
+  });
   if (!__syncthreads_or(outside)) {
     return;
   }

@@ -138,14 +138,10 @@ __device__ void finish_samples(
     int count,
     const Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  for (int i = threadIdx.x; i < count * tile.units; i += THREADS) {
-    const int unit = i / count;
-    const int number = i - unit * count;
-    const int64_t query = tile.first_query + unit;
+  for_each_sample(op, tile, first, count, [&](int number, int unit, int64_t query, const Sample<C>& sample) {
     if (query >= op.num_queries) {
-      continue;
+      return;
     }
-    const Sample<C> sample = locate(op, tile, query, first + number);
     C grad_weight = 0, grad_x = 0, grad_y = 0;
     if (sample.inside) {
       const Four<C> dots = shared.dots[number * tile.pitch + unit];
@@ -154,15 +150,14 @@ __device__ void finish_samples(
       for (int corner = 0; corner < 4; ++corner) {
         grad_weight += weights[corner] * dots[corner];
       }
-      const C attention = attention_weight(op, tile, query, sample);
       location_gradient(
           {sample.x.weight[0], sample.x.weight[1], sample.y.weight[0], sample.y.weight[1]},
           {sample.x.slope[0], sample.x.slope[1], sample.y.slope[0], sample.y.slope[1]},
           dots.values,
           grad_x,
           grad_y);
-      grad_x *= attention;
-      grad_y *= attention;
+      grad_x *= sample.attention;
+      grad_y *= sample.attention;
     }
     if (grad.locations != nullptr) {
       C* location = grad.locations + tile.batch * grad.location_strides[0] + query * grad.location_strides[1] +
@@ -177,7 +172,7 @@ __device__ void finish_samples(
            sample.level_number * grad.weight_strides[3] + sample.point * grad.weight_strides[4]] =
           from_compute<W>(grad_weight);
     }
-  }
+  });
 }
 
 template <typename T, typename W, int VEC>
