@@ -69,8 +69,8 @@ inline DeformableAggregationSizes check_deformable_aggregation(
   check_same_device("weights", weights, feature_maps);
   STD_TORCH_CHECK(
       sizes.num_rows <= INT_MAX && sizes.num_cams * sizes.num_points <= INT_MAX && sizes.num_levels <= INT_MAX &&
-          sizes.channels <= INT_MAX,
-      "num_feat, num_cams * num_pts, num_levels and C must each be below 2^31");
+          sizes.channels <= INT_MAX / 8,
+      "num_feat, num_cams * num_pts and num_levels must each be below 2^31, C below 2^28");
   return sizes;
 }
 

@@ -4,7 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace reimplementation::cuda {
 
@@ -86,6 +88,13 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* address) {
   Vector<T, N> vector;
   memcpy(&vector, &word, sizeof(word));
   return vector;
+}
+
+// The address of a row, in the one instruction that multiplies 32 bits by 32 and adds 64.
+template <typename T>
+__device__ __forceinline__ T* row_address(T* first, int row, int row_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + static_cast<int64_t>(row) * row_bytes);
 }
 
 // Adds N sums to memory: 16-byte reductions where the GPU has them, which lets L2 take four channels per request.

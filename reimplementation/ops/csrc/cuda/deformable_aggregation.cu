@@ -79,7 +79,7 @@ __device__ __forceinline__ void gather(
     int stride,
     const T* const (&features)[NV],
     const W* const (&weights)[NV],
-    int channels,
+    int row_bytes,
     compute_t<T> (&sums)[NV][VEC]) {
   if constexpr (COUNT > 1) {
     bool any_empty = false;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void gather(
     }
     if (any_empty) {
       for (int i = 0; i < COUNT; ++i) {
-        gather<1, T, W, VEC, NV>(samples, sample + i * stride, stride, features, weights, channels, sums);
+        gather<1, T, W, VEC, NV>(samples, sample + i * stride, stride, features, weights, row_bytes, sums);
       }
       return;
     }
@@ -108,7 +108,7 @@ __device__ __forceinline__ void gather(
       group_weights[i][k] = to_compute(weights[k][offset]);
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
-        corners[i][k][corner] = load_vector<VEC>(features[k] + static_cast<int64_t>(rows[corner]) * channels);
+        corners[i][k][corner] = load_vector<VEC>(row_address(features[k], rows[corner], row_bytes));
       }
     }
   }
@@ -132,7 +132,7 @@ __device__ __forceinline__ void gather(
 template <typename T, typename W, int VEC, int NV, int IN_FLIGHT>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_forward(const Operands<T, W> op, T* __restrict__ output) {
   __shared__ Shared<T, VEC, NV> shared;
-  const int64_t batch = blockIdx.x / op.num_queries;
+  const int64_t batch = static_cast<int>(blockIdx.x) / op.num_queries;  // 32 bits: a 64-bit division is slow
   const int64_t query = blockIdx.x - batch * op.num_queries;
   const int first_channel = blockIdx.y * (op.lanes * NV * VEC);
   const int lane = threadIdx.x & (op.lanes - 1);
@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_fo
         (channel / op.group_channels) * op.weight_strides[5];
   }
 
+  const int row_bytes = op.channels * static_cast<int>(sizeof(T));
   compute_t<T> sums[NV][VEC] = {};
   const int num_pairs = op.num_points * op.num_cams;
   for (int first = 0; first < num_pairs; first += THREADS) {
@@ -166,10 +167,10 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_fo
         int sample = team;
         for (; sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
           gather<IN_FLIGHT, T, W, VEC, NV>(
-              shared.samples, sample, teams, features, weights, op.channels, sums);
+              shared.samples, sample, teams, features, weights, row_bytes, sums);
         }
         for (; sample < samples; sample += teams) {
-          gather<1, T, W, VEC, NV>(shared.samples, sample, teams, features, weights, op.channels, sums);
+          gather<1, T, W, VEC, NV>(shared.samples, sample, teams, features, weights, row_bytes, sums);
         }
         __syncthreads();
       }

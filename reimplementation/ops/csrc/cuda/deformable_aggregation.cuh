@@ -21,8 +21,7 @@ struct Operands {
   LevelTable levels;
   int64_t location_strides[5];
   int64_t weight_strides[6];
-  int64_t num_queries;
-  int num_points, num_cams, num_levels;
+  int num_queries, num_points, num_cams, num_levels;
   int channels, group_channels;  // channels of a group share a weight
   int lanes, log2_lanes;         // of a team; a power of two
 };
@@ -41,7 +40,7 @@ Operands<T, W> operands(
   op.levels = levels;
   copy_strides(locations, op.location_strides);
   copy_strides(weights, op.weight_strides);
-  op.num_queries = sizes.num_queries;
+  op.num_queries = static_cast<int>(sizes.num_queries);
   op.num_points = static_cast<int>(sizes.num_points);
   op.num_cams = static_cast<int>(sizes.num_cams);
   op.num_levels = static_cast<int>(sizes.num_levels);

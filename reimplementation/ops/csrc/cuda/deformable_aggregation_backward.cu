@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
-  const int64_t batch = blockIdx.x / op.num_queries;
+  const int64_t batch = static_cast<int>(blockIdx.x) / op.num_queries;  // 32 bits: a 64-bit division is slow
   const int64_t query = blockIdx.x - batch * op.num_queries;
   const C* locations = op.locations + batch * op.location_strides[0] + query * op.location_strides[1];
   const W* weights = op.weights + batch * op.weight_strides[0] + query * op.weight_strides[1];

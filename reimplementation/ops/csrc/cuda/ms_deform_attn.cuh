@@ -30,7 +30,8 @@ struct Operands {
   LevelTable levels;
   int64_t location_strides[6];
   int64_t weight_strides[5];
-  int64_t num_queries, tiles;  // tiles of neighbouring queries
+  int64_t num_queries;
+  int tiles;  // of neighbouring queries, in a batch element
   int num_heads, channels, num_levels, num_points;
   int lanes, log2_lanes;       // of a unit
 };
@@ -42,12 +43,14 @@ struct Tile {
   int head, units, pitch;
 
   __device__ explicit Tile(const Operands<T, W>& op) {
-    const int64_t tile = blockIdx.x / op.num_heads;
-    head = static_cast<int>(blockIdx.x - tile * op.num_heads);
-    batch = tile / op.tiles;
+    // 32 bits: a 64-bit division takes a hundred instructions.
+    const int tile = static_cast<int>(blockIdx.x) / op.num_heads;
+    head = static_cast<int>(blockIdx.x) - tile * op.num_heads;
+    const int element = tile / op.tiles;
+    batch = element;
     units = THREADS >> op.log2_lanes;
     pitch = units + 1;
-    first_query = (tile - batch * op.tiles) * units;
+    first_query = static_cast<int64_t>(tile - element * op.tiles) * units;
   }
 };
 
@@ -179,13 +182,15 @@ Operands<T, W> operands(
   op.num_points = static_cast<int>(sizes.num_points);
   op.log2_lanes = std::min(5, ceil_log2((sizes.channels + vec - 1) / vec));
   op.lanes = 1 << op.log2_lanes;
-  op.tiles = (sizes.num_queries * op.lanes + THREADS - 1) / THREADS;
+  const int64_t tiles = (sizes.num_queries * op.lanes + THREADS - 1) / THREADS;
+  STD_TORCH_CHECK(tiles <= INT_MAX, "there are too many queries: ", sizes.num_queries);
+  op.tiles = static_cast<int>(tiles);
   return op;
 }
 
 template <typename T, typename W>
 inline unsigned num_blocks(const MSDeformAttnSizes& sizes, const Operands<T, W>& op) {
-  const int64_t blocks = sizes.batch * op.tiles * sizes.num_heads;
+  const int64_t blocks = sizes.batch * sizes.num_heads * op.tiles;
   STD_TORCH_CHECK(blocks <= INT_MAX, "batch * queries * heads is too large: it takes ", blocks, " blocks");
   return static_cast<unsigned>(blocks);
 }
