@@ -25,7 +25,7 @@ __device__ __forceinline__ void gather(
     int slot,
     int pitch,
     const T* value,
-    int row_bytes,
+    int64_t row_stride,
     compute_t<T> (&sums)[VEC]) {
   Vector<T, VEC> corners[COUNT][4];
 #pragma unroll
@@ -33,7 +33,7 @@ __device__ __forceinline__ void gather(
     const Four<int> rows = staged.rows[slot + i * pitch];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      corners[i][corner] = load_vector<VEC>(row_address(value, rows[corner], row_bytes));
+      corners[i][corner] = load_vector<VEC>(value + rows[corner] * row_stride);
     }
   }
 #pragma unroll
@@ -58,7 +58,6 @@ __global__ void __launch_bounds__(THREADS) ms_deform_attn_forward(const Operands
   const int lane = threadIdx.x & (op.lanes - 1);
   const int64_t query = tile.first_query + unit;
   const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
-  const int row_bytes = op.num_heads * op.channels * static_cast<int>(sizeof(T));
   const int samples = op.num_levels * op.num_points;
   const int samples_at_once = STAGED_SAMPLES<T> / tile.pitch;
   const T* head = op.value + tile.batch * op.levels.num_rows * row_stride + tile.head * op.channels;
@@ -77,10 +76,10 @@ __global__ void __launch_bounds__(THREADS) ms_deform_attn_forward(const Operands
       if (staged.first_inside[unit] != NONE_INSIDE) {
         int sample = 0;
         for (; sample + IN_FLIGHT <= count; sample += IN_FLIGHT) {
-          gather<IN_FLIGHT>(staged, sample * tile.pitch + unit, tile.pitch, value, row_bytes, sums);
+          gather<IN_FLIGHT>(staged, sample * tile.pitch + unit, tile.pitch, value, row_stride, sums);
         }
         for (; sample < count; ++sample) {
-          gather<1>(staged, sample * tile.pitch + unit, tile.pitch, value, row_bytes, sums);
+          gather<1>(staged, sample * tile.pitch + unit, tile.pitch, value, row_stride, sums);
         }
       }
     }

@@ -74,7 +74,7 @@ __device__ __forceinline__ void walk_samples(
   const int unit = threadIdx.x >> op.log2_lanes;
   const int lane = threadIdx.x & (lanes - 1);
   const unsigned unit_mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
-  const int row_channels = op.num_heads * op.channels;
+  const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
 #pragma unroll 2
   for (int sample = 0; sample < count; ++sample) {
     const int slot = sample * tile.pitch + unit;
@@ -83,8 +83,7 @@ __device__ __forceinline__ void walk_samples(
       C dots[4];
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
-        const Vector<T, VEC> corner_value = 
-            load_vector<VEC>(row_address(value, rows[corner], row_channels * static_cast<int>(sizeof(T))));
+        const Vector<T, VEC> corner_value = load_vector<VEC>(value + rows[corner] * row_stride);
         C dot = 0;
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
@@ -122,8 +121,7 @@ __device__ __forceinline__ void walk_samples(
           for (int v = 0; v < VEC; ++v) {
             terms[v] = weights[corner] * grad_output[v];
           }
-          atomic_add_vector(
-              row_address(grad_value, rows[corner], row_channels * static_cast<int>(sizeof(C))), terms);
+          atomic_add_vector(grad_value + rows[corner] * row_stride, terms);
         }
       }
     }
