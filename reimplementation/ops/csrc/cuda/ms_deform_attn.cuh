@@ -30,8 +30,7 @@ struct Operands {
   LevelTable levels;
   int64_t location_strides[6];
   int64_t weight_strides[5];
-  int64_t num_queries;
-  int tiles;  // of neighbouring queries, in a batch element
+  int64_t num_queries, tiles;  // tiles of neighbouring queries
   int num_heads, channels, num_levels, num_points;
   int lanes, log2_lanes;       // of a unit
 };
@@ -43,14 +42,12 @@ struct Tile {
   int head, units, pitch;
 
   __device__ explicit Tile(const Operands<T, W>& op) {
-    // 32 bits: a 64-bit division takes a hundred instructions.
-    const int tile = static_cast<int>(blockIdx.x) / op.num_heads;
-    head = static_cast<int>(blockIdx.x) - tile * op.num_heads;
-    const int element = tile / op.tiles;
-    batch = element;
+    const int64_t tile = blockIdx.x / op.num_heads;
+    head = static_cast<int>(blockIdx.x - tile * op.num_heads);
+    batch = tile / op.tiles;
     units = THREADS >> op.log2_lanes;
     pitch = units + 1;
-    first_query = static_cast<int64_t>(tile - element * op.tiles) * units;
+    first_query = (tile - batch * op.tiles) * units;
   }
 };
 
@@ -182,9 +179,7 @@ Operands<T, W> operands(
   op.num_points = static_cast<int>(sizes.num_points);
   op.log2_lanes = std::min(5, ceil_log2((sizes.channels + vec - 1) / vec));
   op.lanes = 1 << op.log2_lanes;
-  const int64_t tiles = (sizes.num_queries * op.lanes + THREADS - 1) / THREADS;
-  STD_TORCH_CHECK(tiles <= INT_MAX, "there are too many queries: ", sizes.num_queries);
-  op.tiles = static_cast<int>(tiles);
+  op.tiles = (sizes.num_queries * op.lanes + THREADS - 1) / THREADS;
   return op;
 }
 
