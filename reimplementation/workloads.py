@@ -53,11 +53,6 @@ class AggregationInputs(OpInputs):
     sampling_location: Tensor
     weights: Tensor
 
-    @property
-    def num_visible(self) -> int:
-        """How many (point, camera) pairs lie in the open unit square."""
-        return int(((self.sampling_location > 0) & (self.sampling_location < 1)).all(-1).sum())
-
 
 @dataclass(frozen=True)
 class AttentionInputs(OpInputs):
