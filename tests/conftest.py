@@ -1,4 +1,4 @@
-"""Devices and backends that tests run on."""
+"""What tests run, and the devices and backends that they run it on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from reimplementation import ops
+from tests.models.cases import MODULES, ModuleCase
+from tests.ops.cases import OPS, Op
 
 CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
 
@@ -42,3 +44,13 @@ def backend_device(request):
         pytest.skip(f"the {backend} kernels are not built: {ops.build_info()['reasons']}")
     with ops.use_backend(backend):
         yield torch.device(device)
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.name)
+def op(request) -> Op:
+    return request.param
+
+
+@pytest.fixture(params=MODULES, ids=lambda module: module.name)
+def case(request) -> ModuleCase:
+    return request.param
