@@ -258,6 +258,25 @@ def test_checkpoint_with_and_without_fix_scale():
         fresh.load_state_dict({"learnable_fc.weight": checkpoint["learnable_fc.weight"]}, strict=True)
 
 
+def test_a_checkpoint_completes_a_module_built_on_the_meta_device():
+    """What the configuration fixes comes back too, though no checkpoint of SparseDrive's holds it."""
+    heights = (-0.5, 1.25)
+    line_settings = {"num_sample": 5, "num_learnable_pts": 2, "fix_height": heights, "ground_height": -1.8}
+    for build, settings in (
+        (SparseBox3DKeyPointsGenerator, {"num_learnable_pts": 2, "fix_scale": FACES}),
+        (SparsePoint3DKeyPointsGenerator, line_settings),
+    ):
+        original = build(16, **settings)
+        checkpoint = {name: value for name, value in original.state_dict().items() if name != "fix_scale"}
+        with torch.device("meta"):
+            module = build(16, **settings)
+        for leftover in module.to_empty(device="cpu").state_dict().values():
+            leftover.fill_(float("nan"))
+        module.load_state_dict(checkpoint, strict=True)
+        anchor, feature = torch.randn(2, 3, 10), torch.randn(2, 3, 16)
+        torch.testing.assert_close(module(anchor, feature), original(anchor, feature), rtol=0, atol=0)
+
+
 def test_init_weight_restores_the_fixed_places():
     generator = SparseBox3DKeyPointsGenerator(16, num_learnable_pts=2, fix_scale=FACES)
     for parameter in generator.parameters():

@@ -65,17 +65,22 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         A head that fills every matrix among its parameters with random numbers, as SparseDrive's does before
         it calls this, has overwritten ``fix_scale`` too.
         """
-        with torch.no_grad():
-            self.fix_scale.copy_(torch.as_tensor(self._configured_fix_scale))
+        self._reset_fix_scale()
         if self.num_learnable_pts > 0:
             nn.init.xavier_uniform_(self.learnable_fc.weight)
             nn.init.zeros_(self.learnable_fc.bias)
+
+    @torch.no_grad()
+    def _reset_fix_scale(self) -> None:
+        self.fix_scale.copy_(torch.as_tensor(self._configured_fix_scale, device=self.fix_scale.device))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         # SparseDrive's checkpoints leave the fixed places to the configuration, Sparse4D's store them.
         if prefix + "fix_scale" in missing_keys:
             missing_keys.remove(prefix + "fix_scale")
+            if strict:  # which promises every value, also to a module that was built on the meta device
+                self._reset_fix_scale()
 
     def forward(
         self,
@@ -204,8 +209,8 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         self.num_learnable_pts = num_learnable_pts
         self.num_pts = num_sample * len(fix_height) * num_learnable_pts
         self.ground_height = ground_height
-        heights = torch.tensor(fix_height, dtype=torch.get_default_dtype())
-        self.register_buffer("fix_height", heights, persistent=False)
+        # Numbers, no buffer: a module built on the meta device would never get back a buffer that no checkpoint has.
+        self.fix_height = tuple(fix_height)
         if num_learnable_pts > 0:
             self.learnable_fc = nn.Linear(embed_dims, self.num_pts * 2)
 
@@ -250,8 +255,8 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         points = self._polyline(at_least_float32(anchor))[:, :, :, None, None]
         places = (self.num_sample, len(self.fix_height), self.num_learnable_pts, 2)
         xy = points + self.learnable_fc(instance_feature).to(points.dtype).unflatten(-1, places)
-        heights = self.fix_height.to(points.dtype) + self.ground_height
-        z = heights[:, None, None].expand(*xy.shape[:-1], 1)
+        ground = torch.full_like(xy[:, :, :, :1, :, :1], self.ground_height)
+        z = torch.cat([ground + height for height in self.fix_height], dim=3)
         key_points = torch.cat([xy, z], dim=-1).flatten(2, 4)
 
         return with_past_frames(key_points, None, T_cur2temp_list, cur_timestamp, temp_timestamps)
