@@ -53,7 +53,8 @@ def deformable_aggregation_function(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available.
     """
-    if isinstance(feature_maps, Tensor) and torch.is_autocast_enabled(feature_maps.device.type):
+    autocasts = isinstance(feature_maps, Tensor) and not feature_maps.is_meta  # autocast does not know the meta device
+    if autocasts and torch.is_autocast_enabled(feature_maps.device.type):
         sampling_location, weights = under_autocast(feature_maps, sampling_location, weights)
     _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
 

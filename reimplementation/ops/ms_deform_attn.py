@@ -54,7 +54,8 @@ def ms_deform_attn(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available.
     """
-    if isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type):
+    autocasts = isinstance(value, Tensor) and not value.is_meta  # autocast does not know the meta device
+    if autocasts and torch.is_autocast_enabled(value.device.type):
         sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
