@@ -2,7 +2,8 @@
 
 ``cuda`` and ``cpu`` are the kernels of the extension module ``reimplementation._C``; ``grid_sample`` is plain
 PyTorch and always there. The best one for the tensors' device runs unless `use_backend` or the environment
-variable ``REIMPLEMENTATION_BACKEND`` (read at import) names another.
+variable ``REIMPLEMENTATION_BACKEND`` (read at import) names another. Under ``torch.func`` transforms it is
+``grid_sample``, which PyTorch can transform.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "cpu", "grid_sample")
 BUILD_COMMAND = "pip install --no-build-isolation ."
@@ -104,7 +106,13 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation") -> 
         _require(forced, op)
         if forced in ("cuda", "cpu") and device.type not in (forced, "meta"):
             raise RuntimeError(f"backend {forced!r} is forced, but the tensors are on {device}: move them to {forced}")
+        if forced != "grid_sample" and _is_transformed():
+            raise RuntimeError(
+                f"backend {forced!r} is forced, but torch.func transforms and forward-mode derivatives need grid_sample"
+            )
         return forced
+    if _is_transformed():
+        return "grid_sample"
     if device.type == "meta":
         return "cpu" if EXTENSION_AVAILABLE else "grid_sample"
     reason = _missing_reason(device.type)
@@ -119,6 +127,15 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation") -> 
             stacklevel=3,
         )
     return "grid_sample"
+
+
+def _is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is at work.
+
+    PyTorch differentiates registered kernels in reverse mode alone: `torch.func.grad` refuses them, and forward mode
+    takes their output for a constant without a word.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _missing_reason(device_type: str) -> str | None:
