@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from reimplementation import ops
+from tests.models.cases import trainable
 from tests.ops.agreement import run
 from tests.reference import TOLERANCE, relative_error
 
@@ -57,7 +58,7 @@ def test_what_a_module_gives_its_op(case, backend_device, half, monkeypatch):
 
 def test_gradients_of_a_module(case, backend_device, half):
     module, operands = case.trained(backend_device), case.operands_on(backend_device)
-    leaves = [*operands[: case.num_leaves], *(p for p in module.parameters() if p.requires_grad)]
+    leaves = [*operands[: case.num_leaves], *trainable(module)]
     expected_output = case.call(module, operands)
     grad_output = torch.randn(expected_output.shape, generator=torch.Generator().manual_seed(0)).to(backend_device)
     expected = torch.autograd.grad(expected_output, leaves, grad_output)
@@ -77,7 +78,7 @@ def test_training(case, backend_device, half, optimizer, learning_rate):
 
     def train(autocast: bool):
         module = case.trained(backend_device)
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = trainable(module)
         step = optimizer(parameters, lr=learning_rate)
         scaler = torch.amp.GradScaler(backend_device.type, enabled=autocast and half == torch.float16, init_scale=256.0)
         losses = []

@@ -35,9 +35,8 @@ class ModuleCase:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             module = self.build()
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            for parameter in trainable(module):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
         return module.to(device)
 
     def operands_on(self, device: torch.device | str, seed: int = 0, **sizes: int) -> list[Tensor]:
@@ -49,6 +48,10 @@ class ModuleCase:
 
     def call(self, module: nn.Module, operands: list[Tensor]) -> Tensor:
         return module(*self.arguments(*operands))
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _aggregation() -> DeformableFeatureAggregation:
