@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reimplementation import ops
 from reimplementation.models import MSDeformAttn
 from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.rig import nuscenes_like_rig
@@ -71,21 +72,23 @@ def _aggregation() -> DeformableFeatureAggregation:
 
 
 def _aggregation_operands(seed: int = 0, batch_size: int = 2, num_queries: int = 12) -> list[Tensor]:
-    """Instance feature and embedding, a map per level, boxes within 20 m around the car, matrices, image sizes."""
+    """Instance feature and embedding, rows of all maps, boxes within 20 m around the car, cameras, levels."""
     generator = torch.Generator().manual_seed(seed)
     rig = nuscenes_like_rig()
+    num_cams = len(rig.cameras)
     feature, embed = torch.randn(2, batch_size, num_queries, CHANNELS, generator=generator)
-    maps = [torch.randn(batch_size, len(rig.cameras), CHANNELS, *shape, generator=generator) for shape in LEVELS]
+    maps = [torch.randn(batch_size, num_cams, CHANNELS, *shape, generator=generator) for shape in LEVELS]
+    col_feats, *levels = ops.feature_maps_format(maps)
     anchor = torch.randn(batch_size, num_queries, 11, generator=generator)
     anchor[..., :3] = (torch.rand(batch_size, num_queries, 3, generator=generator) - 0.5) * torch.tensor([40, 40, 2])
-    projection_mat = torch.from_numpy(rig.projection_mat).float().expand(batch_size, -1, -1, -1)
-    image_wh = torch.from_numpy(rig.image_wh).float().expand(batch_size, -1, -1)
-    return [feature, embed, *maps, anchor, projection_mat, image_wh]
+    projection_mat = torch.from_numpy(rig.projection_mat).float().repeat(batch_size, 1, 1, 1)
+    image_wh = torch.from_numpy(rig.image_wh).float().repeat(batch_size, 1, 1)
+    return [feature, embed, col_feats, anchor, projection_mat, image_wh, *levels]
 
 
-def _aggregation_arguments(feature, embed, *rest) -> tuple:
-    *maps, anchor, projection_mat, image_wh = rest
-    return feature, anchor, embed, maps, {"projection_mat": projection_mat, "image_wh": image_wh}
+def _aggregation_arguments(feature, embed, col_feats, anchor, projection_mat, image_wh, *levels) -> tuple:
+    metas = {"projection_mat": projection_mat, "image_wh": image_wh}
+    return feature, anchor, embed, [col_feats, *levels], metas
 
 
 def _attention_operands(seed: int = 0, batch_size: int = 2, num_queries: int = 12) -> list[Tensor]:
