@@ -76,6 +76,46 @@ class TestGradientsOnDemand:
         assert all(parameter.grad is not None for parameter in trainable(module))
 
 
+class TestGraph:
+    """Autograd's graph holds the operands as it does for any function of PyTorch's."""
+
+    @pytest.fixture
+    def leaves(self, op, kernels):
+        features, shapes, starts, locations, weights = op.inputs().to(kernels, torch.float32)
+        return [features.requires_grad_(), shapes, starts, locations.requires_grad_(), weights.requires_grad_()]
+
+    def test_backward_twice(self, op, leaves):
+        floating = [leaf for leaf in leaves if leaf.requires_grad]
+        loss = op.function(*leaves).square().sum()
+        first = torch.autograd.grad(loss, floating, retain_graph=True)
+        assert_same(torch.autograd.grad(loss, floating), first)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, floating)
+
+    def test_operands_kept_on_the_cpu(self, op, leaves):
+        floating = [leaf for leaf in leaves if leaf.requires_grad]
+        with torch.autograd.graph.save_on_cpu():
+            offloaded = op.function(*leaves)
+        gradients = (torch.autograd.grad(output.sum(), floating) for output in (offloaded, op.function(*leaves)))
+        assert_same(*gradients)
+
+    @pytest.mark.parametrize("operand", [0, 3, 4])
+    def test_an_operand_overwritten_before_the_backward_is_an_error(self, op, leaves, operand):
+        leaves[operand] = leaves[operand].clone()
+        output = op.function(*leaves)
+        leaves[operand].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+    def test_several_output_gradients_at_once(self, op, leaves):
+        floating = [leaf for leaf in leaves if leaf.requires_grad]
+        output = op.function(*leaves)
+        several = torch.stack([torch.ones_like(output), output.detach()])
+        batched = torch.autograd.grad(output, floating, several, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(output, floating, one, retain_graph=True) for one in several]
+        assert_same(batched, [torch.stack(gradients) for gradients in zip(*one_by_one)])
+
+
 class TestModules:
     def test_functional_call(self, case, backend_device):
         operands = case.operands_on(backend_device)
