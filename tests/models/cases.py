@@ -56,6 +56,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _aggregation() -> DeformableFeatureAggregation:
+    """Without the residual connection, which would hide errors behind the exact query."""
     return DeformableFeatureAggregation(
         CHANNELS,
         num_groups=4,
@@ -68,6 +69,7 @@ def _aggregation() -> DeformableFeatureAggregation:
         },
         use_deformable_func=True,
         use_camera_embed=True,
+        residual_mode=None,
     )
 
 
