@@ -178,12 +178,16 @@ class TestModules:
         assert output.shape == case.operands()[0].shape
 
     def test_activation_checkpointing(self, case, backend_device):
-        def checkpointed(module, operands):
-            return checkpoint(module, *case.arguments(*operands), use_reentrant=False)
+        backend = ops.backends.select_backend(backend_device)
+
+        def contexts():
+            """For the forward and for the recomputation, which on a GPU runs in another thread."""
+            return ops.use_backend(backend), ops.use_backend(backend)
 
         module, operands = case.trained(backend_device), case.operands_on(backend_device)
         leaves = [*operands[: case.num_leaves], *trainable(module)]
-        outputs = checkpointed(module, operands), case.call(module, operands)
+        checkpointed = checkpoint(module, *case.arguments(*operands), use_reentrant=False, context_fn=contexts)
+        outputs = checkpointed, case.call(module, operands)
         assert torch.equal(*outputs)
         assert_same(*(torch.autograd.grad(output.square().sum(), leaves) for output in outputs))
 
@@ -233,6 +237,7 @@ class TestTransforms:
         gradient = torch.func.grad(lambda weights: function(features, locations, weights).square().sum())
         torch.testing.assert_close(torch.func.vmap(gradient)(several), torch.stack([*map(gradient, several)]))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # as PyTorch does there
     @pytest.mark.parametrize("forward_mode", ["jvp", "dual tensors"])
     def test_forward_mode_is_refused(self, function, forward_mode):
         function, leaves = function
