@@ -38,6 +38,20 @@ def kernels(device):
     return device
 
 
+def through_file(thing, **settings):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, **settings)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": lambda module: through_file(module, weights_only=False),
+}
+
+
 def assert_same(actual, expected):
     """The same bits on the CPU; on a GPU the same up to the order in which atomics add."""
     for got, wanted in zip(actual, expected, strict=True):
@@ -126,25 +140,18 @@ class TestModules:
         assert torch.equal(actual, expected)
         assert_same(*(torch.autograd.grad(output.sum(), trainable(other)) for output in (actual, expected)))
 
-    @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict"])
+    @pytest.mark.parametrize("way", COPIES)
     def test_copies(self, case, device, way):
         module, operands = case.trained(device), case.operands_on(device)
-        if way == "deepcopy":
-            twin = copy.deepcopy(module)
-        elif way == "pickle":
-            twin = pickle.loads(pickle.dumps(module))
-        else:
-            file = io.BytesIO()
-            torch.save(module if way == "torch.save" else module.state_dict(), file)
-            file.seek(0)
-            if way == "torch.save":
-                twin = torch.load(file, weights_only=False)
-            else:
-                twin = case.trained(device, seed=1)
-                twin.load_state_dict(torch.load(file, weights_only=True))
+        twin = COPIES[way](module)
         assert torch.equal(case.call(twin, operands), case.call(module, operands))
         twin.output_proj.weight.data.zero_()
         assert module.output_proj.weight.count_nonzero() > 0
+
+    def test_state_dict(self, case, device):
+        module, other, operands = case.trained(device), case.trained(device, seed=1), case.operands_on(device)
+        other.load_state_dict(through_file(module.state_dict(), weights_only=True))
+        assert torch.equal(case.call(other, operands), case.call(module, operands))
 
     def test_inference_mode(self, case, backend_device):
         module, operands = case.trained(backend_device), case.operands_on(backend_device)
