@@ -235,6 +235,7 @@ ATTENTION_CASES = {
     "paper": AttentionSizes(48, _PAPER_SHAPES, 15422, num_heads=1, channels=32, num_points=8),
     "small-encoder": AttentionSizes(1, ((16, 20), (8, 10)), None, num_heads=4, channels=16, num_points=4),
     "small-decoder": AttentionSizes(1, ((16, 20), (8, 10)), 50, num_heads=4, channels=16, num_points=4),
+    "one-query": AttentionSizes(1, ((8, 10),), 1, num_heads=1, channels=8, num_points=1),
 }
 
 
