@@ -207,3 +207,17 @@ def test_measure_host_prepares_each_call():
     taken = measure_host(used.append, torch.device("cpu"), repeats=2, prepare=prepare)
     assert used == made and len(made) > 2
     assert taken.method == "host" and taken.median_us >= 0
+
+
+def test_what_fails_is_said_and_left_out(tiny, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("too little memory")
+
+    monkeypatch.setattr(cases.PreparedModule, "measure", fail)
+    file = tmp_path / "figures.json"
+    chosen = ["--cases", "module", "attention", "--passes", "forward", "--backends", "grid_sample", "--repeats", "2"]
+    assert main(["bench", "--device", "cpu", *chosen, "--json", str(file)]) == 0
+    assert "module float32 grid_sample forward failed: too little memory" in capsys.readouterr().err
+    assert [r["case"] for r in json.loads(file.read_text())["results"]] == ["attention"]
+    assert main(["bench", "--device", "cpu", *chosen, "--cases", "module"]) == 2
+    assert "nothing was timed" in capsys.readouterr().err

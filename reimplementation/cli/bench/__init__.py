@@ -11,7 +11,7 @@ from reimplementation import ops
 
 from . import results
 from .cases import CASES, DEFAULT_CASES, PASSES
-from .floor import copy_bandwidth
+from .floor import build, copy_bandwidth
 from .report import markdown, print_table
 from .results import FLOOR, Document, Result
 
@@ -71,17 +71,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure_all(options: argparse.Namespace) -> Document:
-    """Time every case, dtype, backend and pass that the options name.
+    """Time every case, dtype, backend and pass that the options name; what fails is said on stderr and left out.
 
     Raises:
         ValueError: the floor is asked for on another device than CUDA.
+        RuntimeError: the floor's kernel cannot be built, or nothing could be timed.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     device = torch.device(options.device)
-    if options.floor and device.type != "cuda":
-        raise ValueError(f"--floor is a CUDA kernel: it needs --device cuda; got {device}")
+    if options.floor:
+        if device.type != "cuda":
+            raise ValueError(f"--floor is a CUDA kernel: it needs --device cuda; got {device}")
+        build(device)  # now, lest it fail when half is measured
     cases = options.cases or DEFAULT_CASES[device.type]
     dtypes = options.dtypes or ["float32"]
     backends = (options.backends or ops.available_backends(device)) + ([FLOOR] if options.floor else [])
@@ -98,10 +101,16 @@ def measure_all(options: argparse.Namespace) -> Document:
                 prepared = CASES[case].prepare(DTYPES[dtype], device)
                 for backend, passed in passes[case]:
                     progress.update(task, description=f"{case} {dtype} {backend} {passed}")
-                    found = prepared.measure(backend, passed, options.repeats)
+                    try:
+                        found = prepared.measure(backend, passed, options.repeats)
+                    except RuntimeError as error:  # too little memory, say
+                        progress.console.print(f"{case} {dtype} {backend} {passed} failed: {error}", markup=False)
+                        found = None
                     if found is not None:
                         figures.append(Result(case, str(device), backend, dtype, passed, **vars(found)))
                     progress.advance(task)
+    if not figures:
+        raise RuntimeError("nothing was timed: no case has such a pass on such a backend, or all of them failed")
     return results.describe(device, figures, copy_bandwidth(device, options.repeats))
 
 

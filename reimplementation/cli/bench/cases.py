@@ -101,7 +101,7 @@ class PreparedOp:
     def measure(self, backend: str, passed: str, repeats: int) -> Figures | None:
         if backend == FLOOR:
             timing = measure_floor([gathers(inputs) for inputs in self.inputs], self.device, repeats)
-            return timing and Figures(timing, self.gathered_bytes)
+            return None if timing is None else Figures(timing, self.gathered_bytes)
         with ops.use_backend(backend), _deterministic() if passed == "backward deterministic" else nullcontext():
             steps = [op_step(inputs, backend, passed) for inputs in self.inputs]
             timing = measure(steps, self.device, repeats)
@@ -126,7 +126,7 @@ class ModuleCase:
 
 @dataclass(frozen=True)
 class PreparedModule:
-    """One batch of inputs: what a module reads and writes between its layers leaves nothing of it in a cache."""
+    """One batch of inputs: what the module itself reads and writes takes their place in the caches."""
 
     problem: AggregationProblem
 

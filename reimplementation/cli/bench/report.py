@@ -7,7 +7,7 @@ from .results import FLOOR, Document, Result
 
 FORMULAS = (
     "GB/s: bytes of the rows that visible samples gather (rows x channels x bytes of a channel) over the median time. "
-    "x floor: the median over that of a kernel that only gathers the same rows. x grid_sample: how many times longer "
+    "x floor: the median over that of a kernel that only gathers the same rows. grid_sample x: how many times longer "
     "that takes. x default: the median over that of the plain backward. Memory: the most held beyond the inputs."
 )
 
@@ -21,7 +21,7 @@ def print_table(document: Document) -> None:
     table = Table(
         *("case", "dtype", "backend", "pass"), title=f"{_machine(document)}; microseconds", title_justify="left"
     )
-    for column in ("median", "spread", "goal", "x goal", "GB/s", "x floor", "x grid_sample", "x default", "MB"):
+    for column in ("median", "spread", "goal", "x goal", "GB/s", "x floor", "grid_sample x", "x default", "MB"):
         table.add_column(column, justify="right")
     table.add_column("timed by")
     for r in document.results:
