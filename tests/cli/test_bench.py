@@ -79,11 +79,14 @@ def test_every_pass_on_cuda(tiny, tmp_path):
     file = tmp_path / "figures.json"
     arguments = ["--device", "cuda", "--dtypes", "float32", "bfloat16", "--repeats", "2", "--json", str(file)]
     assert main(["bench", *arguments]) == 0
-    methods = {(r["case"], r["passed"], r["timing"]["method"]) for r in json.loads(file.read_text())["results"]}
-    native = {(c, p, m) for c, p, m in methods if c != "module" or p != "training"}
-    assert {("aggregation", p, "graph") for p in cases.OP_PASSES} <= native
-    assert ("module", "forward", "events") in methods and ("module", "forward graph", "graph") in methods
-    assert {("overhead-msda", p, "host") for p in cases.HOST_PASSES} <= methods
+    timed = [r for r in json.loads(file.read_text())["results"] if r["backend"] == "cuda"]
+    by = {(r["case"], r["passed"], r["dtype"]): r["timing"]["method"] for r in timed}
+    dtypes = ("float32", "bfloat16")
+    assert set(by) == {(n, p, d) for n, case in tiny.items() for p in case.passes("cuda") for d in dtypes}
+    for dtype in dtypes:
+        assert by["aggregation", "forward", dtype] == by["module", "forward graph", dtype] == "graph"
+        assert by["module", "forward", dtype] == "events" and by["overhead-msda", "call training", dtype] == "host"
+    assert all(r["extra_bytes"] > 0 for r in timed if not r["passed"].startswith("call"))
 
 
 def test_passes_and_cases_can_be_chosen(tmp_path):

@@ -53,6 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.plot:  # before the work begins: a missing extra is named at once
+        from .plot import draw
+
     if options.read:
         documents = [_chosen(document, options) for document in results.read(options.read)]
     else:
@@ -65,8 +68,6 @@ def run(options: argparse.Namespace) -> None:
         else:
             print_table(document)
     if options.plot:
-        from .plot import draw
-
         draw(options.plot, documents)
 
 
@@ -95,7 +96,7 @@ def measure_all(options: argparse.Namespace) -> Document:
     figures = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(dtypes) * sum(map(len, passes.values())))
-        for case in cases:
+        for case in filter(passes.get, cases):
             for dtype in dtypes:
                 progress.update(task, description=f"{case} {dtype}")
                 prepared = CASES[case].prepare(DTYPES[dtype], device)

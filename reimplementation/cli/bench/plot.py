@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from .goals import goal_us
 from .report import three_digits
 from .results import FLOOR, Document, Result
@@ -20,9 +24,6 @@ def draw(path: Path, documents: list[Document]) -> None:
     Raises:
         ValueError: there is nothing to draw, or the format is unknown.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = [
         (document, kind, [r for r in timed if r.passed.split()[0] == kind])
         for document in documents
@@ -32,16 +33,13 @@ def draw(path: Path, documents: list[Document]) -> None:
     if not panels:
         raise ValueError("--plot has nothing to draw: no case of these was timed")
     figure = Figure(figsize=(12, 0.6 + 3.2 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (document, kind, found) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
         _panel(axes, found)
         axes.set_title(f"{kind}: {document.machine['device']}, PyTorch {document.versions['torch']}", loc="left")
     figure.savefig(path, dpi=120)
 
 
-def _panel(axes, found: list[Result]) -> None:
-    from matplotlib import colormaps
-
+def _panel(axes: Axes, found: list[Result]) -> None:
     groups = list(dict.fromkeys(map(_group, found)))
     kinds = sorted({(r.backend, r.dtype) for r in found}, key=lambda kind: [*map(list.index, ORDER, kind)])
     width = GROUP_WIDTH / len(kinds)

@@ -82,6 +82,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.plot:  # before the work begins: a missing extra is named at once
+        from .sweep_plot import draw
+
     if options.read:
         document = results.read_one(options.read, _figure)
     else:
@@ -90,8 +93,6 @@ def run(options: argparse.Namespace) -> None:
             document.write(options.json)
     _print(document)
     if options.plot:
-        from .sweep_plot import draw
-
         draw(options.plot, document)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
 from .results import Document
 from .sweep import outliers
 
 
 def draw(path: Path, document: Document) -> None:
     """Write the picture; its format follows the file's name. Shapes that stand out wear a red frame."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
     figures = document.results
     kinds = list(dict.fromkeys((f.shape.op, f.passed) for f in figures))
     batch_sizes = sorted({f.shape.batch_size for f in figures})
@@ -22,7 +21,6 @@ def draw(path: Path, document: Document) -> None:
     samples = sorted({(f.shape.levels, f.shape.points) for f in figures})
     costs = [f.ps_per_byte for f in figures]
     picture = Figure(figsize=(1 + 6 * len(batch_sizes), 1 + 2.2 * len(kinds)), layout="constrained")
-    FigureCanvasAgg(picture)
     all_axes = picture.subplots(len(kinds), len(batch_sizes), squeeze=False)
     marked = {(f.shape, f.passed) for f, _ in outliers(figures)}
     for (op, passed), row in zip(kinds, all_axes):
