@@ -11,7 +11,8 @@ import torch
 from reimplementation import ops
 from reimplementation.cli import main
 from reimplementation.cli.bench.gathers import gathers
-from reimplementation.cli.bench.sweep import INPUTS, Figure, Shape, outliers
+from reimplementation.cli.bench.shapes import INPUTS, Shape
+from reimplementation.cli.bench.sweep import Figure, outliers
 from reimplementation.timing import Timing
 
 SMALL = "--channels 8 16 --points 1 2 --levels 1 --batch-sizes 1 --repeats 2".split()
@@ -54,9 +55,8 @@ def test_inputs_have_the_shape(op):
     with ops.use_backend("grid_sample"):
         function = ops.deformable_aggregation_function if op == "aggregation" else ops.ms_deform_attn
         assert function(*inputs).shape == (2, 900, 16)
-    heads = 8 if op == "msda" else 1
     most = 2 * 900 * 3 * 2 * 4 * 16 * 4  # batch, queries, points, levels, corners, channels, bytes
-    assert 0.8 * most < gathers(inputs).gathered_bytes <= most, heads
+    assert 0.8 * most < gathers(inputs).gathered_bytes <= most
 
 
 def test_sweep_end_to_end(tmp_path, capsys):
@@ -74,3 +74,8 @@ def test_sweep_end_to_end(tmp_path, capsys):
 def test_channels_must_divide(capsys):
     assert main(["sweep", "--device", "cpu", "--channels", "12"]) == 2
     assert "multiples of 8; got [12]" in capsys.readouterr().err
+
+
+def test_levels_are_bounded(capsys):
+    assert main(["sweep", "--device", "cpu", "--levels", "6"]) == 2
+    assert "--levels must be at most 5; got 6" in capsys.readouterr().err

@@ -4,45 +4,27 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from reimplementation import ops
-from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH
 from reimplementation.timing import Timing, measure
-from reimplementation.workloads import AggregationInputs, AttentionInputs, OpInputs
 
 from . import DTYPES, positive, results
 from .cases import op_step
 from .gathers import gathers
 from .report import three_digits
 from .results import Document
+from .shapes import INPUTS, NUM_GROUPS, NUM_HEADS, STRIDES, Shape
 
-NUM_QUERIES, NUM_CAMERAS, NUM_GROUPS, NUM_HEADS = 900, 6, 8, 8
-STRIDES = (4, 8, 16, 32, 64)
 AXES = {"channels": (32, 64, 128, 256, 512), "points": (1, 2, 4, 8, 16), "levels": (1, 2, 3, 4, 5)}
 BATCH_SIZES = (1, 16)
 PASSES = ("forward", "backward")
 TIMES_WORSE = 2.0  # than its neighbours: a shape to look at
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A size of an op: "aggregation" with 8 groups and 6 cameras, or "msda" with 8 heads; 900 queries.
-
-    channels: of the output: all groups' or all heads' together.
-    """
-
-    op: str
-    channels: int
-    points: int
-    levels: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,7 @@ def measure_all(options: argparse.Namespace) -> Document:
     """Time every shape and pass that the options name.
 
     Raises:
-        ValueError: channels are no multiple of the eight groups or heads.
+        ValueError: channels are no multiple of the eight groups or heads, or there are more than five levels.
         RuntimeError: the device has no kernels.
     """
     from rich.console import Console
@@ -108,6 +90,8 @@ def measure_all(options: argparse.Namespace) -> Document:
 
     if odd := [channels for channels in options.channels if channels % max(NUM_GROUPS, NUM_HEADS)]:
         raise ValueError(f"--channels must be multiples of {max(NUM_GROUPS, NUM_HEADS)}; got {odd}")
+    if max(options.levels) > len(STRIDES):
+        raise ValueError(f"--levels must be at most {len(STRIDES)}; got {max(options.levels)}")
     device = torch.device(options.device)
     axes = (options.ops, options.channels, options.points, options.levels, options.batch_sizes)
     shapes = [Shape(*sizes) for sizes in product(*axes)]
@@ -153,48 +137,6 @@ def _neighbours(shape: Shape, steps: dict[str, list[int]]) -> Iterator[Shape]:
 
 def _key(figure: Figure) -> tuple:
     return (*astuple(figure.shape), figure.dtype, figure.passed)
-
-
-def _aggregation(shape: Shape, dtype: torch.dtype, device: torch.device) -> AggregationInputs:
-    """Six cameras of 704 x 256 pixels; every point is in one of them, anywhere."""
-    generator = torch.Generator(device).manual_seed(0)
-    random = {"generator": generator, "device": device}
-    levels = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES[: shape.levels]]
-    spatial_shape = torch.tensor([levels] * NUM_CAMERAS, device=device)
-    rows = spatial_shape.prod(-1).flatten()
-    points = (shape.batch_size, NUM_QUERIES, shape.points)
-    camera = torch.randint(NUM_CAMERAS, points, **random)
-    seen = F.one_hot(camera, NUM_CAMERAS).bool()[..., None]
-    return AggregationInputs(
-        torch.randn(shape.batch_size, int(rows.sum()), shape.channels, **random),
-        spatial_shape,
-        (rows.cumsum(0) - rows).view(NUM_CAMERAS, -1),
-        torch.where(seen, torch.rand(*points, 1, 2, **random), -1.0),
-        torch.rand(*points, NUM_CAMERAS, shape.levels, NUM_GROUPS, **random),
-    ).to(device, dtype)
-
-
-def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
-    """The levels of one image of 704 x 256 pixels; samples anywhere in it."""
-    generator = torch.Generator(device).manual_seed(0)
-    random = {"generator": generator, "device": device}
-    levels = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES[: shape.levels]]
-    spatial_shapes = torch.tensor(levels, device=device)
-    rows = spatial_shapes.prod(-1)
-    samples = (shape.batch_size, NUM_QUERIES, NUM_HEADS, shape.levels, shape.points)
-    return AttentionInputs(
-        torch.randn(shape.batch_size, int(rows.sum()), NUM_HEADS, shape.channels // NUM_HEADS, **random),
-        spatial_shapes,
-        rows.cumsum(0) - rows,
-        torch.rand(*samples, 2, **random),
-        torch.rand(*samples, **random),
-    ).to(device, dtype)
-
-
-INPUTS: dict[str, Callable[[Shape, torch.dtype, torch.device], OpInputs]] = {
-    "aggregation": _aggregation,
-    "msda": _attention,
-}
 
 
 def _figure(entry: dict) -> Figure:
