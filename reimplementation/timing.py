@@ -1,4 +1,4 @@
-"""How long things take: medians of device time on CUDA, of wall-clock time on the CPU."""
+"""How long things take: medians of device time on CUDA, of wall-clock time on the CPU; and what the host takes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 WARM_UP = 3
-STEPS_A_GRAPH = 12  # at least: the start of a graph is then lost among them
+STEPS_A_GRAPH = 12  # at least, of short steps: the start of a graph is then lost among them
+LONG_STEP_US = 1000.0  # the start of a graph is lost in one such step
+HOST_CALLS = 100  # timed together; few enough for CUDA's queue, which makes the host wait when it is full
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Timing:
     """Microseconds of one step: the median, and the distance between the quartiles.
 
     method: "graph", replays of a CUDA graph of many steps, which leave out what the host does; "events", CUDA events
-    around one step; "wall", a clock around one step.
+    around one step that finds the GPU idle, so the host's time is in it; "wall", a clock around one step; "host", a
+    clock around many calls that nobody waits for, so the device's time is not in it.
     """
 
     median_us: float
@@ -26,7 +30,9 @@ class Timing:
     method: str
 
 
-def measure(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int = 30) -> Timing:
+def measure(
+    steps: Sequence[Callable[[], object]], device: torch.device, repeats: int = 30, *, graph: bool = True
+) -> Timing:
     """Time a step.
 
     Args:
@@ -34,24 +40,56 @@ def measure(steps: Sequence[Callable[[], object]], device: torch.device, repeats
             the run before left them there.
         device: where the work happens.
         repeats: how often each step is timed.
+        graph: on CUDA, replay a graph of the steps where they can be recorded; False: time calls, the host's share
+            included.
     """
     for step in list(steps) * WARM_UP:
         step()
     if device.type != "cuda":
         return _summary([_wall_us(step) for _ in range(repeats) for step in steps], "wall")
     torch.cuda.synchronize(device)
-    rounds = -(-STEPS_A_GRAPH // len(steps))
-    try:
-        graph = _captured(list(steps) * rounds)
-    except RuntimeError:  # the step waits for the GPU, which a graph cannot record
-        torch.cuda.synchronize(device)
-        return _summary([_event_us(step) for _ in range(repeats) for step in steps], "events")
-    graph.replay()
-    return _summary([_event_us(graph.replay) / (rounds * len(steps)) for _ in range(repeats)], "graph")
+    if graph:
+        rounds = 1 if _event_us(steps[0]) > LONG_STEP_US else -(-STEPS_A_GRAPH // len(steps))
+        try:
+            recorded = _captured(list(steps) * rounds)
+        except RuntimeError:  # the step waits for the GPU, which a graph cannot record
+            torch.cuda.synchronize(device)
+        else:
+            recorded.replay()
+            times = [_event_us(recorded.replay) / (rounds * len(steps)) for _ in range(repeats)]
+            return _summary(times, "graph")
+    return _summary([_event_us(step) for _ in range(repeats) for step in steps], "events")
+
+
+def measure_host(
+    call: Callable[[Any], object],
+    device: torch.device,
+    repeats: int = 30,
+    *,
+    prepare: Callable[[], object] = lambda: None,
+) -> Timing:
+    """Time what the host does for one call.
+
+    Args:
+        call: takes what ``prepare`` made for it. On the CPU its work is timed too, so let it have little to do.
+        device: where the work happens.
+        repeats: how often `HOST_CALLS` calls are timed.
+        prepare: runs before each call, and outside of the timing.
+    """
+    times = []
+    for _ in range(WARM_UP + repeats):
+        prepared = [prepare() for _ in range(HOST_CALLS)]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for item in prepared:
+            call(item)
+        times.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+    return _summary(times[WARM_UP:], "host")
 
 
 def _summary(times: list[float], method: str) -> Timing:
-    first, _, third = statistics.quantiles(times, n=4)
+    first, _, third = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Timing(statistics.median(times), third - first, method)
 
 

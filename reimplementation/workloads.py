@@ -1,27 +1,31 @@
 """Inputs of the sizes that people run, for benchmarks and tests.
 
-Deformable aggregation as in SparseDrive: its cameras, pyramid and queries. Multi-scale deformable attention as in
-Deformable DETR's encoder and decoder.
+Deformable aggregation as in SparseDrive: its cameras, pyramid and queries; the op alone, and its whole module.
+Multi-scale deformable attention as in Deformable DETR's encoder and decoder.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reimplementation import ops
+from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.models.ms_deform_attn import initial_offsets
-from reimplementation.rig import nuscenes_like_rig
-from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH
+from reimplementation.rig import Rig, nuscenes_like_rig
+from reimplementation.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS, IMAGE_HEIGHT, IMAGE_WIDTH
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 STRIDES = (4, 8, 16, 32)
+EMBED_DIMS, NUM_GROUPS = 256, 8
 
 
 class OpInputs:
@@ -71,8 +75,8 @@ def aggregation_inputs(
     *,
     num_queries: int = 900,
     num_points: int = 13,
-    channels: int = 256,
-    num_groups: int = 8,
+    channels: int = EMBED_DIMS,
+    num_groups: int = NUM_GROUPS,
     strides: tuple[int, ...] = STRIDES,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -112,6 +116,98 @@ def aggregation_inputs(
     return AggregationInputs(features, spatial_shape, scale_start_index, location, weights).to(device, dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class AggregationProblem:
+    """The module around deformable aggregation, and one batch of inputs for it, on one device."""
+
+    module: DeformableFeatureAggregation
+    instance_feature: Tensor
+    anchor: Tensor
+    anchor_embed: Tensor
+    feature_maps: list[Tensor]  # col_feats, spatial_shape, scale_start_index
+    metas: dict[str, Tensor]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The inputs whose gradients are taken."""
+        return self.feature_maps[0], self.instance_feature
+
+    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> AggregationProblem:
+        """The same elsewhere. Only the feature maps go to half precision; integers keep their dtype.
+
+        Gradients of the result do not reach this problem's tensors.
+        """
+        col_feats, *levels = (tensor.detach().to(device) for tensor in self.feature_maps)
+        wide = dtype if dtype == torch.float64 else None
+        return replace(
+            self,
+            module=copy.deepcopy(self.module).to(device, wide),
+            instance_feature=self.instance_feature.detach().to(device, wide),
+            anchor=self.anchor.to(device, wide),
+            anchor_embed=self.anchor_embed.to(device, wide),
+            feature_maps=[col_feats.to(dtype), *levels],
+            metas={key: value.to(device, wide) for key, value in self.metas.items()},
+        )
+
+    def forward(self) -> Tensor:
+        return self.module(self.instance_feature, self.anchor, self.anchor_embed, self.feature_maps, self.metas)
+
+
+def aggregation_problem(
+    rig: Rig | None = None, num_queries: int = 900, batch_size: int = 1, seed: int = 0
+) -> AggregationProblem:
+    """SparseDrive's module in eval mode: 256 channels, 8 groups, 4 levels, 13 key points a query; random features.
+
+    The anchors are the rig's boxes, then random ones around the car. There is no residual connection, which
+    would only hide errors of the aggregated features behind the exact instance feature.
+
+    Args:
+        rig: the cameras, at the size of their images; None stands for six around a car at 704 x 256.
+        num_queries, batch_size: sizes.
+        seed: of parameters, features and anchors; the global generator is left alone.
+
+    Returns:
+        float32, on the CPU; features formatted by `reimplementation.ops.feature_maps_format`.
+    """
+    if rig is None:
+        rig = nuscenes_like_rig().scaled_to(IMAGE_WIDTH, IMAGE_HEIGHT)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = DeformableFeatureAggregation(
+            embed_dims=EMBED_DIMS,
+            num_groups=NUM_GROUPS,
+            num_levels=len(STRIDES),
+            num_cams=len(rig.cameras),
+            kps_generator={
+                "type": "SparseBox3DKeyPointsGenerator",
+                "num_learnable_pts": len(FREE_KEY_POINTS),
+                "fix_scale": FIXED_KEY_POINTS,
+            },
+            use_deformable_func=True,
+            use_camera_embed=True,
+            residual_mode=None,
+        ).eval()
+
+    width, height = rig.image_wh[0].astype(int)
+    maps = [
+        torch.randn(batch_size, len(rig.cameras), EMBED_DIMS, height // stride, width // stride, generator=generator)
+        for stride in STRIDES
+    ]
+    anchors = np.stack([_anchors(rig, num_queries, seed + i) for i in range(batch_size)])
+    return AggregationProblem(
+        module=module,
+        instance_feature=torch.randn(batch_size, num_queries, EMBED_DIMS, generator=generator),
+        anchor=torch.from_numpy(anchors).float(),
+        anchor_embed=torch.randn(batch_size, num_queries, EMBED_DIMS, generator=generator),
+        feature_maps=ops.feature_maps_format(maps),
+        metas={
+            "projection_mat": torch.from_numpy(rig.projection_mat).float().repeat(batch_size, 1, 1, 1),
+            "image_wh": torch.from_numpy(rig.image_wh).float().repeat(batch_size, 1, 1),
+        },
+    )
+
+
 @dataclass(frozen=True)
 class AttentionSizes:
     """How large a case of multi-scale deformable attention is.
@@ -139,6 +235,7 @@ ATTENTION_CASES = {
     "paper": AttentionSizes(48, _PAPER_SHAPES, 15422, num_heads=1, channels=32, num_points=8),
     "small-encoder": AttentionSizes(1, ((16, 20), (8, 10)), None, num_heads=4, channels=16, num_points=4),
     "small-decoder": AttentionSizes(1, ((16, 20), (8, 10)), 50, num_heads=4, channels=16, num_points=4),
+    "one-query": AttentionSizes(1, ((8, 10),), 1, num_heads=1, channels=8, num_points=1),
 }
 
 
@@ -205,7 +302,7 @@ def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(levels)
 
 
-def _projected_key_points(rig, batch_size: int, num_queries: int, num_points: int, seed: int) -> Tensor:
+def _projected_key_points(rig: Rig, batch_size: int, num_queries: int, num_points: int, seed: int) -> Tensor:
     """(batch_size, num_queries, num_points, num_cams, 2): random points of random boxes within 50 m, projected."""
     random = np.random.default_rng(seed)
     queries = (batch_size, num_queries, 1)
@@ -219,3 +316,18 @@ def _projected_key_points(rig, batch_size: int, num_queries: int, num_points: in
     pixels, _ = rig.project(np.stack([x, y, z], axis=-1))
     # Points behind a camera are divided by the least depth, as SparseDrive does: they land far outside.
     return torch.from_numpy(np.clip(pixels / rig.image_wh, -1e6, 1e6)).float()
+
+
+def _anchors(rig: Rig, count: int, seed: int) -> np.ndarray:
+    """(count, 11): the rig's boxes, then boxes the size of cars, 2 to 55 m away, standing on the ground."""
+    random = np.random.default_rng(seed)
+    camera_height = np.mean([camera.position[2] for camera in rig.cameras])
+    distance, bearing = random.uniform(2, 55, count), random.uniform(-np.pi, np.pi, count)
+    yaw = random.uniform(-np.pi, np.pi, count)
+    sizes = np.array([4.5, 1.9, 1.6]) * random.uniform(0.3, 1.4, (count, 3))
+    velocity = random.normal(0, 3, (count, 2))
+    position = np.stack([distance * np.cos(bearing), distance * np.sin(bearing)], axis=1)
+    elevation = np.full((count, 1), camera_height - 0.7)
+    heading = np.stack([np.sin(yaw), np.cos(yaw)], axis=1)
+    around = np.concatenate([position, elevation, np.log(sizes), heading, velocity, np.zeros((count, 1))], axis=1)
+    return np.concatenate([rig.anchors, around])[:count]

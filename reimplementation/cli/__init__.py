@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Sequence
 
 from . import bench, demo, info
+from .bench import sweep
 
-COMMANDS = (bench, demo, info)
+COMMANDS = (bench, sweep, demo, info)
 DEMO_EXTRA = {"PIL", "matplotlib", "rich"}
 USER_ERROR = 2
 

@@ -14,9 +14,10 @@ import reimplementation
 from reimplementation.recovery import MIN_PIXELS_ACROSS, Recovery, recover_colors
 from reimplementation.rig import Rig
 from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH, View, built_in_scene, trace_boxes
+from reimplementation.workloads import EMBED_DIMS, aggregation_problem
 
 from . import msda_demo
-from .module_timing import EMBED_DIMS, Timing, cases, measure, module_document, problem, reference
+from .module_timing import Timing, cases, measure, module_document, reference
 from .report import print_report
 
 OPS = ("aggregation", "msda")
@@ -98,7 +99,7 @@ def _show(options: argparse.Namespace, output: Path, step: Callable[[str], None]
     step("drawing")
     draw(output, surroundings.rig, surroundings.views, recovery, surroundings.painted)
     step("the module in float64")
-    batch = problem(surroundings.rig, options.queries)
+    batch = aggregation_problem(surroundings.rig, options.queries)
     expected = reference(batch)
     timings = []
     for case in cases():

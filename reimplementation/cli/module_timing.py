@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
-from reimplementation.models.deformable import DeformableFeatureAggregation
-from reimplementation.rig import Rig
-from reimplementation.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS
-from reimplementation.workloads import STRIDES
+from reimplementation.memory import extra_memory
 
-EMBED_DIMS, NUM_GROUPS = 256, 8  # SparseDrive's
 SECONDS_PER_FIGURE, MAX_REPEATS = 1.2, 50
 DTYPES = {  # a backend on a device: what is worth timing there
     ("cuda", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
@@ -78,43 +68,6 @@ class Timed(Protocol):
         """Call the module."""
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """The module, and one batch of inputs for it: float32, on one device."""
-
-    module: DeformableFeatureAggregation
-    instance_feature: Tensor
-    anchor: Tensor
-    anchor_embed: Tensor
-    feature_maps: list[Tensor]  # col_feats, spatial_shape, scale_start_index
-    metas: dict[str, Tensor]
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """The inputs whose gradients are taken."""
-        return self.feature_maps[0], self.instance_feature
-
-    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Problem:
-        """The same elsewhere. Only the feature maps go to half precision; integers keep their dtype.
-
-        Gradients of the result do not reach this problem's tensors.
-        """
-        col_feats, *levels = (tensor.detach().to(device) for tensor in self.feature_maps)
-        wide = dtype if dtype == torch.float64 else None
-        return replace(
-            self,
-            module=copy.deepcopy(self.module).to(device, wide),
-            instance_feature=self.instance_feature.detach().to(device, wide),
-            anchor=self.anchor.to(device, wide),
-            anchor_embed=self.anchor_embed.to(device, wide),
-            feature_maps=[col_feats.to(dtype), *levels],
-            metas={key: value.to(device, wide) for key, value in self.metas.items()},
-        )
-
-    def forward(self) -> Tensor:
-        return self.module(self.instance_feature, self.anchor, self.anchor_embed, self.feature_maps, self.metas)
-
-
 def cases() -> list[Case]:
     """Every backend of every kind of device here, with the dtypes worth timing."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -126,63 +79,24 @@ def cases() -> list[Case]:
     ]
 
 
-def problem(rig: Rig, num_queries: int, seed: int = 0) -> Problem:
-    """SparseDrive's sizes: 256 channels, 8 groups, 4 levels, 13 key points a query; random features.
-
-    The anchors are the rig's boxes, then random ones around the car. There is no residual connection, which
-    would only hide errors of the aggregated features behind the exact instance feature.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = DeformableFeatureAggregation(
-            embed_dims=EMBED_DIMS,
-            num_groups=NUM_GROUPS,
-            num_levels=len(STRIDES),
-            num_cams=len(rig.cameras),
-            kps_generator={
-                "type": "SparseBox3DKeyPointsGenerator",
-                "num_learnable_pts": len(FREE_KEY_POINTS),
-                "fix_scale": FIXED_KEY_POINTS,
-            },
-            use_deformable_func=True,
-            use_camera_embed=True,
-            residual_mode=None,
-        ).eval()
-
-    width, height = rig.image_wh[0].astype(int)
-    maps = [
-        torch.randn(1, len(rig.cameras), EMBED_DIMS, height // stride, width // stride, generator=generator)
-        for stride in STRIDES
-    ]
-    return Problem(
-        module=module,
-        instance_feature=torch.randn(1, num_queries, EMBED_DIMS, generator=generator),
-        anchor=torch.from_numpy(_anchors(rig, num_queries, seed)).float()[None],
-        anchor_embed=torch.randn(1, num_queries, EMBED_DIMS, generator=generator),
-        feature_maps=ops.feature_maps_format(maps),
-        metas={
-            "projection_mat": torch.from_numpy(rig.projection_mat).float()[None],
-            "image_wh": torch.from_numpy(rig.image_wh).float()[None],
-        },
-    )
-
-
 def reference(of: Timed) -> Tensor:
     """The module's output in float64, on the CPU and in plain PyTorch."""
     with torch.no_grad(), ops.use_backend("grid_sample"):
         return of.to(dtype=torch.float64).forward()
 
 
-def measure(of: Timed, expected: Tensor, case: Case) -> Timing:
-    """Time the module in one case; half precision runs under autocast, with features in that dtype."""
-    of = of.to(case.device, case.dtype)
-    half = case.dtype != torch.float32
+def steps(of: Timed, case: Case) -> tuple[Callable[[], Tensor], Callable[[], None], Callable[[], None]]:
+    """The module as a case runs it, ready to be called: with gradients recorded, without, and with a backward after it.
+
+    ``of`` is where the case wants it; its leaves come to require gradients. None is left behind.
+    """
+    half = case.dtype in (torch.float16, torch.bfloat16)
+    device_type = torch.device(case.device).type
     for leaf in of.leaves:
         leaf.requires_grad_()
 
     def run() -> Tensor:
-        with ops.use_backend(case.backend), torch.autocast(case.device, case.dtype, enabled=half):
+        with ops.use_backend(case.backend), torch.autocast(device_type, case.dtype, enabled=half):
             return of.forward()
 
     @torch.no_grad()
@@ -196,9 +110,16 @@ def measure(of: Timed, expected: Tensor, case: Case) -> Timing:
         for leaf in of.leaves:
             leaf.grad = None
 
+    return run, forward, training
+
+
+def measure(of: Timed, expected: Tensor, case: Case) -> Timing:
+    """Time the module in one case; half precision runs under autocast, with features in that dtype."""
+    of = of.to(case.device, case.dtype)
+    run, forward, training = steps(of, case)
     with torch.no_grad():
         error = (run().cpu().double() - expected).abs().max() / expected.abs().max()
-    extra_bytes = _extra_memory(training, case.device)
+    extra_bytes = extra_memory(training, case.device)
     return Timing(
         case,
         _milliseconds(forward, case.device),
@@ -240,51 +161,3 @@ def _milliseconds(step: Callable[[], None], device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e3
-
-
-def _extra_memory(step: Callable[[], None], device: str) -> int | None:
-    """Run a step; the most bytes that it held at once beyond what was there before."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # Freed memory that the C library keeps would be used again and not be counted, so hand it back first.
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    before = _reset_resident_peak()
-    step()
-    return None if before is None else _resident_peak() - before
-
-
-def _reset_resident_peak() -> int | None:
-    """Start the process's peak resident size afresh and return it; None where there is no Linux /proc."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _resident_peak()
-    except OSError:
-        return None
-
-
-def _resident_peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    kibibytes = status.split("VmHWM:")[1].split()[0]
-    return int(kibibytes) * 1024
-
-
-def _anchors(rig: Rig, count: int, seed: int) -> np.ndarray:
-    """(count, 11): the rig's boxes, then boxes the size of cars, 2 to 55 m away, standing on the ground."""
-    random = np.random.default_rng(seed)
-    camera_height = np.mean([camera.position[2] for camera in rig.cameras])
-    distance, bearing = random.uniform(2, 55, count), random.uniform(-np.pi, np.pi, count)
-    yaw = random.uniform(-np.pi, np.pi, count)
-    sizes = np.array([4.5, 1.9, 1.6]) * random.uniform(0.3, 1.4, (count, 3))
-    velocity = random.normal(0, 3, (count, 2))
-    position = np.stack([distance * np.cos(bearing), distance * np.sin(bearing)], axis=1)
-    elevation = np.full((count, 1), camera_height - 0.7)
-    heading = np.stack([np.sin(yaw), np.cos(yaw)], axis=1)
-    around = np.concatenate([position, elevation, np.log(sizes), heading, velocity, np.zeros((count, 1))], axis=1)
-    return np.concatenate([rig.anchors, around])[:count]

@@ -1,4 +1,4 @@
-"""The timed module: its inputs, its reference, and the figures taken of it."""
+"""The timed module: its reference, and the figures taken of it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,20 @@ import pytest
 import torch
 
 from reimplementation.cli import module_timing
-from reimplementation.cli.module_timing import Case, cases, measure, problem, reference
+from reimplementation.cli.module_timing import Case, cases, measure, reference
 from reimplementation.rig import nuscenes_like_rig
+from reimplementation.workloads import aggregation_problem
 
 
 @pytest.fixture(scope="module")
 def small():
     """The module on small images: the sizes of the pyramid do not matter here."""
-    return problem(nuscenes_like_rig().scaled_to(176, 64), num_queries=12)
+    return aggregation_problem(nuscenes_like_rig().scaled_to(176, 64), num_queries=12)
 
 
 @pytest.fixture(autouse=True)
 def one_repeat(monkeypatch):
     monkeypatch.setattr(module_timing, "SECONDS_PER_FIGURE", 0)
-
-
-def test_sizes_are_sparsedrives(small):
-    col_feats, spatial_shape, _ = small.feature_maps
-    assert col_feats.shape == (1, 6 * (16 * 44 + 8 * 22 + 4 * 11 + 2 * 5), 256)
-    assert spatial_shape.shape == (6, 4, 2)
-    assert small.anchor.shape == (1, 12, 11) and small.module.num_pts == 13
-
-
-def test_problem_is_reproducible_and_leaves_the_global_generator_alone(small):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    again = problem(nuscenes_like_rig().scaled_to(176, 64), num_queries=12)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(again.forward(), small.forward())
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)])

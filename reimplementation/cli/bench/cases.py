@@ -1,0 +1,243 @@
+"""What the benchmark can time: an op on inputs of a size, the whole module around it, and the host's part of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reimplementation import ops
+from reimplementation.cli import module_timing
+from reimplementation.memory import extra_memory
+from reimplementation.timing import Timing, measure, measure_host
+from reimplementation.workloads import (
+    AggregationInputs,
+    AggregationProblem,
+    OpInputs,
+    aggregation_inputs,
+    aggregation_problem,
+    attention_inputs,
+)
+
+from .floor import measure_floor
+from .gathers import gathers
+from .results import FLOOR
+
+OP_PASSES = ("forward", "backward", "backward frozen", "backward deterministic", "training")
+MODULE_PASSES = ("forward", "forward graph", "training")
+HOST_PASSES = ("call no_grad", "call inference_mode", "call forward", "call backward", "call training")
+PASSES = tuple(dict.fromkeys(OP_PASSES + MODULE_PASSES + HOST_PASSES))
+ROTATED_BYTES = 256 * 2**20  # inputs that are rotated through: several times a GPU's L2
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came out of a pass; see `results.Result`."""
+
+    timing: Timing
+    gathered_bytes: int | None = None
+    extra_bytes: int | None = None
+
+
+class Prepared(Protocol):
+    """A case whose inputs lie on the device."""
+
+    def measure(self, backend: str, passed: str, repeats: int) -> Figures | None:
+        """Time one pass on a backend; None where that backend cannot run these inputs."""
+
+
+class Case(Protocol):
+    """Something to time."""
+
+    def passes(self, backend: str) -> tuple[str, ...]:
+        """The passes that a backend has; "floor" counts as a backend."""
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> Prepared:
+        """Make the inputs: features in ``dtype``, everything on ``device``."""
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An op alone.
+
+    make_inputs: takes ``dtype``, ``device`` and ``seed``.
+    """
+
+    make_inputs: Callable[..., OpInputs]
+
+    def passes(self, backend: str) -> tuple[str, ...]:
+        if backend == FLOOR:
+            return ("forward",)
+        if backend == "grid_sample":  # it has no backward of its own: autograd runs it after a forward
+            return ("forward", "training")
+        return tuple(p for p in OP_PASSES if backend == "cuda" or p != "backward deterministic")
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedOp:
+        first = self.make_inputs(dtype=dtype, device=device)
+        features = next(iter(first))
+        copies = ROTATED_BYTES // (features.numel() * features.element_size()) if device.type == "cuda" else 0
+        return PreparedOp([first] + [self.make_inputs(dtype=dtype, device=device, seed=1 + i) for i in range(copies)])
+
+
+@dataclass(frozen=True)
+class PreparedOp:
+    """Inputs of an op; on CUDA several, larger than the L2 together, so that none is found there."""
+
+    inputs: list[OpInputs]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.inputs[0])).device
+
+    @cached_property
+    def gathered_bytes(self) -> int:
+        return gathers(self.inputs[0]).gathered_bytes
+
+    def measure(self, backend: str, passed: str, repeats: int) -> Figures | None:
+        if backend == FLOOR:
+            timing = measure_floor([gathers(inputs) for inputs in self.inputs], self.device, repeats)
+            return None if timing is None else Figures(timing, self.gathered_bytes)
+        with ops.use_backend(backend), _deterministic() if passed == "backward deterministic" else nullcontext():
+            steps = [op_step(inputs, backend, passed) for inputs in self.inputs]
+            timing = measure(steps, self.device, repeats)
+            gathered = self.gathered_bytes if passed == "forward" else None
+            return Figures(timing, gathered, extra_memory(steps[0], self.device))
+
+
+@dataclass(frozen=True)
+class ModuleCase:
+    """The whole module around deformable aggregation."""
+
+    make_problem: Callable[[], AggregationProblem]
+
+    def passes(self, backend: str) -> tuple[str, ...]:
+        if backend == FLOOR:
+            return ()
+        return MODULE_PASSES if backend == "cuda" else ("forward", "training")
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedModule:
+        return PreparedModule(self.make_problem().to(device, dtype))
+
+
+@dataclass(frozen=True)
+class PreparedModule:
+    """One batch of inputs: what the module itself reads and writes takes their place in the caches."""
+
+    problem: AggregationProblem
+
+    def measure(self, backend: str, passed: str, repeats: int) -> Figures:
+        features = self.problem.feature_maps[0]
+        case = module_timing.Case(str(features.device), backend, features.dtype)
+        _, forward, training = module_timing.steps(self.problem, case)
+        step = training if passed == "training" else forward
+        timing = measure([step], features.device, repeats, graph=passed == "forward graph")
+        return Figures(timing, extra_bytes=extra_memory(step, features.device))
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """What the host does for one call of an op, at a size at which the device has next to nothing to do."""
+
+    make_inputs: Callable[..., OpInputs]
+
+    def passes(self, backend: str) -> tuple[str, ...]:
+        return () if backend in (FLOOR, "grid_sample") else HOST_PASSES
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedCalls:
+        return PreparedCalls(self.make_inputs(dtype=dtype, device=device))
+
+
+@dataclass(frozen=True)
+class PreparedCalls:
+    """Inputs of a call. The backend is not forced: it is the device's own, and choosing it is part of the call."""
+
+    inputs: OpInputs
+
+    def measure(self, backend: str, passed: str, repeats: int) -> Figures:
+        device = next(iter(self.inputs)).device
+        forward, leaves = _op_call(self.inputs, records=True)
+        grad_output = torch.ones_like(forward())
+
+        def backward(output: Tensor) -> None:
+            torch.autograd.grad(output, leaves, grad_output)
+
+        if passed == "call backward":
+            return Figures(measure_host(backward, device, repeats, prepare=forward))
+        if passed == "call training":
+            return Figures(measure_host(lambda _: backward(forward()), device, repeats))
+        without = {"call no_grad": torch.no_grad, "call inference_mode": torch.inference_mode}
+        with without.get(passed, nullcontext)():
+            return Figures(measure_host(lambda _: forward(), device, repeats))
+
+
+def op_step(inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]:
+    """The work of one of `OP_PASSES` that is timed, on a backend that the caller has chosen."""
+    features, shapes, starts, locations, weights = inputs
+    if backend == "grid_sample":  # it reads the shapes on the host
+        inputs = type(inputs)(features, shapes.cpu(), starts.cpu(), locations, weights)
+    forward, leaves = _op_call(inputs, records=passed == "training")
+    if passed == "forward":
+        return forward
+    with torch.no_grad():
+        grad_output = torch.randn_like(forward())
+    if passed == "training":
+        return lambda: torch.autograd.grad(forward(), leaves, grad_output)
+    name = "deformable_aggregation" if isinstance(inputs, AggregationInputs) else "ms_deform_attn"
+    backward = getattr(torch.ops.reimplementation, f"{name}_backward")
+    needs_features = passed != "backward frozen"
+    return lambda: backward(grad_output, *inputs, needs_features, True, True)
+
+
+def _op_call(inputs: OpInputs, records: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A call of an op, and the tensors whose gradients it records."""
+    function = ops.deformable_aggregation_function if isinstance(inputs, AggregationInputs) else ops.ms_deform_attn
+    features, shapes, starts, locations, weights = inputs
+    leaves = [t.detach().requires_grad_(records) for t in (features, locations, weights)]
+    return lambda: function(leaves[0], shapes, starts, *leaves[1:]), leaves
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+CASES: dict[str, Case] = {
+    "rig-bs1": OpCase(partial(aggregation_inputs, "rig", 1)),
+    "rig-bs6": OpCase(partial(aggregation_inputs, "rig", 6)),
+    "rig-small": OpCase(partial(aggregation_inputs, num_queries=100, channels=64, strides=(16, 32))),
+    "dense-bs1": OpCase(partial(aggregation_inputs, "dense", 1)),
+    "dense-bs6": OpCase(partial(aggregation_inputs, "dense", 6)),
+    "msda-encoder": OpCase(partial(attention_inputs, "encoder")),
+    "msda-encoder-bs1": OpCase(partial(attention_inputs, "encoder", 1)),
+    "msda-decoder": OpCase(partial(attention_inputs, "decoder")),
+    "msda-paper": OpCase(partial(attention_inputs, "paper")),
+    "msda-small": OpCase(partial(attention_inputs, "small-encoder")),
+    "module-bs1": ModuleCase(partial(aggregation_problem, batch_size=1)),
+    "module-bs6": ModuleCase(partial(aggregation_problem, batch_size=6)),
+    "overhead-aggregation": HostCase(
+        partial(aggregation_inputs, num_queries=1, num_points=1, channels=8, strides=(32,))
+    ),
+    "overhead-msda": HostCase(partial(attention_inputs, "one-query")),
+}
+DEFAULT_CASES = {
+    "cuda": [case for case in CASES if case not in ("rig-small", "msda-encoder-bs1", "msda-small")],
+    "cpu": [
+        "rig-bs1",
+        "dense-bs1",
+        "msda-encoder-bs1",
+        "msda-decoder",
+        "module-bs1",
+        "overhead-aggregation",
+        "overhead-msda",
+    ],
+}

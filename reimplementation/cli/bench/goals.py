@@ -1,0 +1,49 @@
+"""The figures to reach, in microseconds.
+
+Their source is section 7 of the project's design: what rough prototypes of the kernels took, and a step beyond it.
+Those for CUDA are meant for one NVIDIA H200, those for the CPU for two cores.
+"""
+
+from __future__ import annotations
+
+from .results import Result
+
+MACHINES = {"cuda": "one NVIDIA H200", "cpu": "two CPU cores"}
+HALF = ("float16", "bfloat16")
+
+_CUDA = {  # forward and backward in float32, the same in float16 and bfloat16
+    "rig-bs1": ((24, 105), (15, 90)),
+    "rig-bs6": ((110, 480), (68, 420)),
+    "dense-bs1": ((120, 370), (65, 330)),
+    "dense-bs6": ((780, 2500), (420, 2200)),
+    "msda-encoder": ((150, 650), (95, 550)),
+    "msda-decoder": ((13, 50), (9, 45)),
+    "msda-paper": ((700, 3500), (450, 2800)),
+}
+
+GOALS: dict[tuple[str, str, str, str], float] = {  # device, case, pass, dtype
+    **{
+        ("cuda", case, passed, dtype): goal
+        for case, (single, half) in _CUDA.items()
+        for dtype, goals in (("float32", single), *((dtype, half) for dtype in HALF))
+        for passed, goal in zip(("forward", "backward"), goals)
+    },
+    ("cuda", "module-bs6", "training", "float32"): 8_000,
+    ("cpu", "rig-bs1", "forward", "float32"): 35_000,
+    ("cpu", "rig-bs1", "training", "float32"): 140_000,
+    ("cpu", "dense-bs1", "forward", "float32"): 150_000,
+    **{
+        (device, case, passed, "float32"): goal
+        for device in MACHINES
+        for case in ("overhead-aggregation", "overhead-msda")
+        for passed, goal in (("call no_grad", 15), ("call inference_mode", 15), ("call training", 35))
+    },
+}
+
+
+def goal_us(result: Result) -> float | None:
+    """The goal of a figure; None where there is none, as for any backend but the kernels."""
+    device = result.device.partition(":")[0]
+    if result.backend != device:
+        return None
+    return GOALS.get((device, result.case, result.passed, result.dtype))

@@ -1,0 +1,47 @@
+"""How much memory a step takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def extra_memory(step: Callable[[], object], device: torch.device | str) -> int | None:
+    """Run a step; the most bytes that it held at once beyond what was there before, None if unknown.
+
+    On CUDA, what PyTorch allocated; on the CPU, what the process held in memory, in pages.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # Freed memory that the C library keeps would be used again and not be counted, so hand it back first.
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    before = _reset_resident_peak()
+    step()
+    return None if before is None else _resident_peak() - before
+
+
+def _reset_resident_peak() -> int | None:
+    """Start the process's peak resident size afresh and return it; None where there is no Linux /proc."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident_peak()
+    except OSError:
+        return None
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    kibibytes = status.split("VmHWM:")[1].split()[0]
+    return int(kibibytes) * 1024

@@ -1,0 +1,81 @@
+"""The sweep over shapes, and which of them stand out."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+
+from reimplementation import ops
+from reimplementation.cli import main
+from reimplementation.cli.bench.gathers import gathers
+from reimplementation.cli.bench.shapes import INPUTS, Shape
+from reimplementation.cli.bench.sweep import Figure, outliers
+from reimplementation.timing import Timing
+
+SMALL = "--channels 8 16 --points 1 2 --levels 1 --batch-sizes 1 --repeats 2".split()
+
+
+def figures(cost, us_of_a_point=100.0) -> list[Figure]:
+    """A grid of shapes; each takes ``cost(shape)`` times what its bytes are worth."""
+    found = []
+    for shape in (Shape("msda", *sizes, 1) for sizes in product((32, 64, 128), (1, 2, 4), (1, 2, 3))):
+        work = shape.channels * shape.points * shape.levels
+        found.append(Figure(shape, "float32", "forward", Timing(us_of_a_point * work * cost(shape), 0, "graph"), work))
+    return found
+
+
+def test_a_shape_worse_than_its_neighbours_stands_out():
+    odd = Shape("msda", 64, 2, 2, 1)
+    found = outliers(figures(lambda shape: 3.0 if shape == odd else 1.0))
+    assert [(figure.shape, times) for figure, times in found] == [(odd, pytest.approx(3.0))]
+
+
+def test_a_shape_twice_as_slow_does_not():
+    assert outliers(figures(lambda shape: 1.9 if shape.channels == 64 and shape.points == 2 else 1.0)) == []
+
+
+def test_a_slope_does_not():
+    assert outliers(figures(lambda shape: 1 / shape.points)) == []
+
+
+def test_launches_are_not_judged():
+    def launch_bound(shape):
+        work = shape.channels * shape.points * shape.levels
+        return max(1.0, 32 * 36 / work)
+
+    assert outliers(figures(launch_bound)) == []
+
+
+@pytest.mark.parametrize("op", INPUTS)
+def test_inputs_have_the_shape(op):
+    inputs = INPUTS[op](Shape(op, 16, 3, 2, 2), torch.float32, torch.device("cpu"))
+    with ops.use_backend("grid_sample"):
+        function = ops.deformable_aggregation_function if op == "aggregation" else ops.ms_deform_attn
+        assert function(*inputs).shape == (2, 900, 16)
+    most = 2 * 900 * 3 * 2 * 4 * 16 * 4  # batch, queries, points, levels, corners, channels, bytes
+    assert 0.8 * most < gathers(inputs).gathered_bytes <= most
+
+
+def test_sweep_end_to_end(tmp_path, capsys):
+    if "cpu" not in ops.available_backends("cpu"):
+        pytest.skip("the sweep times kernels, and there are none")
+    file, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    assert main(["sweep", "--device", "cpu", *SMALL, "--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["results"]) == 2 * 2 * 2 * 2  # ops, channels, points, passes
+    first = capsys.readouterr().out
+    assert main(["sweep", "--read", str(file), "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out == first
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_channels_must_divide(capsys):
+    assert main(["sweep", "--device", "cpu", "--channels", "12"]) == 2
+    assert "multiples of 8; got [12]" in capsys.readouterr().err
+
+
+def test_levels_are_bounded(capsys):
+    assert main(["sweep", "--device", "cpu", "--levels", "6"]) == 2
+    assert "--levels must be at most 5; got 6" in capsys.readouterr().err
