@@ -12,14 +12,14 @@ STABLE_TORCH_LIBRARY(reimplementation, m) {
   m.def(
       "deformable_aggregation_backward(Tensor grad_output, Tensor feature_maps, Tensor spatial_shape, "
       "Tensor scale_start_index, Tensor sampling_location, Tensor weights, bool needs_feature_maps, "
-      "bool needs_sampling_location, bool needs_weights) -> (Tensor, Tensor, Tensor)");
+      "bool needs_sampling_location, bool needs_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
       "Tensor attention_weights) -> Tensor");
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor sampling_locations, Tensor attention_weights, bool needs_value, bool needs_sampling_locations, "
-      "bool needs_attention_weights) -> (Tensor, Tensor, Tensor)");
+      "bool needs_attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {

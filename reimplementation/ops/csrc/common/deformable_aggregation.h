@@ -74,7 +74,7 @@ inline DeformableAggregationSizes check_deformable_aggregation(
   return sizes;
 }
 
-// One implementation per device. A gradient that is not needed comes back with no elements; the gradients of locations
+// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. A gradient that is not needed comes back with no elements; the gradients of locations
 // and weights have their operand's strides where those are dense.
 namespace cpu {
 Tensor deformable_aggregation(
@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     const Tensor& weights,
     bool needs_feature_maps,
     bool needs_sampling_location,
-    bool needs_weights);
+    bool needs_weights,
+    bool deterministic);
 }  // namespace cpu
 
 namespace cuda {
@@ -113,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     const Tensor& weights,
     bool needs_feature_maps,
     bool needs_sampling_location,
-    bool needs_weights);
+    bool needs_weights,
+    bool deterministic);
 }  // namespace cuda
 
 }  // namespace reimplementation

@@ -72,7 +72,7 @@ inline MSDeformAttnSizes check_ms_deform_attn(
   return sizes;
 }
 
-// One implementation per device. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes
+// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes
 // back with no elements; the gradient of value is contiguous, those of locations and weights have their operand's
 // strides where those are dense.
 namespace cpu {
@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     const Tensor& attention_weights,
     bool needs_value,
     bool needs_sampling_locations,
-    bool needs_attention_weights);
+    bool needs_attention_weights,
+    bool deterministic);
 }  // namespace cpu
 
 namespace cuda {
@@ -112,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     const Tensor& attention_weights,
     bool needs_value,
     bool needs_sampling_locations,
-    bool needs_attention_weights);
+    bool needs_attention_weights,
+    bool deterministic);
 }  // namespace cuda
 
 }  // namespace reimplementation

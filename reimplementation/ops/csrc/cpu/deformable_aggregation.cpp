@@ -459,7 +459,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     const Tensor& weights,
     bool needs_feature_maps,
     bool needs_sampling_location,
-    bool needs_weights) {
+    bool needs_weights,
+    bool /*deterministic*/) {
   const DeformableAggregationSizes sizes =
       check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.channels});

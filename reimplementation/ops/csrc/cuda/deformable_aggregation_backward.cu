@@ -25,6 +25,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "deformable_aggregation.cuh"
+#include "deterministic_backward.cuh"
 
 namespace reimplementation::cuda {
 namespace {
@@ -471,7 +472,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     const Tensor& weights,
     bool needs_feature_maps,
     bool needs_sampling_location,
-    bool needs_weights) {
+    bool needs_weights,
+    bool deterministic) {
   const auto sizes = check_deformable_aggregation(
       feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.channels});
@@ -480,10 +482,45 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   check_same_device("grad_output", grad_output, feature_maps);
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
 
+  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  if (deterministic && !sizes.nothing_to_sample()) {
+    SampledOp op = {};
+    op.batch = sizes.batch;
+    op.heads = 1;
+    op.queries = sizes.num_queries;
+    op.points = sizes.num_points;
+    op.cams = sizes.num_cams;
+    op.levels = sizes.num_levels;
+    op.rows = sizes.num_rows;
+    op.channels = sizes.channels;
+    op.groups = sizes.num_groups;
+    op.unit_square = true;
+    op.features = torch::stable::contiguous(feature_maps);
+    op.grad_output = torch::stable::contiguous(grad_output);
+    op.locations = sampling_location;
+    op.weights = weights;
+    op.grad_features = needs_feature_maps ? torch::stable::empty_like(op.features) : none(op.features);
+    op.grad_locations = needs_sampling_location ? torch::stable::empty_like(sampling_location) : none(op.features);
+    op.grad_weights = needs_weights ? torch::stable::empty_like(weights) : none(op.features);
+    const Tensor shapes = readable_metadata(spatial_shape, op.features);
+    const Tensor starts = readable_metadata(scale_start_index, op.features);
+    op.level_table = level_table(shapes, starts, sizes.num_rows);
+    auto location_strides = [](const Tensor& t) -> SampleStrides {
+      return {t.stride(0), 0, t.stride(1), t.stride(2), t.stride(3), 0, t.stride(4)};
+    };
+    auto weight_strides = [](const Tensor& t) -> SampleStrides {
+      return {t.stride(0), 0, t.stride(1), t.stride(2), t.stride(3), t.stride(4), t.stride(5)};
+    };
+    op.location_strides = location_strides(sampling_location);
+    op.weight_strides = weight_strides(weights);
+    op.grad_location_strides = needs_sampling_location ? location_strides(op.grad_locations) : SampleStrides{};
+    op.grad_weight_strides = needs_weights ? weight_strides(op.grad_weights) : SampleStrides{};
+    deterministic_backward(op);
+    return {op.grad_features, op.grad_locations, op.grad_weights};
+  }
   const ScalarType compute = compute_type(feature_maps);
   const Tensor features = torch::stable::contiguous(feature_maps);
   const Tensor grad = torch::stable::contiguous(grad_output);
-  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
   Tensor grad_features = needs_feature_maps
       ? torch::stable::new_zeros(features, {sizes.batch, sizes.num_rows, sizes.channels}, compute)
       : none(features);

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "deterministic_backward.cuh"
 #include "ms_deform_attn.cuh"
 
 namespace reimplementation::cuda {
@@ -237,7 +238,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     const Tensor& attention_weights,
     bool needs_value,
     bool needs_sampling_locations,
-    bool needs_attention_weights) {
+    bool needs_attention_weights,
+    bool deterministic) {
   const auto sizes =
       check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
@@ -245,10 +247,45 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   check_same_device("grad_output", grad_output, value);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 
+  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  if (deterministic && !sizes.nothing_to_sample()) {
+    SampledOp op = {};
+    op.batch = sizes.batch;
+    op.heads = sizes.num_heads;
+    op.queries = sizes.num_queries;
+    op.points = sizes.num_points;
+    op.cams = 1;
+    op.levels = sizes.num_levels;
+    op.rows = sizes.num_values;
+    op.channels = sizes.channels;
+    op.groups = 1;
+    op.unit_square = false;
+    op.features = torch::stable::contiguous(value);
+    op.grad_output = torch::stable::contiguous(grad_output);
+    op.locations = sampling_locations;
+    op.weights = attention_weights;
+    op.grad_features = needs_value ? torch::stable::empty_like(op.features) : none(op.features);
+    op.grad_locations = needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(op.features);
+    op.grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(op.features);
+    const Tensor shapes = readable_metadata(spatial_shapes, op.features);
+    const Tensor starts = readable_metadata(level_start_index, op.features);
+    op.level_table = level_table(shapes, starts, sizes.num_values);
+    auto location_strides = [](const Tensor& t) -> SampleStrides {
+      return {t.stride(0), t.stride(2), t.stride(1), t.stride(4), 0, t.stride(3), t.stride(5)};
+    };
+    auto weight_strides = [](const Tensor& t) -> SampleStrides {
+      return {t.stride(0), t.stride(2), t.stride(1), t.stride(4), 0, t.stride(3), 0};
+    };
+    op.location_strides = location_strides(sampling_locations);
+    op.weight_strides = weight_strides(attention_weights);
+    op.grad_location_strides = needs_sampling_locations ? location_strides(op.grad_locations) : SampleStrides{};
+    op.grad_weight_strides = needs_attention_weights ? weight_strides(op.grad_weights) : SampleStrides{};
+    deterministic_backward(op);
+    return {op.grad_features, op.grad_locations, op.grad_weights};
+  }
   const ScalarType compute = compute_type(value);
   const Tensor values = torch::stable::contiguous(value);
   const Tensor grad = torch::stable::contiguous(grad_output);
-  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
   Tensor grad_value = needs_value
       ? torch::stable::new_zeros(values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute)
       : none(values);
