@@ -339,11 +339,12 @@ def test_an_image_too_narrow_to_be_widened(tmp_path, document):
 
 
 def test_a_chunk_that_the_decoder_stumbles_over(tmp_path, document):
-    """A colour profile of one byte: Pillow reads beyond it."""
+    """A colour profile that ends after its name: Pillow reads beyond it and raises IndexError."""
     save(tmp_path, document)
     png = (tmp_path / "front.png").read_bytes()
-    chunk = b"iCCP" + b"x"
-    profile = struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    name = b"x\0"
+    chunk = b"iCCP" + name
+    profile = struct.pack(">I", len(name)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     end = len(png) - 12  # of the IEND chunk
     (tmp_path / "front.png").write_bytes(png[:end] + profile + png[end:])
     with pytest.raises(ValueError, match="front.png"):

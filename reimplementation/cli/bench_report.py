@@ -5,13 +5,21 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import reimplementation
+from reimplementation import untrusted
 from reimplementation.timing import Timing
+from reimplementation.untrusted import entries_of, numbers, require_keys, shown, text
+
+MAX_RESULTS = 10_000
+MAX_WORDS = 200  # characters of a machine's name or a version
+MAX_MICROSECONDS = 1e12
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,29 @@ def write_json(path: Path, device: torch.device, results: list[Result]) -> None:
 
 
 def read_json(path: Path) -> tuple[dict, list[Result]]:
-    """The document that `write_json` wrote, and its results."""
-    document = json.loads(path.read_text())
-    results = [Result(**{**entry, "timing": Timing(**entry["timing"])}) for entry in document["results"]]
-    return document, results
+    """The document that `write_json` wrote, and its results; ValueError names what is broken in any other."""
+    document = untrusted.read_json(path)
+    require_keys(document, ("machine", "versions", "date", "results"), str(path))
+    require_keys(document["machine"], ("device", "threads"), f"{path}: machine")
+    require_keys(document["versions"], ("torch", "cuda"), f"{path}: versions")
+    for key, value in (*document["machine"].items(), *document["versions"].items(), ("date", document["date"])):
+        text(str(value), f"{path}: {shown(key)}", MAX_WORDS)
+    entries = entries_of(document, "results", MAX_RESULTS, str(path))
+    return document, [_read(Result, entry, f"{path}: results[{i}]") for i, entry in enumerate(entries)]
+
+
+def _read(kind: type, entry: Any, where: str) -> Any:
+    """A `Result`, or the `Timing` in it, with every field of the type that it should have."""
+    read = {"str": text, "float": _microseconds, "Timing": partial(_read, Timing)}
+    require_keys(entry, [field.name for field in fields(kind)], where)
+    return kind(**{f.name: read[f.type](entry[f.name], f"{where}: {f.name}") for f in fields(kind)})
+
+
+def _microseconds(value: Any, key: str) -> float:
+    microseconds = float(numbers(value, key, (), MAX_MICROSECONDS))
+    if microseconds < 0 or (microseconds == 0 and key.endswith("median_us")):  # others are compared with the median
+        raise ValueError(f"{key} must be positive; got {microseconds:g}")
+    return microseconds
 
 
 def print_table(results: list[Result]) -> None:
@@ -75,12 +102,14 @@ def print_table(results: list[Result]) -> None:
             speed_up(r, results),
             r.timing.method,
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    Console(width=None if Console().is_terminal else 120, markup=False).print(table)
 
 
 def markdown(document: dict, results: list[Result]) -> str:
     """A table of cases against passes and dtypes, for the README; grid_sample's ratio in brackets."""
     native = [r for r in results if r.backend != "grid_sample"]
+    if not native:
+        raise ValueError("there are no figures of cuda or cpu kernels, which the table is about")
     columns = list(dict.fromkeys((r.passed, r.dtype) for r in native))
     where, versions = document["machine"], document["versions"]
     unit, scale = ("µs", 1) if native[0].device != "cpu" else ("ms", 1e-3)
