@@ -62,9 +62,15 @@ EXTENSION_AVAILABLE = _extension_missing is None
 CUDA_EXT_AVAILABLE = bool(_cuda_architectures) and torch.version.cuda is not None
 """Whether the extension holds CUDA kernels that this PyTorch can launch (a GPU need not be present)."""
 
-_forced = threading.local()
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
+_forced = _Forced()
 _forced_by_environment = os.environ.get("REIMPLEMENTATION_BACKEND") or None
 _warned: set[str] = set()
+_best: dict[torch.device, str] = {}  # filled by `_best_backend`
 _gpus: dict[int, _Missing | None] = {}  # by device index, filled by `_missing_on_gpu`
 
 
@@ -119,7 +125,7 @@ def use_backend(name: str) -> Iterator[None]:
             available on some GPUs, a call with tensors on another raises it.
     """
     _require(name)
-    previous = getattr(_forced, "name", None)
+    previous = _forced.name
     _forced.name = name
     try:
         yield
@@ -129,12 +135,24 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select_backend(device: torch.device, op: str = "Deformable aggregation") -> str:
     """The backend that runs a call of ``op`` on tensors of ``device``; warns once when a kernel is missing."""
-    forced = getattr(_forced, "name", None) or _forced_by_environment
-    if forced is not None:
-        _require(forced, op, device.index)
-        if forced in ("cuda", "cpu") and device.type not in (forced, "meta"):
-            raise RuntimeError(f"backend {forced!r} is forced, but the tensors are on {device}: move them to {forced}")
-        return forced
+    forced = _forced.name or _forced_by_environment
+    if forced is None:
+        return _best_backend(device)
+    _require(forced, op, device.index)
+    if forced in ("cuda", "cpu") and device.type not in (forced, "meta"):
+        raise RuntimeError(f"backend {forced!r} is forced, but the tensors are on {device}: move them to {forced}")
+    return forced
+
+
+@torch.compiler.assume_constant_result
+def _best_backend(device: torch.device) -> str:
+    """What `select_backend` returns where none is forced: every call asks, so it is worked out once for each device."""
+    if device not in _best:
+        _best[device] = _choose(device)
+    return _best[device]
+
+
+def _choose(device: torch.device) -> str:
     if device.type == "meta":
         return "cpu" if EXTENSION_AVAILABLE else "grid_sample"
     missing = _missing(device.type, device.index)
@@ -143,7 +161,7 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation") -> 
     message = f"running on grid_sample, which is slower: no {device.type} kernels: {missing}"
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where the op was called
     return "grid_sample"
 
 

@@ -19,12 +19,19 @@ CPU = torch.device("cpu")
 OP = "Deformable aggregation"
 
 
+@pytest.fixture(autouse=True)
+def nothing_decided(monkeypatch):
+    """No backend has been chosen and no warning been given yet."""
+    monkeypatch.setattr(backends, "_best", {})
+    monkeypatch.setattr(backends, "_gpus", {})
+    monkeypatch.setattr(backends, "_warned", set())
+
+
 @pytest.fixture
 def no_extension(monkeypatch):
     monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", False)
     monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", False)
     monkeypatch.setattr(backends, "_extension_missing", "no C++ compiler")
-    monkeypatch.setattr(backends, "_warned", set())
 
 
 @pytest.fixture
@@ -41,8 +48,6 @@ def gpus(monkeypatch):
         monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
         monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
         monkeypatch.setattr(backends, "_cuda_architectures", architectures)
-        monkeypatch.setattr(backends, "_gpus", {})
-        monkeypatch.setattr(backends, "_warned", set())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -99,10 +104,13 @@ def test_forcing_the_backend_of_another_device(monkeypatch):
 
 
 def test_the_first_fall_warns_once(no_extension):
-    with pytest.warns(RuntimeWarning, match="running on grid_sample.*no C.. compiler.*pip install"):
-        assert backends.select_backend(CPU, OP) == "grid_sample"
+    inputs = random_inputs()
+    with pytest.warns(RuntimeWarning, match="running on grid_sample.*no C.. compiler.*pip install") as caught:
+        ops.deformable_aggregation_function(*inputs)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        ops.deformable_aggregation_function(*inputs)
         assert backends.select_backend(CPU, OP) == "grid_sample"
 
 
@@ -201,7 +209,6 @@ def test_a_graph_asks_for_the_capability_while_it_is_traced(monkeypatch):
     asked = []
     monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
     monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
-    monkeypatch.setattr(backends, "_gpus", {})
     monkeypatch.setattr(backends, "_compare_with_gpu", asked.append)  # which returns None: the GPU is fit
 
     @torch.compile(backend="eager", fullgraph=True)
@@ -218,8 +225,6 @@ def test_an_unfit_gpu_computes_the_same_on_grid_sample(monkeypatch, architecture
     monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
     monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
     monkeypatch.setattr(backends, "_cuda_architectures", architectures)
-    monkeypatch.setattr(backends, "_gpus", {})
-    monkeypatch.setattr(backends, "_warned", set())
     inputs = random_inputs()
     major, minor = torch.cuda.get_device_capability()
     with pytest.warns(RuntimeWarning, match=rf"compute capability {major}\.{minor}, .* built for {architectures[0]}"):
