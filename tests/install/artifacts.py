@@ -1,10 +1,16 @@
-"""`python -m tests.install.artifacts FILE`: a wheel or an sdist holds what it must, and nothing else."""
+"""`python -m tests.install.artifacts FILE`: a wheel or an sdist holds what it must, and nothing else.
+
+A wheel's extension must also need nothing of PyTorch but the C functions of its stable ABI, or it would be tied to one
+release.
+"""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -30,6 +36,17 @@ def check_wheel(wheel: Path) -> None:
     )
 
 
+def check_symbols(wheel: Path) -> None:
+    """Every C++ symbol that the extension needs is versioned, and so the C++ library's: PyTorch's have no version."""
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        library = archive.extract("reimplementation/_C.abi3.so", folder)
+        listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    symbols = listed.stdout.split()[1::2]  # each line: U, and the name
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols), f"it needs nothing of PyTorch: {symbols}"
+    unstable = [symbol for symbol in symbols if symbol.startswith("_Z") and "@" not in symbol]
+    assert not unstable, f"the extension needs symbols outside of PyTorch's stable ABI: {unstable}"
+
+
 def check_sdist(sdist: Path) -> None:
     """All that is needed to build and to test; nothing that was built."""
     folders = ("build_tools", "reimplementation", "tests")
@@ -45,4 +62,8 @@ def check_sdist(sdist: Path) -> None:
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    check_wheel(file) if file.suffix == ".whl" else check_sdist(file)
+    if file.suffix == ".whl":
+        check_wheel(file)
+        check_symbols(file)
+    else:
+        check_sdist(file)

@@ -63,7 +63,7 @@ LOAD = (  # nothing of PyTorch's own Python part is needed to load the extension
     "ctypes.CDLL(os.environ['TORCH_LIB'] + '/libtorch_cpu.so', ctypes.RTLD_GLOBAL); import reimplementation._C\""
 )
 ROWS = (
-    Row("wheel: its files", 'python -m tests.install.artifacts "$WHEEL"', backends=()),
+    Row("wheel: its files and symbols", 'python -m tests.install.artifacts "$WHEEL"', backends=(), needs=("nm",)),
     Row("sdist: its files", 'python -m tests.install.artifacts "$SDIST"', backends=()),
     Row("wheel", WHEEL),
     Row("sdist", f'{PIP} "$SDIST"'),
