@@ -101,7 +101,7 @@ class Camera:
         intrinsics[0] *= width / self.width
         intrinsics[1] *= resized_height / self.height
         intrinsics[1, 2] -= cropped
-        image = None if self.image is None else _resized(self.image, width, resized_height)[cropped:]
+        image = None if self.image is None else _resized(self.image, width, resized_height)[cropped:].copy()
         return replace(self, width=width, height=height, intrinsics=intrinsics, image=image)
 
 

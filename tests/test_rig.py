@@ -114,6 +114,7 @@ def test_image_follows_intrinsics():
     camera = Camera("front", 160, 90, matrix, np.eye(4), image)
     scaled = camera.scaled_to(80, 30)
     assert scaled.image.shape == (30, 80, 3)
+    assert scaled.image.base is None  # and does not hold the rows that were cut off
     point = np.array([0.11, 0.13, 1.0])  # the camera's frame is the world's here
     before, _ = Rig((camera,)).project(point)
     after, _ = Rig((scaled,)).project(point)
