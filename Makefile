@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
 SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH)
 
-.PHONY: help demo test check build clean always
+.PHONY: help demo test check build soak install-matrix clean always
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: build  ## run the op on the built-in scene, with pictures
 	$(BIN)/python -m reimplementation demo
@@ -25,6 +25,12 @@ check: build  ## lint, then test
 	$(BIN)/python -m pytest
 
 build: $(VENV)/built  ## compile the extension and install the package in place
+
+soak: build  ## train for half an hour at changing sizes, and watch the memory
+	$(BIN)/python -m tests.soak --minutes 30
+
+install-matrix: build  ## install in every way and surroundings that there are here; takes many minutes
+	$(BIN)/python -m tests.install.matrix
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info reimplementation/_C.abi3.so reimplementation/_build.json

@@ -7,7 +7,6 @@ own +z, with x right and y down. Pixel coordinates are continuous: the image's l
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-MAX_JSON_BYTES = 16 * 2**20
+from .untrusted import entries_of, file_below, numbers, read_json, require_keys, shown, text
+
 MAX_IMAGE_PIXELS = 40_000_000
+MAX_RIG_PIXELS = 200_000_000  # of all images together, which are held at once
+MAX_IMAGE_BYTES = 256 * 2**20
 MAX_CAMERAS = 64
 MAX_BOXES = 4096
-MAX_NAME_LENGTH = 64
 MAX_MAGNITUDE = 1e6  # metres or pixels; far beyond any rig, and small enough that no later arithmetic overflows
 MIN_DEPTH = 1e-5  # metres; SparseDrive divides by no less
 
@@ -44,18 +45,18 @@ class Camera:
     image: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _text(self.name, "name"))
+        object.__setattr__(self, "name", text(self.name, "name"))
         for key in ("width", "height"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{key} must be a positive whole number of pixels; got {_short(value)}")
+                raise ValueError(f"{key} must be a positive whole number of pixels; got {shown(value)}")
         if self.width * self.height > MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"width x height must be at most {MAX_IMAGE_PIXELS} pixels; "
-                f"got {_short(self.width)} x {_short(self.height)}"
+                f"got {shown(self.width)} x {shown(self.height)}"
             )
-        object.__setattr__(self, "intrinsics", _numbers(self.intrinsics, "intrinsics", (3, 3)))
-        object.__setattr__(self, "world_to_camera", _numbers(self.world_to_camera, "world_to_camera", (4, 4)))
+        object.__setattr__(self, "intrinsics", _coordinates(self.intrinsics, "intrinsics", (3, 3)))
+        object.__setattr__(self, "world_to_camera", _coordinates(self.world_to_camera, "world_to_camera", (4, 4)))
         focal = self.intrinsics[[0, 1], [0, 1]]
         if not np.allclose(self.intrinsics[2], (0, 0, 1)) or not (focal > 0).all():
             raise ValueError("intrinsics must have positive focal lengths and the last row (0, 0, 1)")
@@ -82,9 +83,14 @@ class Camera:
         """This camera resized to `width`, then cropped from the top to `height`; intrinsics and image follow.
 
         So 1600 x 900 becomes 704 x 256 as in SparseDrive: times 0.44 to 704 x 396, less the top 140 rows.
-        Raises ValueError where the resized image has fewer than `height` rows.
+        Raises ValueError where the resized image has fewer than `height` rows, or too many pixels to hold.
         """
         resized_height = round(self.height * width / self.width)
+        if width * resized_height > MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"camera {self.name}: {self.width} x {self.height} resized to width {width} has {resized_height} rows, "
+                f"more than {MAX_IMAGE_PIXELS} pixels; use wider images"
+            )
         cropped = resized_height - height
         if cropped < 0:
             raise ValueError(
@@ -95,7 +101,7 @@ class Camera:
         intrinsics[0] *= width / self.width
         intrinsics[1] *= resized_height / self.height
         intrinsics[1, 2] -= cropped
-        image = None if self.image is None else _resized(self.image, width, resized_height)[cropped:]
+        image = None if self.image is None else _resized(self.image, width, resized_height)[cropped:].copy()
         return replace(self, width=width, height=height, intrinsics=intrinsics, image=image)
 
 
@@ -116,11 +122,11 @@ class Box:
     velocity_xy: np.ndarray = field(default_factory=lambda: np.zeros(2))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "center", _numbers(self.center, "center", (3,)))
-        object.__setattr__(self, "size_lwh", _numbers(self.size_lwh, "size_lwh", (3,)))
-        object.__setattr__(self, "yaw", float(_numbers(self.yaw, "yaw", ())))
-        object.__setattr__(self, "label", _text(self.label, "label"))
-        object.__setattr__(self, "velocity_xy", _numbers(self.velocity_xy, "velocity_xy", (2,)))
+        object.__setattr__(self, "center", _coordinates(self.center, "center", (3,)))
+        object.__setattr__(self, "size_lwh", _coordinates(self.size_lwh, "size_lwh", (3,)))
+        object.__setattr__(self, "yaw", float(_coordinates(self.yaw, "yaw", ())))
+        object.__setattr__(self, "label", text(self.label, "label"))
+        object.__setattr__(self, "velocity_xy", _coordinates(self.velocity_xy, "velocity_xy", (2,)))
         if not (self.size_lwh > 1e-3).all():
             raise ValueError(f"size_lwh must be positive, at least a millimetre; got {self.size_lwh.tolist()}")
 
@@ -162,22 +168,29 @@ class Rig:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
-        path = _inside(folder, "sample.json")
-        document = _read_json(path)
+        path = file_below(folder, "sample.json")
+        document = read_json(path)
         frame = document.get("frame", cls.frame)
         if not isinstance(frame, str):
-            raise ValueError(f"{path}: frame must be text; got {_short(frame)}")
-        cameras = tuple(
-            _load_camera(entry, folder, f"{path}: cameras[{i}]")
-            for i, entry in enumerate(_entries(document, "cameras", MAX_CAMERAS, path))
-        )
+            raise ValueError(f"{path}: frame must be text; got {shown(frame)}")
+        cameras = [
+            _load_camera(entry, f"{path}: cameras[{i}]")
+            for i, entry in enumerate(entries_of(document, "cameras", MAX_CAMERAS, str(path)))
+        ]
         if not cameras:
             raise ValueError(f"{path}: cameras must list at least one camera")
-        boxes = tuple(
+        pixels = sum(camera.width * camera.height for camera in cameras)
+        if pixels > MAX_RIG_PIXELS:
+            raise ValueError(f"{path}: cameras must have at most {MAX_RIG_PIXELS} pixels together; got {pixels}")
+        boxes = [
             _load_box(entry, f"{path}: boxes[{i}]")
-            for i, entry in enumerate(_entries(document, "boxes", MAX_BOXES, path))
-        )
-        return cls(cameras, boxes, frame)
+            for i, entry in enumerate(entries_of(document, "boxes", MAX_BOXES, str(path)))
+        ]
+        seeing = [
+            _with_image(camera, document["cameras"][i]["image"], folder, f"{path}: cameras[{i}]")
+            for i, camera in enumerate(cameras)
+        ]
+        return cls(tuple(seeing), tuple(boxes), frame)
 
     def scaled_to(self, width: int, height: int) -> Rig:
         """The rig with every camera resized and cropped; see `Camera.scaled_to`."""
@@ -238,26 +251,33 @@ def nuscenes_like_rig() -> Rig:
     return Rig(tuple(cameras), frame="x right, y forward, z up; metres; origin on the ground below the roof")
 
 
-def _load_camera(entry: Any, folder: Path, where: str) -> Camera:
-    _require(entry, ("name", "image", "width", "height", "intrinsics", "lidar_to_camera"), where)
+def _load_camera(entry: Any, where: str) -> Camera:
+    """The camera, still without its image."""
+    require_keys(entry, ("name", "image", "width", "height", "intrinsics", "lidar_to_camera"), where)
     try:
-        camera = Camera(
+        return Camera(
             name=entry["name"],
             width=entry["width"],
             height=entry["height"],
-            intrinsics=_numbers(entry["intrinsics"], "intrinsics", (3, 3)),
-            world_to_camera=_numbers(entry["lidar_to_camera"], "lidar_to_camera", (4, 4)),
+            intrinsics=_coordinates(entry["intrinsics"], "intrinsics", (3, 3)),
+            world_to_camera=_coordinates(entry["lidar_to_camera"], "lidar_to_camera", (4, 4)),
         )
-        if not isinstance(entry["image"], str):
-            raise ValueError(f"image must be a file name; got {_short(entry['image'])}")
-        return replace(camera, image=_read_image(_inside(folder, entry["image"]), camera.width, camera.height))
     except ValueError as error:
         message = str(error).replace("world_to_camera", "lidar_to_camera")
         raise ValueError(f"{where}: {message}") from None
 
 
+def _with_image(camera: Camera, name: Any, folder: Path, where: str) -> Camera:
+    try:
+        if not isinstance(name, str):
+            raise ValueError(f"image must be a file name; got {shown(name)}")
+        return replace(camera, image=_read_image(file_below(folder, name), camera.width, camera.height))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def _load_box(entry: Any, where: str) -> Box:
-    _require(entry, ("center", "size_lwh", "yaw", "label"), where)
+    require_keys(entry, ("center", "size_lwh", "yaw", "label"), where)
     fields = {key: entry[key] for key in ("center", "size_lwh", "yaw", "label")}
     velocity = entry.get("velocity_xy")
     if velocity not in (None, [None, None]):  # nuScenes does not know every velocity
@@ -268,56 +288,11 @@ def _load_box(entry: Any, where: str) -> Box:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _read_json(path: Path) -> dict:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must hold an object with the keys cameras and boxes; got {_short(document)}")
-    return document
-
-
-def _entries(document: dict, key: str, limit: int, path: Path) -> list:
-    entries = document.get(key)
-    if not isinstance(entries, list):
-        came = f"got {_short(entries)}" if key in document else "the key is missing"
-        raise ValueError(f"{path}: {key} must be a list; {came}")
-    if len(entries) > limit:
-        raise ValueError(f"{path}: {key} must have at most {limit} entries; got {len(entries)}")
-    return entries
-
-
-def _require(entry: Any, keys: tuple[str, ...], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object; got {_short(entry)}")
-    missing = [key for key in keys if key not in entry]
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}")
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The regular file `name` below `folder`; a path, or a link, that leads out of the folder is refused."""
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{_short(name)} must be a path below {folder}, neither absolute nor with ..")
-    path = folder / name
-    try:
-        leads_out = not path.resolve().is_relative_to(folder.resolve())
-        is_file = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        raise ValueError(f"{_short(name)} cannot be read: {type(error).__name__}") from None
-    if leads_out:
-        raise ValueError(f"{path} is a link that leads out of {folder}")
-    if not is_file:
-        raise ValueError(f"{path} does not exist or is not a file")
-    return path
-
-
 def _read_image(path: Path, width: int, height: int) -> np.ndarray:
     from PIL import Image
 
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"image {path} is larger than {MAX_IMAGE_BYTES >> 20} MiB")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -327,13 +302,7 @@ def _read_image(path: Path, width: int, height: int) -> np.ndarray:
                 return np.array(image.convert("RGB"))
     except Image.UnidentifiedImageError:
         raise ValueError(f"image {path}: not a JPEG or PNG file") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except Exception as error:  # a decoder raises anything on broken data: Pillow's also IndexError
         raise ValueError(f"image {path}: {error}") from None
 
 
@@ -343,28 +312,5 @@ def _resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((width, height)))
 
 
-def _numbers(value: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        array = np.array(value)
-    except ValueError:  # lists of unequal lengths
-        array = np.array(None)
-    if array.dtype.kind not in "iuf":  # numbers, and not text that reads like one
-        raise ValueError(f"{key} must be numbers of shape {shape}; got {_short(value)}")
-    if array.shape != shape:
-        raise ValueError(f"{key} must have the shape {shape}; got {array.shape}")
-    array = array.astype(np.float64)
-    if not (np.abs(array) < MAX_MAGNITUDE).all():
-        raise ValueError(f"{key} must be finite and below {MAX_MAGNITUDE:g}; got {_short(array.tolist())}")
-    return array
-
-
-def _text(value: Any, key: str) -> str:
-    # Names are printed to a terminal, so control characters have no place in them.
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= MAX_NAME_LENGTH:
-        raise ValueError(f"{key} must be 1 to {MAX_NAME_LENGTH} printable characters; got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _coordinates(value: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    return numbers(value, key, shape, MAX_MAGNITUDE)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import struct
+import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reimplementation.rig import MAX_BOXES, MAX_CAMERAS, Box, Camera, Rig, nuscenes_like_rig
 
@@ -18,11 +23,16 @@ WIDTH, HEIGHT = 40, 30
 
 def write_image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
     image = pytest.importorskip("PIL.Image")
-    image.effect_noise(size, 60).convert("RGB").save(path)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
 def document() -> dict:
+    return valid_document()
+
+
+def valid_document() -> dict:
     camera = {
         "name": "front",
         "image": "front.png",
@@ -104,6 +114,7 @@ def test_image_follows_intrinsics():
     camera = Camera("front", 160, 90, matrix, np.eye(4), image)
     scaled = camera.scaled_to(80, 30)
     assert scaled.image.shape == (30, 80, 3)
+    assert scaled.image.base is None  # and does not hold the rows that were cut off
     point = np.array([0.11, 0.13, 1.0])  # the camera's frame is the world's here
     before, _ = Rig((camera,)).project(point)
     after, _ = Rig((scaled,)).project(point)
@@ -149,7 +160,7 @@ BROKEN = {  # what is wrong: (list, key, value; ... means that the key is left o
         "cameras",
         "intrinsics",
         [[1, 0, 0], [0, 1, 0]],
-        r"intrinsics must have the shape \(3, 3\)",
+        r"intrinsics must be numbers of the shape \(3, 3\)",
     ),
     "ragged": ("cameras", "intrinsics", [[1, 0], [0]], "intrinsics must be numbers"),
     "text for numbers": ("cameras", "intrinsics", [["1"] * 3] * 3, "intrinsics must be numbers"),
@@ -179,16 +190,22 @@ BROKEN = {  # what is wrong: (list, key, value; ... means that the key is left o
     "no such image": ("cameras", "image", "back.png", "back.png does not exist"),
     "folder as image": ("cameras", "image", ".", "does not exist or is not a file"),
     "too long a path": ("cameras", "image", "a" * 5000, r"cameras\[0\]: .*(cannot be read|does not exist)"),
+    "escape in a path": ("cameras", "image", "\x1b[31m.png", r"'.x1b\[31m.png' must be a printable path"),
+    "half a character": ("cameras", "image", "\ud800.png", r"'.ud800.png' must be a printable path"),
     "number as path": ("cameras", "image", 7, "image must be a file name"),
     "escape in name": ("cameras", "name", "\x1b[31m", "name must be 1 to 64 printable characters"),
     "no center": ("boxes", "center", ..., r"boxes\[0\]: missing center"),
-    "2D center": ("boxes", "center", [1, 2], r"boxes\[0\]: center must have the shape \(3,\)"),
+    "2D center": ("boxes", "center", [1, 2], r"boxes\[0\]: center must be numbers of the shape \(3,\)"),
     "NaN center": ("boxes", "center", [math.nan, 1, 2], "center must be finite"),
     "far away": ("boxes", "center", [1e200, 1, 2], "center must be finite and below"),
-    "whole number beyond floats": ("boxes", "center", [10**400, 1, 2], "center must be numbers"),
+    "whole number beyond floats": ("boxes", "center", [10**400, 1, 2], "center must be finite and below"),
     "flat": ("boxes", "size_lwh", [4, 0, 1], "size_lwh must be positive"),
-    "list for yaw": ("boxes", "yaw", [1], r"yaw must have the shape \(\)"),
+    "list for yaw": ("boxes", "yaw", [1], r"yaw must be numbers of the shape \(\)"),
     "number as label": ("boxes", "label", 3, "label must be"),
+    "an object for numbers": ("boxes", "center", {"x": 1}, "center must be numbers of the shape"),
+    "true for a number": ("boxes", "yaw", True, "yaw must be numbers"),
+    "a list in a list, 300 times": ("boxes", "center", json.loads("[" * 300 + "]" * 300), "center must be numbers"),
+    "one long text among short ones": ("boxes", "center", ["a"] * 1000 + ["b" * 10**6], "center must be numbers"),
     "velocity half known": ("boxes", "velocity_xy", [1, None], "velocity_xy must be numbers"),
 }
 
@@ -209,7 +226,7 @@ def test_load_names_what_is_broken(tmp_path, document, section, key, value, mess
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "must hold an object"),
+        ("[]", "must hold a JSON object"),
         ("{}", "cameras must be a list; the key is missing"),
         ('{"cameras": [], "boxes": []}', "at least one camera"),
         ('{"cameras": [3], "boxes": []}', r"cameras\[0\] must be an object"),
@@ -296,6 +313,101 @@ def test_decompression_bomb_is_not_decoded(tmp_path, document, size, monkeypatch
     monkeypatch.setattr(image.Image, "convert", lambda *_: pytest.fail("the pixels were decoded"))
     with pytest.raises(ValueError, match="front.png"):
         Rig.load(save(tmp_path, document))
+
+
+def test_too_many_pixels_together(tmp_path, document):
+    """Each image is as large as one may be; together they would fill the memory. None is opened."""
+    document["cameras"][0] |= {"width": 8000, "height": 5000}
+    document["cameras"] *= 6
+    with pytest.raises(ValueError, match="at most 200000000 pixels together; got 240000000"):
+        Rig.load(save(tmp_path, document))
+
+
+def test_oversized_image_file(tmp_path, document):
+    save(tmp_path, document)
+    with open(tmp_path / "front.png", "ab") as file:
+        file.truncate(257 * 2**20)
+    with pytest.raises(ValueError, match="front.png is larger than 256 MiB"):
+        Rig.load(tmp_path)
+
+
+def test_an_image_too_narrow_to_be_widened(tmp_path, document):
+    document["cameras"][0] |= {"width": 1, "height": 40_000}
+    write_image(tmp_path / "front.png", (1, 40_000))
+    rig = Rig.load(save(tmp_path, document))
+    with pytest.raises(ValueError, match="1 x 40000 resized to width 704 has 28160000 rows, more than 40000000 pixels"):
+        rig.scaled_to(704, 256)
+
+
+def test_a_chunk_that_the_decoder_stumbles_over(tmp_path, document):
+    """A colour profile that ends after its name: Pillow reads beyond it and raises IndexError."""
+    save(tmp_path, document)
+    png = (tmp_path / "front.png").read_bytes()
+    name = b"x\0"
+    chunk = b"iCCP" + name
+    profile = struct.pack(">I", len(name)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    end = len(png) - 12  # of the IEND chunk
+    (tmp_path / "front.png").write_bytes(png[:end] + profile + png[end:])
+    with pytest.raises(ValueError, match="front.png"):
+        Rig.load(tmp_path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["..", "/", "a\0"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_changed_document_is_read_or_refused(data):
+    """Replace, remove or double something anywhere in a valid document: nothing but a ValueError comes of it."""
+    document = valid_document()
+    for _ in range(data.draw(st.integers(1, 3), "changes")):
+        place, key = document, None
+        while (
+            isinstance(place, (dict, list)) and len(place) > 0 and (key is None or data.draw(st.booleans(), "deeper"))
+        ):
+            parent, key = (
+                place,
+                data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))),
+            )
+            place = parent[key]
+        change = data.draw(st.sampled_from(["replace", "remove", "double"]), "change")
+        if change == "replace":
+            parent[key] = data.draw(JSON_VALUES, "value")
+        elif change == "remove":
+            del parent[key]
+        else:
+            parent[key] = [place, place]
+        if not document:
+            break
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            Rig.load(save(Path(folder), document)).scaled_to(64, 16)
+        except ValueError as error:
+            assert str(error).isprintable()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_changed_image_is_read_or_refused(suffix, data):
+    document = valid_document()
+    document["cameras"][0]["image"] = f"other.{suffix}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"other.{suffix}"
+        write_image(path)
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4), "changes")):
+            at = data.draw(st.integers(0, max(len(content) - 1, 0)), "at")
+            content[at : at + data.draw(st.integers(0, 9), "removed")] = data.draw(st.binary(max_size=9), "inserted")
+        path.write_bytes(content)
+        try:
+            Rig.load(save(Path(folder), document))
+        except ValueError as error:
+            assert f"other.{suffix}" in str(error)
 
 
 @pytest.mark.skipif(not NUSCENES.is_dir(), reason="the nuScenes sample is not here")

@@ -35,7 +35,12 @@ def collect() -> dict:
         "torch_cuda": torch.version.cuda,
         "extension": ops.build_info(),
         "devices": [
-            {"device": device, "name": name, "backends": ops.available_backends(device)}
+            {
+                "device": device,
+                "name": name,
+                "backends": ops.available_backends(device),
+                "missing": ops.backends.why_missing(device),
+            }
             for device, name in _devices().items()
         ],
     }
@@ -44,7 +49,8 @@ def collect() -> dict:
 def _devices() -> dict[str, str]:
     names = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
-        names[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        names[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
     return names
 
 
@@ -63,5 +69,7 @@ def _lines(facts: dict) -> list[str]:
     rows += [(tool, extension[tool]) for tool in ("nvcc", "compiler") if extension.get(tool)]
     for device in facts["devices"]:
         rows.append((device["device"], f"{device['name']}; backends: {', '.join(device['backends'])}"))
+        if device["missing"] and device["device"] != "cpu":  # the cpu kernels have had their line
+            rows.append(("", device["missing"]))
     width = max(len(key) for key, _ in rows)
     return [f"{key:<{width}}  {value}" for key, value in rows]

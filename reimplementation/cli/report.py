@@ -101,8 +101,10 @@ def _print_module(document: dict, console: Console) -> None:
 
 def _table(title: str):
     from rich.table import Table
+    from rich.text import Text
 
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    # A camera's name may read like markup.
+    return Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
 def _error(value: float) -> str:

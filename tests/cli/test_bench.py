@@ -188,6 +188,84 @@ def test_floor_is_built_by_nvcc(monkeypatch):
     assert callable(floor.build.__wrapped__(torch.device("cuda")))
 
 
+def figures() -> dict:
+    """What `bench --json` writes, with one result."""
+    timing = {"median_us": 20.0, "spread_us": 1.0, "method": "wall"}
+    result = {"case": "rig", "device": "cpu", "backend": "cpu", "dtype": "float32", "passed": "forward"}
+    return {
+        "machine": {"device": "some CPU", "cpu": "some CPU", "threads": 2},
+        "versions": {"reimplementation": "0.1", "torch": "2.13", "cuda": None, "python": "3.11"},
+        "date": "2026-11-21",
+        "results": [result | {"timing": timing}],
+    }
+
+
+def changed(*keys, value=...) -> str:
+    """The figures as text, with the value under the keys replaced, or removed."""
+    document = place = figures()
+    for key in keys[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    return json.dumps(document)
+
+
+BROKEN = {  # what is wrong: (the file's text, what the message says)
+    "empty": ("", "is not valid JSON"),
+    "truncated": (json.dumps(figures())[:100], "is not valid JSON"),
+    "not UTF-8": (b"\xff\xfe", "is not valid JSON"),
+    "nested without end": ("[" * 100_000, "is not valid JSON"),
+    "a list": ("[]", "must hold a JSON object"),
+    "no results": (changed("results"), "missing results"),
+    "results in an object": (changed("results", value={}), "results must be a list"),
+    "text for a result": (changed("results", 0, value="fast"), "results[0] must be an object"),
+    "no timing": (changed("results", 0, "timing"), "results[0]: missing timing"),
+    "a number for the timing": (changed("results", 0, "timing", value=3), "timing must be an object"),
+    "no median": (changed("results", 0, "timing", "median_us"), "timing: missing median_us"),
+    "text for the median": (changed("results", 0, "timing", "median_us", value="1"), "median_us must be numbers"),
+    "NaN": (changed("results", 0, "timing", "spread_us", value=float("nan")), "spread_us must be finite"),
+    "zero": (changed("results", 0, "timing", "median_us", value=0), "median_us must be positive"),
+    "a number for the case": (changed("results", 0, "case", value=3), "case must be 1 to 64 printable characters"),
+    "escape sequence": (changed("results", 0, "case", value="\x1b[2J"), "case must be 1 to 64 printable characters"),
+    "escape sequence in the machine": (changed("machine", "device", value="\x1b[2J"), "printable characters"),
+    "no machine": (changed("machine"), "missing machine"),
+    "a list for the versions": (changed("versions", value=[]), "versions must be an object"),
+}
+
+
+@pytest.mark.parametrize("content, message", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("arguments", [[], ["--markdown"]], ids=["table", "markdown"])
+def test_a_broken_file_is_one_line(tmp_path, capsys, content, message, arguments):
+    file = tmp_path / "figures.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["bench", "--read", str(file), *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and str(file) in said.err and message in said.err
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    assert main(["bench", "--read", str(tmp_path / "nowhere.json")]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+    assert main(["bench", "--read", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_figures_that_read_like_markup(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    file.write_text(changed("results", 0, "case", value="[/red]"))
+    assert main(["bench", "--read", str(file)]) == 0
+    assert "[/red]" in capsys.readouterr().out
+
+
+def test_markdown_without_kernels(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    file.write_text(changed("results", 0, "backend", value="grid_sample"))
+    assert main(["bench", "--read", str(file), "--markdown"]) == 2
+    assert "no figures of cuda or cpu kernels" in capsys.readouterr().err
+
+
 def test_every_case_has_its_inputs():
     assert {case for names in cases.DEFAULT_CASES.values() for case in names} <= set(cases.CASES)
 

@@ -38,6 +38,16 @@ def test_missing_extension_is_explained(capsys, monkeypatch):
     assert "missing: no compiler" in said and "missing: nvcc not found" in said
 
 
+def test_a_gpu_that_the_extension_was_not_built_for(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    monkeypatch.setattr(ops.backends, "why_missing", lambda device: "built for 9.0. To build it: …")
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "Old Card, compute capability 6.1; backends:" in said and "built for 9.0. To build it: …" in said
+
+
 def test_needs_no_extra():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('rich', 'matplotlib', 'PIL')));"

@@ -20,12 +20,8 @@ import pytest
 from build_tools import toolchain
 from build_tools.extension import build_extension
 from build_tools.toolchain import Missing, Torch
+from tests.install.surroundings import SETTINGS, copy_tree, environment, fake_toolkit
 
-ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {
-    *("CXX", "CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "REQUIRE_EXT", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"),
-    "REIMPLEMENTATION_BACKEND",
-}
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CUDA_HOME": "/nonexistent"}
 CUDA_13 = Torch("2.13.0+cu130", "13.0", (), "")
 
@@ -37,11 +33,7 @@ needs_compiler = pytest.mark.skipif(
 
 def pip_install(tree: Path, target: Path, **settings: str) -> subprocess.CompletedProcess:
     """Installs a copy of the tree, without what was built in it, into the folder `target`."""
-    shutil.copytree(
-        ROOT,
-        tree,
-        ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "*.so", "_build.json"),
-    )
+    copy_tree(tree)
     command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-build-isolation", "--no-deps"]
     return subprocess.run(
         [*command, "--no-index", "--target", str(target), str(tree)],
@@ -49,11 +41,6 @@ def pip_install(tree: Path, target: Path, **settings: str) -> subprocess.Complet
         capture_output=True,
         text=True,
     )
-
-
-def environment(**settings: str) -> dict[str, str]:
-    """This process's variables with none of the build's settings but the given ones."""
-    return {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
 
 
 @pytest.fixture
@@ -78,25 +65,6 @@ def csrc(tmp_path: Path) -> Path:
         'extern "C" __attribute__((visibility("default"))) const char* content() { return CONTENT; }\n'
     )
     (folder / "cuda" / "kernel.cu").write_text("int kernel;\n")
-    return folder
-
-
-def fake_toolkit(folder: Path, *, release: str = "13.0", compiles: bool = True, runs: bool = True) -> Path:
-    """A CUDA_HOME whose nvcc is a script that makes an object with c++, or fails to, or does not run."""
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    (folder / "include").mkdir()
-    (folder / "lib64").mkdir()
-    (folder / "lib64" / "libcudart_static.a").write_text("!<arch>\n")
-    make_object = 'for out; do :; done; echo "int k;" | c++ -x c++ -fPIC -c - -o "$out" && : > "${out%.o}.d"'
-    body = f"""case "$1" in
-        --version) echo "Cuda compilation tools, release {release}, V{release}.88";;
-        --list-gpu-arch) printf 'compute_80\\ncompute_90\\ncompute_120\\n';;
-        --dryrun) echo '#$ TOP={folder}';;
-        *) {make_object if compiles else 'echo "kernel.cu(7): error: no such warp"; exit 2'};;
-    esac"""
-    nvcc.write_text("#!/bin/sh\n" + (body if runs else "echo 'libstdc++ went missing'; exit 1") + "\n")
-    nvcc.chmod(0o755)
     return folder
 
 

@@ -13,9 +13,18 @@ import torch
 
 from reimplementation import ops
 from reimplementation.ops import backends
+from tests.ops.inputs import random_inputs
 
 CPU = torch.device("cpu")
 OP = "Deformable aggregation"
+
+
+@pytest.fixture(autouse=True)
+def nothing_decided(monkeypatch):
+    """No backend has been chosen and no warning been given yet."""
+    monkeypatch.setattr(backends, "_best", {})
+    monkeypatch.setattr(backends, "_gpus", {})
+    monkeypatch.setattr(backends, "_warned", set())
 
 
 @pytest.fixture
@@ -23,7 +32,30 @@ def no_extension(monkeypatch):
     monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", False)
     monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", False)
     monkeypatch.setattr(backends, "_extension_missing", "no C++ compiler")
-    monkeypatch.setattr(backends, "_warned", set())
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that the extension is built for some architectures, and that there are GPUs of some capabilities."""
+
+    def pretend(architectures: str, *capabilities: tuple[int, int]) -> list[int]:
+        asked = []
+
+        def capability(index: int) -> tuple[int, int]:
+            asked.append(index)
+            return capabilities[index]
+
+        monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
+        monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
+        monkeypatch.setattr(backends, "_cuda_architectures", architectures)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+        return asked
+
+    return pretend
 
 
 def test_the_best_backend_runs():
@@ -72,10 +104,13 @@ def test_forcing_the_backend_of_another_device(monkeypatch):
 
 
 def test_the_first_fall_warns_once(no_extension):
-    with pytest.warns(RuntimeWarning, match="running on grid_sample.*no C.. compiler.*pip install"):
-        assert backends.select_backend(CPU, OP) == "grid_sample"
+    inputs = random_inputs()
+    with pytest.warns(RuntimeWarning, match="running on grid_sample.*no C.. compiler.*pip install") as caught:
+        ops.deformable_aggregation_function(*inputs)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        ops.deformable_aggregation_function(*inputs)
         assert backends.select_backend(CPU, OP) == "grid_sample"
 
 
@@ -102,3 +137,100 @@ def test_environment_variable(value, expected):
         check=True,
     )
     assert expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    "architectures, runs, does_not_run",
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),  # machine code: the same major, no lower minor
+        ("8.6", [(8, 6), (8, 9)], [(8, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),  # PTX: anything later
+        ("9.0a", [(9, 0)], [(9, 1), (10, 0), (8, 9)]),
+        ("9.0a+PTX", [(9, 0)], [(9, 1), (10, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", [(7, 5), (8, 7), (9, 0), (10, 3), (12, 1), (13, 0)], [(7, 0), (11, 0)]),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_which_gpus_run_which_code(architectures, runs, does_not_run):
+    for capability in runs:
+        assert backends.runs_on(capability, architectures.split()), capability
+    for capability in does_not_run:
+        assert not backends.runs_on(capability, architectures.split()), capability
+
+
+UNFIT = (
+    "cuda:0, Card 0, has compute capability 6.1, and the extension was built for 8.0 9.0+PTX. "
+    "To build it: TORCH_CUDA_ARCH_LIST=6.1 pip install --no-build-isolation ."
+)
+
+
+def test_a_gpu_that_the_extension_was_not_built_for_runs_grid_sample(gpus):
+    asked = gpus("8.0 9.0+PTX", (6, 1), (9, 0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = [backends.select_backend(torch.device("cuda", index)) for index in (0, 1, 0, 1)]
+    assert chosen == ["grid_sample", "cuda", "grid_sample", "cuda"]
+    assert [str(warning.message) for warning in caught] == [
+        f"running on grid_sample, which is slower: no cuda kernels: {UNFIT}"
+    ]
+    assert asked == [0, 1]  # each GPU once
+    assert ops.available_backends("cuda:0") == ["grid_sample"]
+    assert ops.available_backends("cuda:1") == ["cuda", "grid_sample"]
+    assert ops.available_backends("cuda") == ["grid_sample"]  # the current one
+    assert backends.why_missing("cuda:0") == UNFIT and backends.why_missing("cuda:1") is None
+
+
+def test_cuda_may_be_forced_on_the_gpus_that_it_runs_on(gpus):
+    gpus("8.0 9.0+PTX", (6, 1), (9, 0))
+    with ops.use_backend("cuda"):
+        assert backends.select_backend(torch.device("cuda:1")) == "cuda"
+        with pytest.raises(RuntimeError) as error:
+            backends.select_backend(torch.device("cuda:0"), OP)
+        assert str(error.value) == f"{OP} CUDA extension is not available: {UNFIT}"
+        with ops.use_backend("grid_sample"):
+            assert backends.select_backend(torch.device("cuda:0")) == "grid_sample"
+
+
+def test_cuda_cannot_be_forced_where_no_gpu_runs_it(gpus):
+    gpus("8.0 9.0+PTX", (6, 1), (7, 5))
+    with pytest.raises(RuntimeError, match="cuda:0, Card 0, has compute capability 6.1"), ops.use_backend("cuda"):
+        pass
+
+
+def test_without_a_gpu_no_capability_is_asked_for(gpus):
+    asked = gpus("8.0")
+    with ops.use_backend("cuda"):  # to trace with tensors that have no memory
+        assert backends.select_backend(torch.device("cuda:0")) == "cuda"
+    assert asked == []
+
+
+def test_a_graph_asks_for_the_capability_while_it_is_traced(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
+    monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
+    monkeypatch.setattr(backends, "_compare_with_gpu", asked.append)  # which returns None: the GPU is fit
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def chosen(x):
+        return x + 1 if backends.select_backend(torch.device("cuda:0")) == "cuda" else x
+
+    assert chosen(torch.zeros(1)).item() == chosen(torch.zeros(1)).item() == 1
+    assert asked == [0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("architectures", ["5.0", "99.0+PTX"])
+def test_an_unfit_gpu_computes_the_same_on_grid_sample(monkeypatch, architectures):
+    monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
+    monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
+    monkeypatch.setattr(backends, "_cuda_architectures", architectures)
+    inputs = random_inputs()
+    major, minor = torch.cuda.get_device_capability()
+    with pytest.warns(RuntimeWarning, match=rf"compute capability {major}\.{minor}, .* built for {architectures[0]}"):
+        output = ops.deformable_aggregation_function(*inputs.to("cuda", torch.float64))
+    with ops.use_backend("grid_sample"):
+        expected = ops.deformable_aggregation_function(*inputs)
+    torch.testing.assert_close(output.cpu(), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="TORCH_CUDA_ARCH_LIST="), ops.use_backend("cuda"):
+        pass

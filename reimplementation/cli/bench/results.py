@@ -5,17 +5,22 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 import reimplementation
+from reimplementation import untrusted
 from reimplementation.timing import Timing
+from reimplementation.untrusted import entries_of, numbers, require_keys, shown, text
 
 FLOOR = "floor"
+MAX_RESULTS = 10_000
+MAX_WORDS = 200  # characters of a machine's name or a version
+MAX_NUMBER = 1e15  # bytes, microseconds
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def read(paths: Sequence[Path]) -> list[Document]:
     """
     merged: dict[str, Document] = {}
     for path in paths:
-        document = read_one(path, _result)
+        document = read_one(path, Result)
         named = {key: document.machine[key] for key in ("device", "threads")}
         same = json.dumps([named, document.versions], sort_keys=True)
         if same in merged:
@@ -98,22 +103,41 @@ def read(paths: Sequence[Path]) -> list[Document]:
     return list(merged.values())
 
 
-def read_one(path: Path, make_result: Callable[[dict], Any]) -> Document:
-    """The document in a file, whose results ``make_result`` makes from the file's entries.
+def read_one(path: Path, kind: type) -> Document:
+    """The document in a file, whose results are of the dataclass ``kind``.
 
     Raises:
-        ValueError: the file holds something else; the message names it.
+        ValueError: the file holds something else; the message names it and what is wrong in it.
     """
-    try:
-        fields = json.loads(path.read_text())
-        results = [make_result(entry) for entry in fields["results"]]
-        return Document(fields["machine"], fields["versions"], fields["date"], results)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} does not hold what this command writes: {error!r}") from error
+    document = untrusted.read_json(path)
+    require_keys(document, ("machine", "versions", "date", "results"), str(path))
+    require_keys(document["machine"], ("device", "threads"), f"{path}: machine")
+    require_keys(document["versions"], ("torch", "cuda"), f"{path}: versions")
+    for key, value in (*document["machine"].items(), *document["versions"].items(), ("date", document["date"])):
+        text(str(value), f"{path}: {shown(key)}", MAX_WORDS)
+    entries = entries_of(document, "results", MAX_RESULTS, str(path))
+    results = [read_entry(kind, entry, f"{path}: results[{i}]") for i, entry in enumerate(entries)]
+    return Document(document["machine"], document["versions"], document["date"], results)
 
 
-def _result(entry: dict) -> Result:
-    return Result(**{**entry, "timing": Timing(**entry["timing"])})
+def read_entry(kind: type, entry: Any, where: str) -> Any:
+    """A dataclass of numbers, text and other dataclasses, from JSON; fields with a default may be missing."""
+    require_keys(entry, [field.name for field in fields(kind) if field.default is MISSING], where)
+    types = get_type_hints(kind)
+    return kind(**{name: _value(types[name], entry[name], f"{where}: {name}") for name in types if name in entry})
+
+
+def _value(kind: type, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return read_entry(kind, value, where)
+    if kind is str:
+        return text(value, where)
+    if value is None and kind == int | None:
+        return None
+    number = float(numbers(value, where, (), MAX_NUMBER))
+    if number < 0 or (number == 0 and where.endswith("median_us")):  # others are compared with the median
+        raise ValueError(f"{where} must be positive; got {number:g}")
+    return number if kind is float else int(number)
 
 
 def _joined(first: Document, second: Document) -> Document:

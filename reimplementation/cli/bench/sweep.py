@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         from .sweep_plot import draw
 
     if options.read:
-        document = results.read_one(options.read, _figure)
+        document = results.read_one(options.read, Figure)
     else:
         document = measure_all(options)
         if options.json:
@@ -137,10 +137,6 @@ def _neighbours(shape: Shape, steps: dict[str, list[int]]) -> Iterator[Shape]:
 
 def _key(figure: Figure) -> tuple:
     return (*astuple(figure.shape), figure.dtype, figure.passed)
-
-
-def _figure(entry: dict) -> Figure:
-    return Figure(**{**entry, "shape": Shape(**entry["shape"]), "timing": Timing(**entry["timing"])})
 
 
 def _print(document: Document) -> None:
