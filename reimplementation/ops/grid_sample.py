@@ -71,7 +71,7 @@ def ms_deform_attn(
         if not _fits(height, width, start, num_values):
             continue
         location, weight = locations[:, :, level], weights[:, :, level]
-        size = location.new_tensor([width, height])
+        size = torch.tensor([width, height], dtype=location.dtype, device=location.device)
         pixel = location.detach() * size - 0.5
         touches = ((pixel > -1) & (pixel < size)).all(-1)
         rows = value[:, start : start + height * width].transpose(1, 2).flatten(0, 1)
