@@ -42,7 +42,8 @@ def deformable_aggregation(
             if (cam, level) in rows:
                 cameras_by_shape.setdefault(tuple(shapes[cam][level]), []).append(cam)
         for (height, width), cams in cameras_by_shape.items():
-            images = torch.stack([rows[cam, level] for cam in cams], dim=1).flatten(0, 1)
+            # Cast before they are stacked: autocast knows no common dtype for some halves.
+            images = torch.stack([rows[cam, level].to(location.dtype) for cam in cams], dim=1).flatten(0, 1)
             sampled = _sample(images, height, width, _cameras(location, cams).flatten(0, 1))
             sampled = sampled.unflatten(0, (bs, len(cams))).unflatten(2, (num_groups, channels // num_groups))
             output = output + (sampled * _cameras(level_weights, cams)[:, :, :, None]).sum(dim=(1, -1))
