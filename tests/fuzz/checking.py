@@ -91,8 +91,7 @@ def compare(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
             continue  # a position that rounds across an edge of a pixel has another gradient
         # Autograd adds the gradients of slices in their own dtype: one partial sum a level, or two.
         rounded_sums = starts.numel() + 1 if draw.backend == "grid_sample" and name == RESULTS[1] else 0
-        stored = read_weights.dtype if name == RESULTS[3] and actual.dtype != compute else actual.dtype
-        stored = max((stored, actual.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        stored = {actual.dtype, read_weights.dtype} if name == RESULTS[3] else {actual.dtype}
         tolerance = rounding(wanted, compute, stored, rounded_sums)
         if not draw.exact_locations:
             tolerance = tolerance + displacement(draw, features, shapes, locations, read_weights, compute)

@@ -1,8 +1,8 @@
 """Both ops by their rules, in float64: what a call must return, and how far rounding may take it from that.
 
-Nothing is shared with the package, and no derivative is left to autograd. Every result is a sum of products, one product
-for each corner of a footprint; summed once more with all factors made positive, they bound the rounding errors, however
-the terms cancel. The same sums say where NaNs and infinities go: a result is finite where none of its terms has a factor
+Nothing is shared with the package, and no derivative is left to autograd. Every result is a sum of products, one for
+each corner of a footprint; summed once more with all factors made positive, they bound the rounding errors, however the
+terms cancel. The same sums say where NaNs and infinities go: a result is finite where none of its terms has a factor
 that is not, and it is not finite where such a factor meets factors other than zero. Between these two, where it meets a
 zero (0 * inf), arithmetic gives NaN but an implementation may leave the product out; either is accepted.
 """
@@ -10,7 +10,7 @@ zero (0 * inf), arithmetic gives NaN but an implementation may leave the product
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -166,9 +166,10 @@ def ms_deform_attn(value, shapes, starts, locations, weights, grad_output) -> li
         levels,
         unit_square_only=False,
     ).expected(
-        grad_output.double().view(batch, num_queries, num_heads, channels).transpose(1, 2).reshape(
-            batch * num_heads, num_queries, channels
-        )
+        grad_output.double()
+        .view(batch, num_queries, num_heads, channels)
+        .transpose(1, 2)
+        .reshape(batch * num_heads, num_queries, channels)
     )
 
     def heads_inside(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -190,17 +191,18 @@ def reshaped(expected: Expected, shape: Callable[[Tensor], Tensor], num_terms: i
     return Expected(value, magnitude, not_finite, expected.num_terms * num_terms)
 
 
-def rounding(expected: Expected, compute: torch.dtype, stored: torch.dtype, partial_sums: int = 0) -> Tensor:
+def rounding(expected: Expected, compute: torch.dtype, stored: Iterable[torch.dtype], partial_sums: int = 0) -> Tensor:
     """How far a result may be from its expected value: errors of the sum, of its factors, and of storing it.
 
     Args:
         compute: the dtype of sums. Errors of that many terms add up like steps in random directions.
-        stored: the dtype of the result.
-        partial_sums: how many partial sums are rounded to ``stored`` before they are added; 0 for one rounding, of
-            the sum.
+        stored: the dtypes that the result is rounded to on its way.
+        partial_sums: how many partial sums are rounded to them before they are added; 0 for one rounding, of the sum.
     """
-    unit, stored_unit = torch.finfo(compute).eps, torch.finfo(stored).eps
-    of_sum = (16 + 4 * math.sqrt(expected.num_terms)) * unit * expected.magnitude
+    tolerance = (16 + 4 * math.sqrt(expected.num_terms)) * torch.finfo(compute).eps * expected.magnitude
+    tolerance = tolerance + expected.num_terms * torch.finfo(compute).tiny
     largest = expected.magnitude * partial_sums if partial_sums else expected.value.abs()
-    underflow = expected.num_terms * torch.finfo(compute).tiny + torch.finfo(stored).smallest_normal * stored_unit
-    return of_sum + stored_unit * largest + underflow
+    for dtype in stored:
+        unit = torch.finfo(dtype).eps
+        tolerance = tolerance + unit * largest + unit * torch.finfo(dtype).tiny
+    return tolerance
