@@ -141,7 +141,7 @@ class _Drawing:
         self.num_cams = self.count(8) if self.op is AGGREGATION else 1
         self.num_levels = self.count(5, many=12)
         num_images = self.num_cams * self.num_levels
-        sides = [0] * 1 + [1, 2, 3, 4, 5, 7, 8, 16] if self.chance(0.3) else [1, 2, 3, 4, 5, 8, 13]
+        sides = [0, 1, 2, 3, 4, 5, 7, 8, 16] if self.chance(0.3) else [1, 2, 3, 4, 5, 8, 13]
         shapes = [(rng.choice(sides), rng.choice(sides)) for _ in range(num_images)]
         if self.chance(0.3):
             shapes = [rng.choice(shapes)] * num_images if shapes else []
@@ -289,21 +289,18 @@ class _Drawing:
         kinds = ["not a tensor", "dtype", "rank", "size", "layout"]
         # Of the operators, a meta tensor asks for a shape alone, and that is what they return.
         kind = self.rng.choice(kinds if result.direct else [*kinds, "device"])
-        operand, name = operands[which], self.op.operands[which]
         if kind == "not a tensor":
-            operands[which] = self.rng.choice([None, 1.5, "tensor", [1, 2], np.zeros(3)])
+            operands[which] = got = self.rng.choice([None, 1.5, "tensor", [1, 2], np.zeros(3)])
             error = TypeError
         else:
             result.autocast = None  # which casts some of what follows
             operands[3] = operands[3].float() if operands[3].dtype in (torch.float16, torch.bfloat16) else operands[3]
             if operands[4].dtype not in (operands[0].dtype, torch.float32):
                 operands[4] = operands[4].float()
-            operand = operands[which]
-            spoilt, error = getattr(self, f"wrong_{kind}")(which, operand)
+            spoilt, error = getattr(self, f"wrong_{kind}")(which, operands[which])
             operands[which] = spoilt
-        spoilt = operands[which]
-        got = f"{spoilt.dtype} {tuple(spoilt.shape)} on {spoilt.device}" if isinstance(spoilt, Tensor) else repr(spoilt)
-        self.story.append(f"{name} of wrong {kind}: {got}")
+            got = f"{spoilt.dtype} {tuple(spoilt.shape)} on {spoilt.device}"
+        self.story.append(f"{self.op.operands[which]} of wrong {kind}: {got}")
         return error
 
     def wrong_dtype(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
