@@ -4,11 +4,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+N ?= 10000
+SEED ?= 0
+DEVICE ?= cpu
+
 BIN := $(VENV)/bin
+FUZZ := --draws $(N) --seed $(SEED) --device $(DEVICE)
 SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
 SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH)
 
-.PHONY: help demo test check build soak install-matrix clean always
+.PHONY: help demo test check build fuzz fuzz-sanitized sanitize-cuda test-huge soak install-matrix clean always
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +36,25 @@ soak: build  ## train for half an hour at changing sizes, and watch the memory
 
 install-matrix: build  ## install in every way and surroundings that there are here; takes many minutes
 	$(BIN)/python -m tests.install.matrix
+
+fuzz: build  ## N random calls of the ops (10000), drawn from SEED, on DEVICE (cpu or cuda), every answer checked
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+# In a copy of its own: a library with sanitizers in it loads only after theirs. The C++ library comes with them, because
+# Python does not load it before the sanitizers look for it.
+fuzz-sanitized: $(VENV)/installed  ## the same on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitized
+	SANITIZE=1 REQUIRE_EXT=1 FORCE_CUDA= CUDA_HOME=/none $(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	cp -r tests build/sanitized
+	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(abspath $(BIN))/python -m tests.fuzz $(FUZZ)
+
+sanitize-cuda: build  ## the tests and 200 random calls on a GPU under compute-sanitizer's four tools; takes long
+	tests/fuzz/sanitize_cuda.sh $(BIN)/python
+
+test-huge: build  ## tensors beyond 2^31 elements, on a GPU with more than 100 GB
+	$(BIN)/python -m pytest -m huge tests/test_huge.py
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info reimplementation/_C.abi3.so reimplementation/_build.json

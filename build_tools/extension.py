@@ -25,6 +25,7 @@ from . import toolchain
 from .toolchain import CudaToolkit, Missing, Torch, last_line
 
 OPTIMISATION = ["-std=c++17", "-O3"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 ABI_DEFINES = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # libtorch's stable ABI as of 2.10
     "-DPy_LIMITED_API=0x030a0000",  # Python's stable ABI as of 3.10
@@ -158,6 +159,8 @@ def _run_ninja(ninja: str, build_dir: Path, steps: list[Step]) -> None:
 
 def _check_loads(library: Path) -> None:
     """Raises `Missing` for a library with unresolved symbols: linking a shared library lets them pass."""
+    if toolchain.is_set("SANITIZE"):  # which loads only into a process that has loaded the sanitizer first
+        return
     load = "import ctypes, os, sys, torch; ctypes.CDLL(sys.argv[1], os.RTLD_NOW)"
     done = subprocess.run([sys.executable, "-c", load, str(library)], capture_output=True, text=True)
     if done.returncode != 0:
@@ -178,6 +181,9 @@ def _steps(
         common += ["-isystem", path]
     cxx = [*compiler, *common, "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
     link = [f"-L{torch.library_dir}", "-ltorch_cpu"]
+    if toolchain.is_set("SANITIZE"):
+        cxx += [*SANITIZERS, "-O1", "-g", "-fno-omit-frame-pointer"]
+        link += SANITIZERS
     nvcc = []
     if cuda is not None:
         cxx += ["-DREIMPLEMENTATION_WITH_CUDA", f"-I{cuda.toolkit.root / 'include'}"]

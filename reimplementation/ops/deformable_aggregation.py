@@ -8,7 +8,7 @@ from torch import Tensor
 from . import grid_sample
 from .backends import EXTENSION_AVAILABLE, select_backend
 from .checks import check_levels_fit, check_shape
-from .operands import as_kernels_read, check_operands, under_autocast
+from .operands import as_kernels_read, check_operands, is_autocast_enabled, under_autocast
 from .registration import register
 
 __all__ = ["deformable_aggregation_function"]
@@ -53,8 +53,7 @@ def deformable_aggregation_function(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available.
     """
-    autocasts = isinstance(feature_maps, Tensor) and not feature_maps.is_meta  # autocast does not know the meta device
-    if autocasts and torch.is_autocast_enabled(feature_maps.device.type):
+    if is_autocast_enabled(feature_maps):
         sampling_location, weights = under_autocast(feature_maps, sampling_location, weights)
     _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
 

@@ -42,7 +42,8 @@ def deformable_aggregation(
             if (cam, level) in rows:
                 cameras_by_shape.setdefault(tuple(shapes[cam][level]), []).append(cam)
         for (height, width), cams in cameras_by_shape.items():
-            images = torch.stack([rows[cam, level] for cam in cams], dim=1).flatten(0, 1)
+            # Cast before they are stacked: autocast knows no common dtype for some halves.
+            images = torch.stack([rows[cam, level].to(location.dtype) for cam in cams], dim=1).flatten(0, 1)
             sampled = _sample(images, height, width, _cameras(location, cams).flatten(0, 1))
             sampled = sampled.unflatten(0, (bs, len(cams))).unflatten(2, (num_groups, channels // num_groups))
             output = output + (sampled * _cameras(level_weights, cams)[:, :, :, None]).sum(dim=(1, -1))
@@ -71,7 +72,7 @@ def ms_deform_attn(
         if not _fits(height, width, start, num_values):
             continue
         location, weight = locations[:, :, level], weights[:, :, level]
-        size = location.new_tensor([width, height])
+        size = torch.tensor([width, height], dtype=location.dtype, device=location.device)
         pixel = location.detach() * size - 0.5
         touches = ((pixel > -1) & (pixel < size)).all(-1)
         rows = value[:, start : start + height * width].transpose(1, 2).flatten(0, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import grid_sample
 from .backends import EXTENSION_AVAILABLE, select_backend
 from .checks import check_levels_fit, check_shape
-from .operands import as_kernels_read, check_operands, under_autocast
+from .operands import as_kernels_read, check_operands, is_autocast_enabled, under_autocast
 from .registration import register
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
@@ -54,8 +54,7 @@ def ms_deform_attn(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available.
     """
-    autocasts = isinstance(value, Tensor) and not value.is_meta  # autocast does not know the meta device
-    if autocasts and torch.is_autocast_enabled(value.device.type):
+    if is_autocast_enabled(value):
         sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 

@@ -38,11 +38,21 @@ def check_operands(names: Sequence[str], operands: Sequence[Tensor]) -> None:
     check_device(weights_name, weights, features.device)
 
 
+def is_autocast_enabled(features: Tensor) -> bool:
+    """Whether autocast is on for the features' device; what is no tensor, or on meta, is left to the checks."""
+    return (
+        isinstance(features, Tensor)
+        and features.device.type != "meta"
+        and torch.is_autocast_enabled(features.device.type)
+    )
+
+
 def under_autocast(features: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Locations and weights in dtypes that the ops take beside these features, whatever autocast made of them."""
-    if locations.dtype in HALF_DTYPES:
+    if isinstance(locations, Tensor) and locations.dtype in HALF_DTYPES:
         locations = locations.float()
-    if weights.dtype not in (features.dtype, torch.float32):
+    taken = (features.dtype, torch.float32)
+    if isinstance(weights, Tensor) and weights.dtype in FEATURE_DTYPES and weights.dtype not in taken:
         weights = weights.to(features.dtype)
     return locations, weights
 

@@ -115,6 +115,41 @@ def test_autocast(op, backend_device, dtype):
     assert relative_error(single.cpu(), op.formula(*on_cpu(rounded))) <= TOLERANCE[torch.float32]
 
 
+def test_autocast_to_the_other_half(op, backend_device):
+    """The features keep their dtype, also where autocast has no common one for both."""
+    inputs = op.inputs(14).to(backend_device, torch.float16)
+    with torch.autocast(backend_device.type, torch.bfloat16):
+        output = op.function(*inputs)
+    assert output.dtype == torch.float16
+    assert relative_error(output.cpu(), op.formula(*on_cpu(inputs))) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_autocast_refuses_what_is_refused_without_it(op, place):
+    operands = list(op.inputs(14).to("cpu", torch.float32))
+    operands[place] = None
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"must be a torch.Tensor; got NoneType"):
+        op.function(*operands)
+    *others, weights = op.inputs(14).to("cpu", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="weights must be float32; got int64"):
+        op.function(*others, weights.long())
+
+
+def test_features_on_meta_alone(op):
+    features, *others = op.inputs(14).to("cpu", torch.float32)
+    with pytest.raises(ValueError, match="must be on meta"):
+        op.function(features.to("meta"), *others)
+
+
+def test_lazily_negated_operands(op, backend_device):
+    """The imaginary part of a conjugate is a view whose sign is turned when it is read."""
+    features, shapes, starts, locations, weights = op.inputs(6).to(backend_device, torch.float64)
+    lazy = [torch.complex(torch.zeros_like(t), -t).conj().imag for t in (features, locations, weights)]
+    assert all(t.is_neg() for t in lazy)
+    expected = op.function(features, shapes, starts, locations, weights)
+    assert torch.equal(op.function(lazy[0], shapes, starts, *lazy[1:]), expected)
+
+
 class TestOperator:
     """What torch.library promises of a registered operator."""
 

@@ -80,6 +80,11 @@ inline int64_t items_per_thread(int64_t work) {
   return 1 + least_work / work;
 }
 
+// Among how many threads `count` > 0 such items are shared out at most.
+inline int64_t shares_of(int64_t count, int64_t work) {
+  return 1 + (count - 1) / items_per_thread(work);
+}
+
 // Runs the kernel on [0, count), shared out among torch's threads, at least `grain_size` to each.
 template <typename Kernel>
 void parallel_run(const Kernel& kernel, int64_t count, int64_t grain_size) {

@@ -222,6 +222,11 @@ struct BackwardOfSamples {
   }
 };
 
+// About how many multiplications a query takes.
+int64_t work_of_query(const DeformableAggregationSizes& sizes) {
+  return sizes.num_points * sizes.num_levels * sizes.channels;
+}
+
 // A corner of a sample, as the row that it falls in sees it.
 template <typename T, typename Weight>
 struct Hit {
@@ -242,7 +247,8 @@ class HitsByRow {
     const int64_t num_queries = operands.sizes.num_queries;
     const int64_t channels = operands.sizes.channels;
     constexpr int64_t most_chunks = 16;  // bounds the memory of the counters
-    const int64_t chunks = std::min<int64_t>({torch::stable::get_num_threads(), num_queries, most_chunks});
+    const int64_t chunks = std::min<int64_t>(
+        {torch::stable::get_num_threads(), shares_of(num_queries, work_of_query(operands.sizes)), most_chunks});
 
     // One counter per chunk of queries and row: first the number of hits, then the place of the next one.
     std::vector<int64_t> counters(chunks * num_rows);
@@ -291,12 +297,15 @@ class HitsByRow {
     return hits_.get() + first_[row + 1];
   }
 
+  // How many hits it takes as long to add as all of them, and to write the rows.
+  int64_t cost() const {
+    return first_.back() + writing * num_rows();
+  }
+
   // The first row of share number `share`, where `shares` contiguous shares of the rows take about the same time each;
   // the number of rows for share number `shares`.
   int64_t first_row_of_share(int64_t share, int64_t shares) const {
-    constexpr int64_t writing = 2;  // writing a row takes about as long as adding so many hits
-    const int64_t num_rows = static_cast<int64_t>(first_.size()) - 1;
-    const int64_t wanted = (first_[num_rows] + writing * num_rows) * share / shares;
+    const int64_t wanted = cost() * share / shares;
     const auto found = std::partition_point(first_.begin(), first_.end(), [&](const int64_t& first) {
       const int64_t row = &first - first_.data();
       return first + writing * row < wanted;
@@ -305,6 +314,12 @@ class HitsByRow {
   }
 
  private:
+  static constexpr int64_t writing = 2;  // writing a row takes about as long as adding so many hits
+
+  int64_t num_rows() const {
+    return static_cast<int64_t>(first_.size()) - 1;
+  }
+
   std::vector<int64_t> first_;
   std::unique_ptr<Hit<T, Weight>[]> hits_;
 };
@@ -344,11 +359,6 @@ struct BackwardOfFeatures {
   }
 };
 
-// About how many multiplications a query takes.
-int64_t work_of_query(const DeformableAggregationSizes& sizes) {
-  return sizes.num_points * sizes.num_levels * sizes.channels;
-}
-
 template <typename Feature, typename Weight>
 void forward(const Operands<Feature, Weight>& operands, const Tensor& output) {
   const DeformableAggregationSizes& sizes = operands.sizes;
@@ -381,9 +391,10 @@ void backward_of_features(
   const auto* grad_output_rows = static_cast<const Compute<Feature>*>(grad_output.const_data_ptr());
   Feature* grad_rows = static_cast<Feature*>(grad_features.mutable_data_ptr());
   advise_huge_pages(grad_rows, grad_features.numel() * sizeof(Feature));
-  const int64_t shares = torch::stable::get_num_threads();
   for (int64_t batch = 0; batch < sizes.batch; ++batch) {
     const HitsByRow<Feature, Weight> hits(operands, grad_output_rows, batch);
+    const int64_t shares =
+        std::min<int64_t>(torch::stable::get_num_threads(), shares_of(hits.cost(), sizes.channels));
     const BackwardOfFeatures<Feature, Weight> kernel{
         operands, hits, shares, grad_rows + batch * sizes.num_rows * sizes.channels};
     parallel_run(kernel, shares, 1);

@@ -1,0 +1,342 @@
+"""Draws: calls of the ops at random, each of them derived from a seed and its number alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reimplementation import ops
+from tests.fuzz import rules
+
+FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+STEP = 2.0**-12  # locations are multiples of this: positions in levels of these sizes are exact in float32
+MOST_PRODUCTS = 1 << 13  # about as many products the float64 rules form for one draw
+
+SPECIAL_LOCATIONS = (0.0, -0.0, 1.0, 1 - 2.0**-24, 2.0**-24, 1e-40, -1e-40, 1e30, -1e30, 3e38, 1 + STEP, -STEP)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its function, its rules, and what its operands are called, in its order."""
+
+    name: str
+    function: Callable[..., Tensor]
+    rules: Callable[..., list[rules.Expected]]
+    operands: tuple[str, ...]
+
+
+AGGREGATION = Op(
+    "deformable_aggregation",
+    ops.deformable_aggregation_function,
+    rules.deformable_aggregation,
+    ("feature_maps", "spatial_shape", "scale_start_index", "sampling_location", "weights"),
+)
+ATTENTION = Op(
+    "ms_deform_attn",
+    ops.ms_deform_attn,
+    rules.ms_deform_attn,
+    ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"),
+)
+
+
+@dataclass
+class Draw:
+    """One call: operands in the op's order, on their devices, and what is expected of it."""
+
+    op: Op
+    backend: str
+    operands: list
+    needs: tuple[bool, bool, bool]  # which gradients are asked for: features, locations, weights
+    grad_output: Tensor | None = None
+    autocast: torch.dtype | None = None
+    direct: bool = False  # the registered operators are called, without the Python function's checks
+    exact_locations: bool = True  # pixel positions have no rounding error
+    error: type[Exception] | tuple[type[Exception], ...] | None = None
+    story: str = ""  # what was drawn, in words
+
+
+def draw(seed: int, number: int, device: torch.device) -> Draw:
+    """Draw ``number`` of ``seed``; the same for every run on the same kind of device."""
+    return _Drawing(random.Random(f"{seed}/{number}"), device).draw()
+
+
+class _Drawing:
+    def __init__(self, rng: random.Random, device: torch.device):
+        self.rng = rng
+        self.generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        self.device = device
+
+    def chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def draw(self) -> Draw:
+        rng = self.rng
+        self.op = rng.choice([AGGREGATION, ATTENTION])
+        self.dtype = rng.choice(FEATURE_DTYPES)
+        self.story = []
+        result = Draw(self.op, rng.choice(ops.available_backends(self.device)), [], (False,) * 3)
+        shapes, starts, num_rows, levels_fit = self.levels()
+        sizes = self.sizes(shapes, num_rows)
+        location, result.exact_locations = self.location(sizes["location"])
+        features, weights = self.normal(*sizes["features"]), self.normal(*sizes["weights"])
+        # 0 * inf is one thing where a position is exact, another where it is not.
+        if result.exact_locations and self.chance(0.15):
+            self.poison(rng.choice([features, weights]))
+        result.direct = result.backend != "grid_sample" and self.chance(0.2)
+        autocast = not result.direct and self.chance(0.05)
+        metadata = [self.lay_out(t, "metadata") for t in self.narrow(shapes, starts)]
+        weight_dtype = rng.choice([self.dtype, torch.float32])
+        location_dtype = rng.choice([torch.float32, torch.float32, torch.float64])
+        if autocast:
+            result.autocast = rng.choice([torch.bfloat16, torch.float16])
+            weight_dtype, location_dtype = rng.choice(FEATURE_DTYPES), rng.choice(FEATURE_DTYPES)
+        if result.direct:  # with what the Python function would pass on
+            location_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+            weight_dtype = torch.float64 if self.dtype == torch.float64 else weight_dtype
+        operands = [
+            self.lay_out(features.to(self.dtype).to(self.device), "features"),
+            *self.place(metadata),
+            self.lay_out(location.to(location_dtype).to(self.device), "locations"),
+            self.lay_out(weights.to(weight_dtype).to(self.device), "weights"),
+        ]
+        result.operands = operands
+        result.needs = tuple(self.chance(0.75) for _ in range(3))
+        output_shape = sizes["output"]
+        grad_output = self.normal(*output_shape)
+        if result.exact_locations and self.chance(0.05):
+            self.poison(grad_output)
+        result.grad_output = self.lay_out(grad_output.to(self.dtype).to(self.device), "grad_output")
+        levels_are_read = all(t.device.type == "cpu" for t in operands[1:3])
+        if result.direct:  # by the kernels alone
+            levels_are_read = self.device.type == "cpu"
+        if levels_are_read and not levels_fit:
+            result.error = ValueError
+        if self.chance(0.2):
+            result.error = self.spoil(operands, result)
+        elif result.direct and self.chance(0.1):
+            result.grad_output, _ = getattr(self, rng.choice(["wrong_rank", "wrong_grad_size"]))(0, result.grad_output)
+            result.error = RuntimeError
+        if result.direct:
+            self.story.append("called directly")
+            result.error = result.error and (RuntimeError, TypeError)
+        result.story = f"{str(self.dtype).removeprefix('torch.')} {sizes['features']} {'; '.join(self.story)}"
+        return result
+
+    # Levels: (num_cams, num_levels) for deformable aggregation, (num_levels) for attention.
+
+    def levels(self) -> tuple[Tensor, Tensor, int, bool]:
+        """Shapes, first rows, rows of the features, and whether every level fits them."""
+        rng = self.rng
+        self.num_cams = self.count(8) if self.op is AGGREGATION else 1
+        self.num_levels = self.count(5, many=12)
+        num_images = self.num_cams * self.num_levels
+        sides = [0, 1, 2, 3, 4, 5, 7, 8, 16] if self.chance(0.3) else [1, 2, 3, 4, 5, 8, 13]
+        shapes = [(rng.choice(sides), rng.choice(sides)) for _ in range(num_images)]
+        if self.chance(0.3):
+            shapes = [rng.choice(shapes)] * num_images if shapes else []
+        kind = rng.choice(["in order"] * 4 + ["permuted", "gaps", "overlapping", "beyond", "negative", "huge"])
+        self.story.append(f"levels {kind}")
+        order = list(range(num_images))
+        if kind == "permuted":
+            rng.shuffle(order)
+        starts, end = [0] * num_images, 0
+        for i in order:
+            end += rng.randrange(4) if kind == "gaps" else 0
+            starts[i] = end
+            end += math.prod(shapes[i])
+        num_rows = end + (rng.randrange(5) if self.chance(0.2) else 0)
+        if kind == "overlapping":
+            num_rows = max([math.prod(shape) for shape in shapes], default=0) + rng.randrange(5)
+            starts = [rng.randrange(num_rows - math.prod(shape) + 1) for shape in shapes]
+        for i in range(num_images) if kind in ("beyond", "negative", "huge") else ():
+            if self.chance(0.5):
+                shapes[i], starts[i] = self.wild_level(kind, shapes[i], starts[i], num_rows)
+        fit = all(rules.fits(*shape, start, num_rows) for shape, start in zip(shapes, starts))
+        dims = (self.num_cams, self.num_levels) if self.op is AGGREGATION else (self.num_levels,)
+        shapes = torch.tensor(shapes, dtype=torch.int64).view(*dims, 2)
+        return shapes, torch.tensor(starts, dtype=torch.int64).view(dims), num_rows, fit
+
+    def wild_level(self, kind: str, shape: tuple, start: int, num_rows: int) -> tuple[tuple[int, int], int]:
+        height, width = shape
+        if kind == "beyond":
+            return self.rng.choice([(shape, num_rows - height * width + 1), ((height + num_rows + 1, width), start)])
+        if kind == "negative":
+            return self.rng.choice([((-height, width), start), ((-height, -width), start), (shape, -1 - start)])
+        large = self.rng.choice([2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1])
+        return self.rng.choice([((large, width), start), ((large, large), start), (shape, large), ((large, 0), start)])
+
+    def narrow(self, shapes: Tensor, starts: Tensor) -> list[Tensor]:
+        """Each in a random integer dtype that holds its numbers."""
+        result = []
+        for tensor in (shapes, starts):
+            dtypes = [dtype for dtype in INTEGER_DTYPES if torch.equal(tensor.to(dtype).long(), tensor)]
+            result.append(tensor.to(self.rng.choice(dtypes)))
+        return result
+
+    def place(self, metadata: list[Tensor]) -> list[Tensor]:
+        """Each on the CPU or the device."""
+        return [t.to(self.device) if self.chance(0.5) else t for t in metadata]
+
+    # Sizes and numbers.
+
+    def count(self, usual: int, many: int | None = None) -> int:
+        """A size: mostly small, now and then zero or ``many``."""
+        if self.chance(0.02):
+            return 0
+        if many is not None and self.chance(0.1):
+            return self.rng.randint(usual, many)
+        return self.rng.randint(1, usual)
+
+    def sizes(self, shapes: Tensor, num_rows: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of features, locations, weights and output."""
+        rng = self.rng
+        batch = self.count(3)
+        channels = 0 if self.chance(0.02) else rng.choice([1, 2, 3, 4, 7, 8, 12, 16, 30, 32, 33, 64, 71, 128, 130, 260])
+        num_groups = rng.choice([n for n in range(1, max(channels, 1) + 1) if channels % n == 0])
+        num_heads = self.count(4, many=9)
+        num_points = self.count(5, many=150)
+        num_images = num_heads * self.num_levels if self.op is ATTENTION else self.num_cams * self.num_levels
+        most = MOST_PRODUCTS // max(1, 4 * batch * channels * num_points * num_images)
+        num_queries = min(self.count(6, many=300), max(1, most))
+        if self.op is AGGREGATION:
+            samples = (batch, num_queries, num_points, self.num_cams)
+            return {
+                "features": (batch, num_rows, channels),
+                "location": (*samples, 2),
+                "weights": (*samples, self.num_levels, num_groups),
+                "output": (batch, num_queries, channels),
+            }
+        samples = (batch, num_queries, num_heads, self.num_levels, num_points)
+        return {
+            "features": (batch, num_rows, num_heads, channels),
+            "location": (*samples, 2),
+            "weights": samples,
+            "output": (batch, num_queries, num_heads * channels),
+        }
+
+    def location(self, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """Locations around the unit square, and whether positions computed from them in float32 are exact."""
+        uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        if self.chance(0.2):
+            self.story.append("any locations")
+            return (uniform * 1.6 - 0.3).float().double(), False
+        location = ((uniform * 1.5 - 0.25) / STEP).round() * STEP
+        if self.chance(0.3):  # edges and centres of pixels
+            location = (location * 16).round() / 16
+        if self.chance(0.5):
+            self.sprinkle(location, SPECIAL_LOCATIONS + NOT_FINITE, 0.1)
+        # The ops read float32: what is no number of that kind would be rounded.
+        return location.float().double(), True
+
+    def sprinkle(self, tensor: Tensor, values: tuple[float, ...], density: float) -> None:
+        """Replace elements, each with the given probability, by some of the values."""
+        chosen = torch.rand(tensor.shape, generator=self.generator) < density
+        index = torch.randint(len(values), tensor.shape, generator=self.generator)
+        tensor[chosen] = torch.tensor(values, dtype=torch.float64)[index][chosen]
+
+    def poison(self, tensor: Tensor) -> None:
+        values = self.rng.choice([NOT_FINITE[:1], NOT_FINITE[1:], NOT_FINITE])
+        self.story.append(f"{'/'.join(map(str, values))} among {tuple(tensor.shape)}")
+        self.sprinkle(tensor, values, self.rng.choice([0.005, 0.1]))
+
+    # Layouts: the same numbers elsewhere in memory, amid NaNs that whoever reads out of bounds brings in.
+
+    def lay_out(self, tensor: Tensor, name: str) -> Tensor:
+        kinds = ["contiguous", "offset", "permuted", "sliced"]
+        if name != "metadata":
+            kinds += ["expanded"]
+        if name != "metadata" and tensor.dtype in (torch.float32, torch.float64):
+            kinds += ["negated"]
+        kind = self.rng.choice(["contiguous"] * 3 + kinds)
+        if kind == "contiguous" or tensor.dim() == 0:
+            return tensor
+        self.story.append(f"{name} {kind}")
+        junk = float("nan") if tensor.is_floating_point() else 77
+        if kind == "offset":
+            offset = self.rng.randint(1, 7)
+            buffer = tensor.new_full((tensor.numel() + 2 * offset,), junk)
+            return buffer[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+        if kind == "permuted":
+            order = self.rng.sample(range(tensor.dim()), tensor.dim())
+            inverse = [order.index(i) for i in range(tensor.dim())]
+            return tensor.permute(order).contiguous().permute(inverse)
+        dim = self.rng.randrange(tensor.dim())
+        size = tensor.shape[dim]
+        if kind == "sliced":
+            buffer = tensor.new_full([*tensor.shape[:dim], 2 * size + 1, *tensor.shape[dim + 1 :]], junk)
+            view = buffer.narrow(dim, 1, 2 * size)[(slice(None),) * dim + (slice(None, None, 2),)]
+            return view.copy_(tensor)
+        if kind == "expanded":
+            return tensor.narrow(dim, 0, 1).expand(tensor.shape) if size else tensor
+        return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag  # the negative is taken when it is read
+
+    # What must be refused.
+
+    def spoil(self, operands: list, result: Draw) -> type[Exception]:
+        """Make one operand wrong; returns the error that the ops document for it."""
+        which = self.rng.randrange(5)
+        kinds = ["not a tensor", "dtype", "rank", "size", "layout"]
+        # Of the operators, a meta tensor asks for a shape alone, and that is what they return.
+        kind = self.rng.choice(kinds if result.direct else [*kinds, "device"])
+        if kind == "not a tensor":
+            operands[which] = got = self.rng.choice([None, 1.5, "tensor", [1, 2], np.zeros(3)])
+            error = TypeError
+        else:
+            result.autocast = None  # which casts some of what follows
+            operands[3] = operands[3].float() if operands[3].dtype in (torch.float16, torch.bfloat16) else operands[3]
+            if operands[4].dtype not in (operands[0].dtype, torch.float32):
+                operands[4] = operands[4].float()
+            spoilt, error = getattr(self, f"wrong_{kind}")(which, operands[which])
+            operands[which] = spoilt
+            got = f"{spoilt.dtype} {tuple(spoilt.shape)} on {spoilt.device}"
+        self.story.append(f"{self.op.operands[which]} of wrong {kind}: {got}")
+        return error
+
+    def wrong_dtype(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
+        wrong = [
+            [torch.int64, torch.bool, torch.complex64],
+            [torch.float32, torch.bool, torch.complex64],
+            [torch.float64, torch.bool, torch.float16],
+            [torch.float16, torch.bfloat16, torch.int32, torch.complex64],
+            [torch.int64, torch.bool, torch.complex128],
+        ][which]
+        return torch.zeros_like(operand, dtype=self.rng.choice(wrong)), TypeError
+
+    def wrong_rank(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
+        changes = [operand[None], operand[..., None], operand.sum().to(operand.dtype)]
+        if operand.dim() > 1:
+            changes.append(operand.flatten(0, 1))
+        return self.rng.choice(changes), ValueError
+
+    def wrong_size(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
+        """One dimension is not what another operand says; those that no other operand knows are left alone."""
+        if self.op is AGGREGATION:
+            tied = [(0,), (0, 1, 2), (0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4)]
+        else:
+            tied = [(0, 2), (0, 1), (0,), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4)]
+        dim = self.rng.choice(tied[which])
+        size = self.rng.choice([n for n in (0, 1, operand.shape[dim] + 1) if n != operand.shape[dim]])
+        shape = [*operand.shape[:dim], size, *operand.shape[dim + 1 :]]
+        return operand.new_zeros(shape), ValueError
+
+    def wrong_grad_size(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
+        dim = self.rng.randrange(operand.dim())
+        return operand.new_zeros([size + (i == dim) for i, size in enumerate(operand.shape)]), ValueError
+
+    def wrong_device(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
+        elsewhere = ["meta", "cpu"] if self.device.type == "cuda" and which >= 3 else ["meta"]
+        return operand.to(self.rng.choice(elsewhere)), ValueError
+
+    def wrong_layout(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
+        return operand.to_sparse(), TypeError

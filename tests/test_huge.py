@@ -1,0 +1,234 @@
+"""Sizes at which 32-bit arithmetic ends: sides beyond 65535, tensors beyond 2^31 elements, memory that runs out.
+
+What is too large for the float64 rules is compared slice by slice: a call on a slice alone must give what the whole
+call gives there. ``pytest -m huge`` runs those, on a GPU with more than 100 GB.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reimplementation import ops
+from tests.fuzz.checking import ACCEPTED, check
+from tests.fuzz.draws import AGGREGATION, ATTENTION, Draw
+from tests.ops.agreement import run
+from tests.ops.inputs import random_attention_inputs, random_inputs
+from tests.reference import TOLERANCE, relative_error
+
+LONG = {"cpu": 3_000, "cuda": 70_000}  # a CUDA grid has at most 65535 blocks along y and z
+BEYOND_INT = 2**31
+HALF = torch.float16
+
+huge = [
+    pytest.mark.huge,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 100e9,
+        reason="needs a CUDA device with more than 100 GB",
+    ),
+]
+
+
+def one_long_side(op, side: str, size: int, device: torch.device, backend: str) -> Draw:
+    """A call whose sizes are all small but one."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("batch", "queries", "images", "levels", "points", "channels", "groups")  # images: cameras or heads
+    sizes = dict(zip(names, (1, 2, 1, 2, 2, 4, 1))) | {side: size}
+    batch, queries, images, levels, points, channels, groups = sizes.values()
+    channels *= groups
+    samples = (batch, queries, images, levels, points)
+    if op is AGGREGATION:
+        shapes = torch.tensor([2, 3]).expand(images, levels, 2)
+        features, starts = (batch, 6, channels), torch.zeros(images, levels, dtype=torch.int64)
+        location, weights = (batch, queries, points, images, 2), (batch, queries, points, images, levels, groups)
+        output = (batch, queries, channels)
+    else:
+        shapes, starts = torch.tensor([2, 3]).expand(levels, 2), torch.zeros(levels, dtype=torch.int64)
+        features, location, weights = (batch, 6, images, channels), (*samples, 2), samples
+        output = (batch, queries, images * channels)
+    positions = torch.randint(-512, 4608, location, generator=generator) * 2.0**-12
+    operands = [
+        torch.randn(features, generator=generator),
+        shapes,
+        starts,
+        positions,
+        torch.randn(weights, generator=generator),
+    ]
+    grad_output = torch.randn(output, generator=generator)
+    return Draw(op, backend, [t.to(device) for t in operands], (True,) * 3, grad_output.to(device))
+
+
+SIDES = ["batch", "queries", "images", "levels", "points", "channels"]
+LONG_SIDES = [(op, side) for op in (AGGREGATION, ATTENTION) for side in SIDES] + [(AGGREGATION, "groups")]
+
+
+@pytest.mark.parametrize(("op", "side"), LONG_SIDES, ids=lambda value: getattr(value, "name", value))
+def test_a_long_side(op, side, device):
+    if device.type not in ops.available_backends(device):
+        pytest.skip(f"the {device.type} kernels are not built")
+    assert check(one_long_side(op, side, LONG[device.type], device, device.type)) == ACCEPTED
+
+
+def random(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.rand(shape, device="cuda", dtype=dtype)
+
+
+def assert_slice_agrees(function, whole, part, rows: slice, queries: slice):
+    """The results of a whole call are, at these rows of the features and queries, those of a call on that part."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    output = function(*whole)
+    grad_output = torch.randn(output.shape, device="cuda", dtype=output.dtype, generator=generator)
+    del output
+    outputs, features, locations, weights = run_with(function, whole, grad_output)
+    expected = run_with(function, part, grad_output[:, queries])
+    found = outputs[:, queries], features[:, rows], locations[:, queries], weights[:, queries]
+    for name, got, wanted in zip(("output", "features", "locations", "weights"), found, expected):
+        if got.shape == wanted.shape:  # else the part has other features
+            assert wanted.any()
+            error = relative_error(got, wanted)
+            assert error <= TOLERANCE[HALF], f"{name}: relative L2 error {error:.2e}"
+
+
+def run_with(function, operands, grad_output):
+    """Output and gradients; the operands are not copied, they may be most of the memory."""
+    leaves = [operands[i].detach().requires_grad_() for i in (0, 3, 4)]
+    output = function(leaves[0], *operands[1:3], *leaves[1:])
+    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+
+class TestBeyondInt:
+    """More elements than an int counts, forward and backward; what is compared lies at the far end."""
+
+    pytestmark = huge
+
+    @pytest.fixture(autouse=True)
+    def memory(self):
+        torch.manual_seed(0)
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()
+
+    @pytest.fixture(params=["cpu", "cuda"], ids=lambda where: f"levels-on-{where}")
+    def where(self, request):
+        return request.param
+
+    def test_features_of_deformable_aggregation(self, where):
+        rows, channels = 2**25 + 24, 64  # the last 24 rows are a level of 4 x 6
+        features = random(1, rows, channels)
+        shapes = torch.tensor([[[4096, 8192], [4, 6]]], device=where)
+        starts = torch.tensor([[0, 2**25]], device=where)
+        location, weights = random(1, 50, 5, 1, 2, dtype=torch.float32), random(1, 50, 5, 1, 2, 4)
+        weights[..., 0, :] = 0  # of the large level: its rows are no part of the small features
+        assert features.numel() > BEYOND_INT
+        assert_slice_agrees(
+            ops.deformable_aggregation_function,
+            (features, shapes, starts, location, weights),
+            (features[:, -24:], shapes * torch.tensor([[[0], [1]]], device=where), starts * 0, location, weights),
+            slice(-24, None),
+            slice(None),
+        )
+
+    def test_value_of_attention(self, where):
+        rows, heads, channels = 2**23 + 24, 8, 32
+        value = random(1, rows, heads, channels)
+        shapes = torch.tensor([[2048, 4096], [4, 6]], device=where)
+        starts = torch.tensor([0, 2**23], device=where)
+        locations, weights = random(1, 50, heads, 2, 4, 2, dtype=torch.float32), random(1, 50, heads, 2, 4)
+        weights[:, :, :, 0] = 0
+        assert value.numel() > BEYOND_INT
+        assert_slice_agrees(
+            ops.ms_deform_attn,
+            (value, shapes, starts, locations, weights),
+            (value[:, -24:], shapes * torch.tensor([[0], [1]], device=where), starts * 0, locations, weights),
+            slice(-24, None),
+            slice(None),
+        )
+
+    def test_locations_and_weights_of_deformable_aggregation(self):
+        queries, points, cams = 2**22 + 100, 64, 4
+        shapes = torch.tensor([[2, 3]]).expand(cams, 1, 2)
+        location, weights = (
+            random(1, queries, points, cams, 2, dtype=torch.float32),
+            random(1, queries, points, cams, 1, 2),
+        )
+        assert min(location.numel(), weights.numel()) > BEYOND_INT
+        self.last_queries(ops.deformable_aggregation_function, random(1, 24, 16), shapes, location, weights)
+
+    def test_locations_and_weights_of_attention(self):
+        queries, heads, levels, points = 2**22 + 100, 8, 2, 32
+        shapes = torch.tensor([[3, 4], [2, 3]])
+        locations = random(1, queries, heads, levels, points, 2, dtype=torch.float32)
+        weights = random(1, queries, heads, levels, points)
+        assert min(locations.numel(), weights.numel()) > BEYOND_INT
+        self.last_queries(ops.ms_deform_attn, random(1, 18, heads, 8), shapes, locations, weights)
+
+    def test_output_of_deformable_aggregation(self):
+        queries, channels = 2**21 + 100, 1024
+        location, weights = random(1, queries, 2, 1, 2, dtype=torch.float32), random(1, queries, 2, 1, 1, 8)
+        assert queries * channels > BEYOND_INT
+        features, shapes = random(1, 6, channels), torch.tensor([[[2, 3]]])
+        self.last_queries(ops.deformable_aggregation_function, features, shapes, location, weights)
+
+    def test_output_of_attention(self):
+        queries, heads, channels = 2**21 + 100, 8, 128
+        locations, weights = random(1, queries, heads, 1, 2, 2, dtype=torch.float32), random(1, queries, heads, 1, 2)
+        assert queries * heads * channels > BEYOND_INT
+        shapes = torch.tensor([[2, 3]])
+        self.last_queries(ops.ms_deform_attn, random(1, 6, heads, channels), shapes, locations, weights)
+
+    def last_queries(self, function, features, shapes, locations, weights):
+        """The last hundred queries; the features' gradient is of all queries, so it is left out."""
+        rows = shapes.prod(-1).flatten()
+        starts = (rows.cumsum(0) - rows).view(shapes.shape[:-1])
+        last = slice(-100, None)
+        assert_slice_agrees(
+            function,
+            (features, shapes, starts, locations, weights),
+            (features, shapes, starts, locations[:, last], weights[:, last]),
+            slice(0, 0),
+            last,
+        )
+
+    def test_more_channels_than_a_grid_has_blocks(self):
+        channels = 2**24 + 256
+        features, weights = random(1, 6, channels), random(1, 2, 3, 1, 1, 1)
+        location, levels = random(1, 2, 3, 1, 2, dtype=torch.float32), (torch.tensor([[[2, 3]]]), torch.tensor([[0]]))
+        whole = ops.deformable_aggregation_function(features, *levels, location, weights)
+        part = ops.deformable_aggregation_function(features[..., -256:], *levels, location, weights)
+        assert relative_error(whole[..., -256:], part) <= TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize("op", [AGGREGATION, ATTENTION], ids=lambda op: op.name)
+def test_more_than_there_is_memory_for(op, device):
+    """Features of a thousand terabytes, expanded and not stored, raise an exception, and the next call is right."""
+    small = one_long_side(op, "queries", 3, device, ops.available_backends(device)[0])
+    features, shapes, starts, locations, weights = small.operands
+    expanded = features.narrow(-1, 0, 1).expand(*features.shape[:-1], 2**27)
+    expanded = expanded.narrow(1, 0, 1).expand(features.shape[0], 2**23, *expanded.shape[2:])
+    with pytest.raises(RuntimeError):
+        op.function(expanded, shapes, starts, locations, weights)
+    assert check(small) == ACCEPTED
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [(ops.deformable_aggregation_function, random_inputs), (ops.ms_deform_attn, random_attention_inputs)],
+)
+def test_memory_that_runs_out_in_a_backward(function, inputs):
+    """The backward fails with an exception; the next call, a smaller one, gives what it gave before."""
+    small, large = (inputs(1, channels=channels).to("cuda", torch.float32) for channels in (8, 2**17))
+    expected = run(function, small)
+    leaves = [t.requires_grad_(t.is_floating_point()) for t in large]
+    output = function(*leaves)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        with pytest.raises(RuntimeError):
+            output.sum().backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for got, wanted in zip(run(function, small), expected):
+        assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
