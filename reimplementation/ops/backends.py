@@ -99,6 +99,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select_backend(device: torch.device, op: str = "Deformable aggregation") -> str:
     """The backend that runs a call of ``op`` on tensors of ``device``; warns once when a kernel is missing."""
+    if torch.onnx.is_in_onnx_export():
+        return "grid_sample"  # ONNX knows no kernel of ours
     forced = getattr(_forced, "name", None) or _forced_by_environment
     if forced is not None:
         _require(forced, op)
