@@ -2,7 +2,7 @@
 //
 //   run_package OPERATORS.so MODEL.pt2 INPUTS.pt OUTPUTS.pt
 //
-// INPUTS.pt is a list of tensors, written by torch.save in the order of the model's arguments; OUTPUTS.pt will be one.
+// INPUTS.pt is a list of tensors, written by torch.save in the order of the model's arguments; OUTPUTS.pt will be a tuple of them.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -35,6 +35,8 @@ int main(int argc, char** argv) {
   for (const at::Tensor& output : outputs) {
     std::cout << output.sizes() << ", mean " << output.mean().item<double>() << "\n";
   }
-  const std::vector<char> pickled = torch::jit::pickle_save(outputs);
+  // A tuple, for torch.load reads it as it reads any file of tensors; a list of tensors has a type of its own.
+  const auto tuple = c10::ivalue::Tuple::create(std::vector<c10::IValue>(outputs.begin(), outputs.end()));
+  const std::vector<char> pickled = torch::jit::pickle_save(tuple);
   std::ofstream(argv[4], std::ios::binary).write(pickled.data(), static_cast<std::streamsize>(pickled.size()));
 }
