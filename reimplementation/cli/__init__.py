@@ -7,10 +7,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import bench, demo, info
+from . import bench, demo, export, info
 
-COMMANDS = (bench, demo, info)
-DEMO_EXTRA = {"PIL", "matplotlib", "rich"}
+COMMANDS = (bench, demo, export, info)
+EXTRAS = {  # the extra that brings a package
+    **dict.fromkeys(("PIL", "matplotlib", "rich"), "demo"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+}
 USER_ERROR = 2
 
 
@@ -33,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in DEMO_EXTRA:
+        if package not in EXTRAS:
             raise
-        return _fail(f"{package} is missing; install it with: pip install 'reimplementation[demo]'")
+        return _fail(f"{package} is missing; install it with: pip install 'reimplementation[{EXTRAS[package]}]'")
     except (ValueError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
