@@ -7,11 +7,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import bench, demo, info
+from . import bench, demo, export, info
 from .bench import sweep
 
-COMMANDS = (bench, sweep, demo, info)
-DEMO_EXTRA = {"PIL", "matplotlib", "rich"}
+COMMANDS = (bench, sweep, demo, export, info)
+EXTRAS = {  # the extra that brings a package
+    **dict.fromkeys(("PIL", "matplotlib", "rich"), "demo"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+}
 USER_ERROR = 2
 
 
@@ -34,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in DEMO_EXTRA:
+        if package not in EXTRAS:
             raise
-        return _fail(f"{package} is missing; install it with: pip install 'reimplementation[demo]'")
+        return _fail(f"{package} is missing; install it with: pip install 'reimplementation[{EXTRAS[package]}]'")
     except (ValueError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -137,6 +137,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select_backend(device: torch.device, op: str = "Deformable aggregation") -> str:
     """The backend that runs a call of ``op`` on tensors of ``device``; warns once when a kernel is missing."""
+    if torch.onnx.is_in_onnx_export():
+        return "grid_sample"  # ONNX knows no kernel of ours
     forced = _forced.name or _forced_by_environment
     if forced is None:
         return "grid_sample" if _is_transformed() else _best_backend(device)

@@ -48,9 +48,19 @@ def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
             starts[-1].append(end)
             end += height * width
     device = rows.device
-    spatial_shape = torch.tensor(shapes, dtype=torch.int64).to(device, non_blocking=True)
-    scale_start_index = torch.tensor(starts, dtype=torch.int64).to(device, non_blocking=True)
-    return [rows, spatial_shape, scale_start_index]
+    return [rows, _integers(shapes, device), _integers(starts, device)]
+
+
+def read_integers(tensor: Tensor) -> list:
+    """What ``tolist`` returns: numbers, or symbols in their place where an export to ONNX does not know them."""
+    return getattr(tensor, "numbers", None) or tensor.tolist()
+
+
+def _integers(numbers: list, device: torch.device) -> Tensor:
+    tensor = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    if torch.onnx.is_in_onnx_export():
+        tensor.numbers = numbers  # for `read_integers`: the exporter hides the values of its tensors
+    return tensor
 
 
 def _check_group(group: Sequence[Tensor], first: Sequence[Tensor]) -> None:

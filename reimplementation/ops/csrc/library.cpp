@@ -44,13 +44,16 @@ STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
 #define REIMPLEMENTATION_CUDA_ARCHITECTURES ""
 #endif
 
+// A C++ program loads this library for its operators alone. It has no Python, and never calls PyInit__C.
+#pragma weak PyModuleDef_Init
+#pragma weak PyModule_AddStringConstant
+
+static int fill_module(PyObject* module) {
+  return PyModule_AddStringConstant(module, "cuda_architectures", REIMPLEMENTATION_CUDA_ARCHITECTURES);
+}
+
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr &&
-      PyModule_AddStringConstant(module, "cuda_architectures", REIMPLEMENTATION_CUDA_ARCHITECTURES) != 0) {
-    Py_DECREF(module);
-    return nullptr;
-  }
-  return module;
+  static PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(&fill_module)}, {0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, slots};
+  return PyModuleDef_Init(&definition);
 }

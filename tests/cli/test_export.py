@@ -1,0 +1,85 @@
+"""`export` writes files that compute what the modules do, and says so."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import pytest
+import torch
+
+from reimplementation.cli import export, main
+
+SMALL = ["--levels", "8x12", "4x6", "--channels=32", "--groups=4", "--points=3", "--cameras=2", "--queries=5"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("onnx", "attention"),
+        ("exported", "aggregation"),
+        pytest.param("onnx", "aggregation", marks=pytest.mark.slow),
+        pytest.param("aoti", "attention", marks=pytest.mark.slow),
+    ],
+)
+def test_file(kind, module, tmp_path, capsys):
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    output = tmp_path / f"file{export.FORMATS[kind].suffix}"
+    state = torch.get_rng_state()
+    assert main(["export", "--format", kind, "--module", module, *SMALL, str(output)]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert output.stat().st_size > 0
+    said = capsys.readouterr().out
+    errors = re.findall(r"batch (\d), (\d) queries: (\S+)", said)
+    assert [sizes[:2] for sizes in errors] == [("2", "5"), ("1", "6")]
+    assert all(float(error) < 1e-5 for *_, error in errors)
+
+
+def test_inputs_are_seen():
+    """A check of samples that all fall outside would check nothing."""
+    parser = argparse.ArgumentParser()
+    export.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["export", "--format=exported", "--module=aggregation", *SMALL, "unused.pt2"])
+    torch.manual_seed(0)
+    model = export.MODELS["aggregation"](options)
+    model.module.output_proj = torch.nn.Identity()
+    with torch.no_grad():
+        seen = model.module(**model.inputs(2, 50)).abs().amax(-1) > 0
+    assert seen.float().mean() > 0.4  # two cameras see half of what is around them
+
+
+def test_a_file_that_computes_something_else_is_an_error(tmp_path, capsys, monkeypatch):
+    wrong = export.Format(".pt2", export.FORMATS["exported"].write, lambda path: lambda inputs: torch.zeros(()))
+    monkeypatch.setitem(export.FORMATS, "exported", wrong)
+    output = tmp_path / "file.pt2"
+    assert main(["export", "--format=exported", "--module=attention", *SMALL, str(output)]) == 2
+    assert "does not compute what the module does: relative L2 error 1.0e+00" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format=onnx", "a.pt2"], "the name of --format onnx ends in .onnx; got a.pt2"),
+        (["--format=exported", "--groups=5", "a.pt2"], "must be a multiple of n_heads=5; got 256"),
+    ],
+)
+def test_what_does_not_fit(arguments, message, capsys):
+    assert main(["export", "--module=attention", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_level_is_two_numbers(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--module=attention", "--format=onnx", "--levels", "8by4", "a.onnx"])
+    assert "expected a positive number" in capsys.readouterr().err
+
+
+def test_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    def write(*_):
+        raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+
+    monkeypatch.setitem(export.FORMATS, "onnx", export.Format(".onnx", write, None))
+    assert main(["export", "--module=attention", "--format=onnx", *SMALL, str(tmp_path / "a.onnx")]) == 2
+    assert "onnxscript is missing; install it with: pip install 'reimplementation[export]'" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""Files of the ops and modules: exported programs, AOTInductor packages in Python and C++, ONNX."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves
+
+from reimplementation import ops
+from tests.module_inputs import aggregation_call, aggregation_module, attention_call, attention_module
+from tests.ops.inputs import attention_border_inputs, border_inputs
+from tests.reference import TOLERANCE, relative_error
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "aot_cpp"
+BATCH, BOTH = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+METAS = {"projection_mat": BATCH, "image_wh": BATCH}
+DYNAMIC = {  # which sizes of the arguments may vary: batch and queries
+    "lists": (BOTH, BOTH, BOTH, [BATCH, BATCH], METAS),
+    "formatted": (BOTH, BOTH, BOTH, [BATCH, None, None], METAS),
+    "attention": (BOTH, BOTH, BATCH, None, None),
+}
+MODULES = {
+    "lists": (aggregation_module, aggregation_call),
+    "formatted": (aggregation_module, lambda batch, queries: aggregation_call(batch, queries, formatted=True)),
+    "attention": (attention_module, attention_call),
+}
+SIZES = ((2, 5), (3, 9), (1, 1))  # batch, queries; the first is the one that an exporter sees
+
+every_module = pytest.mark.parametrize("kind", MODULES)
+needs_kernels = pytest.mark.skipif("cpu" not in ops.available_backends("cpu"), reason="the CPU kernels are not built")
+
+
+class Op(torch.nn.Module):
+    """An op as a module, which is what exporters take."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, features, shapes, starts, locations, weights):
+        return self.function(features, shapes, starts, locations, weights)
+
+
+def exported(kind: str):
+    """The module, and its exported program."""
+    make, call = MODULES[kind]
+    module = make().eval()
+    return module, torch.export.export(module, call(*SIZES[0]), dynamic_shapes=DYNAMIC[kind])
+
+
+@every_module
+@pytest.mark.parametrize("backend", ["cpu", "grid_sample"])
+def test_exported_program(backend, kind):
+    if backend not in ops.available_backends("cpu"):
+        pytest.skip("the CPU kernels are not built")
+    with ops.use_backend(backend):
+        module, program = exported(kind)
+    ours = [node for node in program.graph.nodes if str(node.target).startswith("reimplementation.")]
+    assert len(ours) == (backend == "cpu")
+    for sizes in SIZES:
+        call = MODULES[kind][1](*sizes)
+        assert relative_error(program.module()(*call), module(*call)) <= TOLERANCE[torch.float32]
+
+
+class TestOnnx:
+    @pytest.fixture(autouse=True)
+    def quiet_exporter(self):
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+
+    @staticmethod
+    def convert(module, arguments: tuple, dynamic_shapes):
+        """The file's contents, and the numbers of its nodes by type."""
+        names = ("instance_feature", "anchor", "anchor_embed", "feature_maps", "metas")
+        if isinstance(arguments[-1], dict):  # torch.onnx.export takes a last dict for keyword arguments
+            given, shapes = {"args": (), "kwargs": dict(zip(names, arguments))}, dict(zip(names, dynamic_shapes))
+        else:
+            given, shapes = {"args": arguments}, dynamic_shapes
+        model = torch.onnx.export(module, **given, dynamic_shapes=shapes, dynamo=True, verbose=False).model_proto
+        assert {imported.domain for imported in model.opset_import} == {""} and not model.functions
+        return model.SerializeToString(), [node.op_type for node in model.graph.node]
+
+    @staticmethod
+    def run(contents: bytes, arguments: tuple) -> torch.Tensor:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+        names = [argument.name for argument in session.get_inputs()]
+        return torch.from_numpy(session.run(None, dict(zip(names, [t.numpy() for t in tree_leaves(arguments)])))[0])
+
+    @every_module
+    def test_modules(self, kind):
+        make, call = MODULES[kind]
+        module = make().eval()
+        with ops.use_backend(ops.available_backends("cpu")[0]):  # a forced kernel does not stand in the way
+            contents, nodes = self.convert(module, call(*SIZES[0]), DYNAMIC[kind])
+        # Two levels; where the shapes of the two cameras are not known, they cannot share a node.
+        assert nodes.count("GridSample") == {"lists": 2, "formatted": 4, "attention": 2}[kind]
+        for sizes in SIZES:
+            with torch.no_grad():
+                assert relative_error(self.run(contents, call(*sizes)), module(*call(*sizes))) <= 1e-5
+
+    @pytest.mark.parametrize(
+        ("function", "inputs"),
+        [(ops.deformable_aggregation_function, border_inputs), (ops.ms_deform_attn, attention_border_inputs)],
+        ids=["deformable_aggregation", "ms_deform_attn"],
+    )
+    def test_ops(self, function, inputs):
+        features, shapes, starts, locations, weights = inputs().to("cpu", torch.float32)
+        seen = features, shapes, starts, locations[:, :5], weights[:, :5]
+        contents, nodes = self.convert(
+            Op(function).eval(), seen, (None, None, None, {1: Dim.DYNAMIC}, {1: Dim.DYNAMIC})
+        )
+        assert nodes.count("GridSample") == starts.numel()
+        for arguments in (seen, (features, shapes, starts, locations, weights)):
+            assert relative_error(self.run(contents, arguments), function(*arguments)) <= 1e-5
+
+    @pytest.mark.slow
+    def test_maps_of_any_size(self):
+        module, any_map = aggregation_module().eval(), {0: Dim.DYNAMIC, 3: Dim.DYNAMIC, 4: Dim.DYNAMIC}
+        dynamic_shapes = (*DYNAMIC["lists"][:3], [any_map, any_map], METAS)
+        contents, _ = self.convert(module, aggregation_call(2, 5), dynamic_shapes)
+        *others, levels, metas = aggregation_call(2, 6)
+        smaller = (*others, [level[..., 1:, :-3].contiguous() for level in levels], metas)
+        with torch.no_grad():
+            assert relative_error(self.run(contents, smaller), module(*smaller)) <= 1e-5
+
+
+@pytest.fixture(scope="module", params=["lists", "attention"])
+def package(request, tmp_path_factory) -> tuple[Path, list, torch.Tensor]:
+    """An AOTInductor package with our kernels, inputs other than those it was made from, and their output."""
+    folder = tmp_path_factory.mktemp(request.param)
+    module, program = exported(request.param)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    call = MODULES[request.param][1](3, 9)
+    torch.save(tree_leaves(call), folder / "inputs.pt")
+    torch.save(call, folder / "call.pt")
+    with torch.no_grad():
+        return folder, module(*call)
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_package_in_a_process_of_torch_alone(package):
+    folder, expected = package
+    code = (
+        "import sys, torch; library, folder = sys.argv[1:]; torch.ops.load_library(library)\n"
+        "model = torch._inductor.aoti_load_package(folder + '/model.pt2')\n"
+        "torch.save(model(*torch.load(folder + '/call.pt')), folder + '/outputs.pt')\n"
+        "assert 'reimplementation' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, ops.build_info()["file"], str(folder)], check=True, cwd=folder)
+    assert relative_error(torch.load(folder / "outputs.pt"), expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.fixture(scope="module")
+def cpp_program(tmp_path_factory) -> Path:
+    if shutil.which("make") is None or (shutil.which("c++") or shutil.which("g++")) is None:
+        pytest.skip("needs make and a C++ compiler")
+    folder = tmp_path_factory.mktemp("aot_cpp")
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
+    subprocess.run(["make", f"TORCH={torch.__path__[0]}"], cwd=folder, check=True)
+    return folder / "run_package"
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_package_in_cpp(package, cpp_program):
+    folder, expected = package
+    files = [folder / name for name in ("model.pt2", "inputs.pt", "outputs.pt")]
+    # LD_BIND_NOW resolves every symbol of our library at once, and there is no Python to find any in.
+    command = [str(cpp_program), ops.build_info()["file"], *map(str, files)]
+    done = subprocess.run(command, env={"LD_BIND_NOW": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{list(expected.shape)}, mean ")
+    assert relative_error(torch.load(files[2])[0], expected) <= TOLERANCE[torch.float32]
