@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import grid_sample
 from .backends import EXTENSION_AVAILABLE, select_backend
-from .checks import check_levels_fit, check_shape
+from .checks import check_levels_fit, check_shape, once_a_signature
 from .operands import as_kernels_read, check_operands, is_autocast_enabled, under_autocast
 from .registration import register
 
 __all__ = ["deformable_aggregation_function"]
+
+NAMES = ("feature_maps", "spatial_shape", "scale_start_index", "sampling_location", "weights")
+LEVEL_NAMES = ("spatial_shape", "scale_start_index", "num_feat")
 
 
 def deformable_aggregation_function(
@@ -56,14 +58,16 @@ def deformable_aggregation_function(
     if is_autocast_enabled(feature_maps):
         sampling_location, weights = under_autocast(feature_maps, sampling_location, weights)
     _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
+    check_levels_fit(spatial_shape, scale_start_index, feature_maps.shape[1], LEVEL_NAMES)
 
     sampling_location, weights = as_kernels_read(feature_maps, sampling_location, weights)
     arguments = (feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
     if select_backend(feature_maps.device) == "grid_sample":
         return grid_sample.deformable_aggregation(*arguments)
-    return torch.ops.reimplementation.deformable_aggregation(*arguments)
+    return _kernel(*arguments)
 
 
+@once_a_signature
 def _check(
     feature_maps: Tensor,
     spatial_shape: Tensor,
@@ -71,8 +75,7 @@ def _check(
     sampling_location: Tensor,
     weights: Tensor,
 ) -> None:
-    names = ("feature_maps", "spatial_shape", "scale_start_index", "sampling_location", "weights")
-    check_operands(names, (feature_maps, spatial_shape, scale_start_index, sampling_location, weights))
+    check_operands(NAMES, (feature_maps, spatial_shape, scale_start_index, sampling_location, weights))
 
     sizes: dict[str, int] = {}
     check_shape("feature_maps", feature_maps, ("bs", "num_feat", "C"), sizes)
@@ -82,12 +85,6 @@ def _check(
     check_shape("weights", weights, ("bs", "num_queries", "num_pts", "num_cams", "num_levels", "num_groups"), sizes)
     if sizes["num_groups"] == 0 or sizes["C"] % sizes["num_groups"] != 0:
         raise ValueError(f"weights: num_groups must divide C={sizes['C']}; got num_groups={sizes['num_groups']}")
-    check_levels_fit(
-        spatial_shape,
-        scale_start_index,
-        sizes["num_feat"],
-        ("spatial_shape", "scale_start_index", "num_feat"),
-    )
 
 
 def _fake(feature_maps, spatial_shape, scale_start_index, sampling_location, weights):
@@ -95,4 +92,4 @@ def _fake(feature_maps, spatial_shape, scale_start_index, sampling_location, wei
 
 
 if EXTENSION_AVAILABLE:
-    register("deformable_aggregation", _fake)
+    _kernel = register("deformable_aggregation", _fake)

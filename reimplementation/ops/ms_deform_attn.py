@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import grid_sample
 from .backends import EXTENSION_AVAILABLE, select_backend
-from .checks import check_levels_fit, check_shape
+from .checks import check_levels_fit, check_shape, once_a_signature
 from .operands import as_kernels_read, check_operands, is_autocast_enabled, under_autocast
 from .registration import register
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
+
+NAMES = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
+LEVEL_NAMES = ("spatial_shapes", "level_start_index", "S")
 
 
 def ms_deform_attn(
@@ -57,12 +59,13 @@ def ms_deform_attn(
     if is_autocast_enabled(value):
         sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    check_levels_fit(spatial_shapes, level_start_index, value.shape[1], LEVEL_NAMES)
 
     sampling_locations, attention_weights = as_kernels_read(value, sampling_locations, attention_weights)
     arguments = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if select_backend(value.device, "Multi-scale deformable attention") == "grid_sample":
         return grid_sample.ms_deform_attn(*arguments)
-    return torch.ops.reimplementation.ms_deform_attn(*arguments)
+    return _kernel(*arguments)
 
 
 class MSDeformAttnFunction:
@@ -74,6 +77,7 @@ class MSDeformAttnFunction:
     apply = staticmethod(ms_deform_attn)
 
 
+@once_a_signature
 def _check(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -81,8 +85,7 @@ def _check(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> None:
-    names = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
-    check_operands(names, (value, spatial_shapes, level_start_index, sampling_locations, attention_weights))
+    check_operands(NAMES, (value, spatial_shapes, level_start_index, sampling_locations, attention_weights))
 
     sizes: dict[str, int] = {}
     check_shape("value", value, ("N", "S", "M", "D"), sizes)
@@ -90,7 +93,6 @@ def _check(
     check_shape("level_start_index", level_start_index, ("L",), sizes)
     check_shape("sampling_locations", sampling_locations, ("N", "Lq", "M", "L", "P", 2), sizes)
     check_shape("attention_weights", attention_weights, ("N", "Lq", "M", "L", "P"), sizes)
-    check_levels_fit(spatial_shapes, level_start_index, sizes["S"], ("spatial_shapes", "level_start_index", "S"))
 
 
 def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
@@ -98,4 +100,4 @@ def _fake(value, spatial_shapes, level_start_index, sampling_locations, attentio
 
 
 if EXTENSION_AVAILABLE:
-    register("ms_deform_attn", _fake)
+    _kernel = register("ms_deform_attn", _fake)

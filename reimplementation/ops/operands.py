@@ -41,7 +41,8 @@ def check_operands(names: Sequence[str], operands: Sequence[Tensor]) -> None:
 def is_autocast_enabled(features: Tensor) -> bool:
     """Whether autocast is on for the features' device; what is no tensor, or on meta, is left to the checks."""
     return (
-        isinstance(features, Tensor)
+        torch._C._is_any_autocast_enabled()  # answers most calls, and sooner than asking for a device's type
+        and isinstance(features, Tensor)
         and features.device.type != "meta"
         and torch.is_autocast_enabled(features.device.type)
     )
@@ -60,4 +61,8 @@ def under_autocast(features: Tensor, locations: Tensor, weights: Tensor) -> tupl
 def as_kernels_read(features: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Locations and weights that passed the checks, in the dtypes that the kernels know beside these features."""
     wide = compute_dtype(features)
-    return locations.to(wide), weights.to(wide) if wide == torch.float64 else weights
+    if locations.dtype != wide:
+        locations = locations.to(wide)
+    if wide == torch.float64 and weights.dtype != wide:
+        weights = weights.to(wide)
+    return locations, weights

@@ -1,8 +1,8 @@
 """Register an op of the extension with PyTorch: tracing (fake kernels), autograd, autocast.
 
 Every op has a forward ``name(features, shapes, starts, locations, weights)`` and a backward
-``name_backward(grad_output, the same five, needs_features, needs_locations, needs_weights)`` that returns three
-gradients; one that is not needed has no elements.
+``name_backward(grad_output, the same five, needs_features, needs_locations, needs_weights, deterministic)`` that
+returns three gradients; one that is not needed has no elements.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from .operands import under_autocast
 DIFFERENTIABLE = (0, 3, 4)  # features, locations, weights among the operands
 
 
-def register(name: str, fake: Callable[..., Tensor]) -> None:
+def register(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Give the op ``reimplementation::name`` and its backward what PyTorch needs.
 
     Args:
         name: the op's name.
         fake: from the five operands, an empty tensor like the op's output.
+
+    Returns:
+        The op as Python code should call it. It is ``torch.ops.reimplementation.name``, but where nothing traces the
+        call, it goes past the dispatcher's Python wrappers of registered formulas, which take longer than the rest of a
+        small call.
     """
-    forward = getattr(torch.ops.reimplementation, name)
-    backward = getattr(torch.ops.reimplementation, f"{name}_backward")
+    forward = getattr(torch.ops.reimplementation, name).default
+    backward = getattr(torch.ops.reimplementation, f"{name}_backward").default
 
     def autocast_kernel(device_type: str) -> Callable[..., Tensor]:
         def kernel(features, shapes, starts, locations, weights):
@@ -37,7 +42,7 @@ def register(name: str, fake: Callable[..., Tensor]) -> None:
 
     def differentiate(ctx, grad_output: Tensor):
         needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
-        grads = backward(grad_output, *ctx.saved_tensors, *needs)
+        grads = backward(grad_output, *ctx.saved_tensors, *needs, _must_be_deterministic())
         grad_features, grad_locations, grad_weights = (grad if needed else None for grad, needed in zip(grads, needs))
         return grad_features, None, None, grad_locations, grad_weights
 
@@ -51,11 +56,41 @@ def register(name: str, fake: Callable[..., Tensor]) -> None:
     torch.library.register_autograd(f"reimplementation::{name}", differentiate, setup_context=_save)
     torch.library.register_autograd(f"reimplementation::{name}_backward", no_second_derivative)
 
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *operands: Tensor) -> Tensor:
+            ctx.save_for_backward(*operands)
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(*operands)
+
+        @staticmethod
+        def backward(ctx, grad_output: Tensor):
+            if torch.is_grad_enabled():  # create_graph=True: a second derivative must find its error
+                return differentiate(ctx, grad_output)
+            with torch._C._AutoDispatchBelowAutograd():
+                return differentiate(ctx, grad_output)
+
+    Eager.__name__ = name
+
+    def call(*operands: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return forward(*operands)
+        if torch.is_grad_enabled() and any([operands[i].requires_grad for i in DIFFERENTIABLE]):
+            return Eager.apply(*operands)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward(*operands)
+
+    return call
+
+
+def _must_be_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _fake_backward(grad_output, features, shapes, starts, locations, weights, *needs: bool):
+def _fake_backward(grad_output, features, shapes, starts, locations, weights, *flags: bool):
     grads = features.new_empty(features.shape), torch.empty_like(locations), torch.empty_like(weights)
-    return tuple(grad if needed else grad.new_empty(0) for grad, needed in zip(grads, needs))
+    return tuple(grad if needed else grad.new_empty(0) for grad, needed in zip(grads, flags))

@@ -123,7 +123,7 @@ def test_another_file_is_refused(tmp_path, capsys):
     file = tmp_path / "other.json"
     file.write_text('{"results": [{"case": "rig-bs1"}]}')
     assert main(["bench", "--read", str(file)]) == 2
-    assert f"{file} does not hold" in capsys.readouterr().err
+    assert f"{file}: missing machine" in capsys.readouterr().err
 
 
 def test_ratios_and_goals():

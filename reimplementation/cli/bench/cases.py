@@ -189,8 +189,8 @@ def op_step(inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]
         return lambda: torch.autograd.grad(forward(), leaves, grad_output)
     name = "deformable_aggregation" if isinstance(inputs, AggregationInputs) else "ms_deform_attn"
     backward = getattr(torch.ops.reimplementation, f"{name}_backward")
-    needs_features = passed != "backward frozen"
-    return lambda: backward(grad_output, *inputs, needs_features, True, True)
+    needs_features, deterministic = passed != "backward frozen", passed == "backward deterministic"
+    return lambda: backward(grad_output, *inputs, needs_features, True, True, deterministic)
 
 
 def _op_call(inputs: OpInputs, records: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:

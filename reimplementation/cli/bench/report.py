@@ -17,7 +17,7 @@ def print_table(document: Document) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 200, markup=False)
     table = Table(
         *("case", "dtype", "backend", "pass"), title=f"{_machine(document)}; microseconds", title_justify="left"
     )
@@ -49,6 +49,8 @@ def markdown(document: Document) -> str:
     A row is a case and a pass; a dtype's column holds the figure and, behind a stroke, its goal.
     """
     native = [r for r in document.results if r.backend not in ("grid_sample", FLOOR)]
+    if not native:
+        raise ValueError("there are no figures of cuda or cpu kernels, which the table is about")
     on_host = [r for r in native if r.timing.method == "host"]
     timed = [r for r in native if r.timing.method != "host"]
     unit, scale = ("ms", 1e-3) if timed and timed[0].device == "cpu" else ("µs", 1)

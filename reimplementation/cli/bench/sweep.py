@@ -144,7 +144,7 @@ def _print(document: Document) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console(width=None if Console().is_terminal else 120, markup=False)
     table = Table("op", "pass", "dtype", title=f"{document.machine['device']}; picoseconds per gathered byte")
     for column in ("shapes", "least", "median", "most"):
         table.add_column(column, justify="right")
