@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -58,16 +59,27 @@ def run(draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
     gradients: list[Tensor | None] = [None] * 3
     if any(draw.needs):
         needed = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(output, needed, draw.grad_output))
+        with deterministic(draw.deterministic):
+            found = iter(torch.autograd.grad(output, needed, draw.grad_output))
         gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
     return output.detach(), gradients
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def run_directly(draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
     """The same from the registered operators."""
     output = getattr(torch.ops.reimplementation, draw.op.name)(*draw.operands)
     backward = getattr(torch.ops.reimplementation, f"{draw.op.name}_backward")
-    gradients = backward(draw.grad_output, *draw.operands, *draw.needs)
+    gradients = backward(draw.grad_output, *draw.operands, *draw.needs, draw.deterministic)
     return output, [gradient if needed else None for gradient, needed in zip(gradients, draw.needs)]
 
 

@@ -58,6 +58,7 @@ class Draw:
     grad_output: Tensor | None = None
     autocast: torch.dtype | None = None
     direct: bool = False  # the registered operators are called, without the Python function's checks
+    deterministic: bool = False  # the backward that gives the same bits every time
     exact_locations: bool = True  # pixel positions have no rounding error
     error: type[Exception] | tuple[type[Exception], ...] | None = None
     story: str = ""  # what was drawn, in words
@@ -130,6 +131,9 @@ class _Drawing:
         if result.direct:
             self.story.append("called directly")
             result.error = result.error and (RuntimeError, TypeError)
+        if result.backend == "cuda" and self.chance(0.4):
+            result.deterministic = True
+            self.story.append("deterministic")
         result.story = f"{str(self.dtype).removeprefix('torch.')} {sizes['features']} {'; '.join(self.story)}"
         return result
 

@@ -249,7 +249,7 @@ constexpr int NOT_HERE = -1;
 
 // Neighbouring pixels of a strip: fewer where a lane holds much of a pixel.
 template <typename T, int VEC, int NV>
-constexpr int STRIP = 256 / (sizeof(compute_t<T>) * VEC * NV);
+constexpr int STRIP = std::min<int>(16, 256 / (sizeof(compute_t<T>) * VEC * NV));
 
 // The bins that a strip's samples are in: this row's first, the one above it, this row's next, ...
 template <int PIXELS>
@@ -373,6 +373,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
   using Sums = Vector<C, VEC>;
   using Pixel = Vector<T, VEC>;
   constexpr int PIXELS = STRIP<T, VEC, NV>;
+  static_assert(2 * (PIXELS + 1) <= 2 * WARP, "what the search for a visit's bin, and a mask of pixels, have room for");
   const int lanes = team.lanes, teams = team.in_block();
   const int my_lane = threadIdx.x & (lanes - 1);
   const int my_team = threadIdx.x >> team.log2_lanes;
