@@ -152,8 +152,10 @@ def initial_offsets(n_heads: int, n_points: int) -> Tensor:
 
 
 def _check_reference_points(points: Tensor, sizes: dict[str, int]) -> None:
+    # Dynamo, in some versions, does not find a symbolic size in a tuple: so each is compared.
     fits = points.dim() == 4 and points.shape[-1] in (2, 4) and points.shape[1] == sizes["Lq"]
-    if not (fits and points.shape[0] in (1, sizes["N"]) and points.shape[2] in (1, sizes["n_levels"])):
+    fits = fits and (points.shape[0] == 1 or points.shape[0] == sizes["N"])
+    if not (fits and (points.shape[2] == 1 or points.shape[2] == sizes["n_levels"])):
         given = ", ".join(f"{name}={sizes[name]}" for name in ("N", "Lq", "n_levels"))
         raise ValueError(
             f"reference_points must be (N, Lq, n_levels, 2 or 4) with {given}, N and n_levels may be 1; "

@@ -68,9 +68,9 @@ inline DeformableAggregationSizes check_deformable_aggregation(
   check_same_device("sampling_location", sampling_location, feature_maps);
   check_same_device("weights", weights, feature_maps);
   STD_TORCH_CHECK(
-      sizes.num_rows <= INT_MAX && sizes.num_cams * sizes.num_points <= INT_MAX && sizes.num_levels <= INT_MAX &&
-          sizes.channels <= INT_MAX / 8,
-      "num_feat, num_cams * num_pts and num_levels must each be below 2^31, C below 2^28");
+      sizes.num_rows <= INT_MAX && sizes.num_cams * sizes.num_points <= INT_MAX / 2 &&
+          sizes.num_levels * sizes.num_groups <= INT_MAX / 2 && sizes.channels <= INT_MAX / 8,
+      "num_feat must be below 2^31, num_cams * num_pts and num_levels * num_groups below 2^30, C below 2^28");
   return sizes;
 }
 

@@ -67,8 +67,8 @@ inline MSDeformAttnSizes check_ms_deform_attn(
   check_same_device("attention_weights", attention_weights, value);
   STD_TORCH_CHECK(
       sizes.num_values <= INT_MAX && sizes.num_heads * sizes.channels <= INT_MAX / 8 &&
-          sizes.num_levels * sizes.num_points <= INT_MAX,
-      "S and L * P must be below 2^31, M * D below 2^28");
+          sizes.num_levels * sizes.num_points <= INT_MAX / 2,
+      "S must be below 2^31, L * P below 2^30, M * D below 2^28");
   return sizes;
 }
 

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_fo
   __shared__ Shared<T, VEC, NV> shared;
   const int64_t batch = static_cast<int>(blockIdx.x) / op.num_queries;  // 32 bits: a 64-bit division is slow
   const int64_t query = blockIdx.x - batch * op.num_queries;
-  const int first_channel = blockIdx.y * (op.lanes * NV * VEC);
+  const int first_channel = (blockIdx.z * gridDim.y + blockIdx.y) * (op.lanes * NV * VEC);
   const int lane = threadIdx.x & (op.lanes - 1);
   const int team = threadIdx.x >> op.log2_lanes;
   const int teams = THREADS >> op.log2_lanes;
@@ -208,7 +208,9 @@ void launch_forward(
   auto op = operands<T, W>(sizes, features, levels, locations, weights);
   set_team(op, op.channels, VEC * NV);
   const int block_channels = op.lanes * NV * VEC;
-  const dim3 grid(query_blocks(sizes), (op.channels + block_channels - 1) / block_channels);
+  const unsigned channel_blocks = (op.channels + block_channels - 1) / block_channels;
+  const unsigned most = 65535;  // blocks along y, and along z
+  const dim3 grid(query_blocks(sizes), std::min(channel_blocks, most), (channel_blocks + most - 1) / most);
   deformable_aggregation_forward<T, W, VEC, NV, IN_FLIGHT>
       <<<grid, THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
   check_launch("deformable_aggregation");

@@ -343,9 +343,11 @@ __device__ void finish_samples(
     C grad_x = 0, grad_y = 0;
     if (live) {
       C dots[4], grad_weight = 0;
+      bool inside = false;
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
         const int entry = shared.corner_rows[4 * sample + corner];
+        inside |= entry != NOWHERE;
         dots[corner] = entry == NOWHERE ? C(0) : shared.row_sums[entry * grad.row_stride + lane];
         grad_weight += corner_weight(shared, 4 * sample + corner) * dots[corner];
       }
@@ -357,7 +359,8 @@ __device__ void finish_samples(
                 from_compute<W>(grad_weight);
       }
       location_gradient(shared.axis_weights[sample], shared.axis_slopes[sample], dots, grad_x, grad_y);
-      const C weight = shared.weights[sample * grad.pass_groups + lane];
+      // A level that cannot be sampled has no gradient, whatever its weight: 0 * NaN would be one.
+      const C weight = inside ? shared.weights[sample * grad.pass_groups + lane] : C(0);
       grad_x *= weight;
       grad_y *= weight;
     }

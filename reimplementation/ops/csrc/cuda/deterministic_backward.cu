@@ -39,6 +39,7 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int MIN_BLOCKS = 4;  // a multiprocessor's: it leaves the registers that loads in flight need
 constexpr int IN_FLIGHT = 4;   // samples whose loads are under way together
+constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int64_t WORKSPACE = int64_t{1} << 29;  // bytes; larger batches are taken in parts
 constexpr int64_t MOST_SAMPLES = int64_t{1} << 28;
 
@@ -141,13 +142,13 @@ __global__ void list_levels(LevelTable levels, int num_levels, Span* spans) {
     const int pixels = level.height * level.width;
     int before = pixels;
     for (int step = 1; step < WARP; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, before, step);
+      const int other = __shfl_up_sync(ALL_LANES, before, step);
       before += threadIdx.x >= step ? other : 0;
     }
     if (i <= num_levels) {
       spans[i] = {level.start, level.height, level.width, end + before - pixels};
     }
-    end += __shfl_sync(0xffffffffu, before, WARP - 1);
+    end += __shfl_sync(ALL_LANES, before, WARP - 1);
   }
 }
 
@@ -263,10 +264,9 @@ __host__ __device__ inline int crowded_visits(const Team& team) {
   return 8192 >> team.log2_lanes;
 }
 
-// Sums N values, each over groups of `width` >= N lanes. Every lane ends with the sum of one of them; returns which.
+// Sums N values, each over groups of `width` >= N lanes. Every lane ends with the sum of one of them, in the first.
 template <int N, typename T>
-__device__ __forceinline__ int sum_one_of(unsigned mask, int lane, int width, T (&values)[N]) {
-  int which = 0;
+__device__ __forceinline__ void sum_one_of(int lane, int width, T (&values)[N]) {
   int step = width / 2;
 #pragma unroll
   for (int half = N / 2; half > 0; half /= 2) {
@@ -275,15 +275,13 @@ __device__ __forceinline__ int sum_one_of(unsigned mask, int lane, int width, T 
 #pragma unroll
     for (int i = 0; i < half; ++i) {
       const T passed = upper ? values[i] : values[i + half];
-      values[i] = (upper ? values[i + half] : values[i]) + __shfl_xor_sync(mask, passed, step);
+      values[i] = (upper ? values[i + half] : values[i]) + __shfl_xor_sync(ALL_LANES, passed, step);
     }
-    which += upper ? half : 0;
     step /= 2;
   }
   for (; step > 0; step /= 2) {
-    values[0] += __shfl_xor_sync(mask, values[0], step);
+    values[0] += __shfl_xor_sync(ALL_LANES, values[0], step);
   }
-  return which;
 }
 
 // Where a lane's channels are, and which of the sums that its group of lanes makes it keeps.
@@ -328,14 +326,14 @@ template <int VEC, int NV, typename T, typename W>
 __device__ __forceinline__ void put_products(
     const Part<T, W>& part,
     const Team& team,
-    unsigned mask,
     const Lane<VEC, NV>& lane,
-    const Visit<compute_t<T>>& visit,
+    int left_product,
+    int right_product,
     compute_t<T> (&dots)[2 * NV]) {
   using C = compute_t<T>;
   if (team.group_lanes >= 2 * NV) {
-    sum_one_of(mask, lane.number, team.group_lanes, dots);
-    const int corner = lane.side == 0 ? visit.left_product : visit.right_product;
+    sum_one_of(lane.number, team.group_lanes, dots);
+    const int corner = lane.side == 0 ? left_product : right_product;
     if (corner != NOT_HERE && lane.product != NOT_HERE) {
       part.products[static_cast<int64_t>(corner) * part.groups + lane.product] = dots[0];
     }
@@ -343,28 +341,28 @@ __device__ __forceinline__ void put_products(
   }
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    const int corner = side == 0 ? visit.left_product : visit.right_product;
+    const int corner = side == 0 ? left_product : right_product;
     C* place = part.products + static_cast<int64_t>(max(corner, 0)) * part.groups;
 #pragma unroll
     for (int k = 0; k < NV; ++k) {
       C dot = dots[side * NV + k];
       const int own_group = lane.live[k] ? lane.group[k] : NOT_HERE;
       for (int step = 0; step < team.group_steps; ++step) {
-        const C above = __shfl_down_sync(mask, dot, 1 << step, team.lanes);
-        const int group_above = __shfl_down_sync(mask, own_group, 1 << step, team.lanes);
+        const C above = __shfl_down_sync(ALL_LANES, dot, 1 << step, team.lanes);
+        const int group_above = __shfl_down_sync(ALL_LANES, own_group, 1 << step, team.lanes);
         dot += lane.number + (1 << step) < team.lanes && group_above == own_group ? above : C(0);
       }
-      const int group_before = __shfl_up_sync(mask, own_group, 1, team.lanes);
+      const int group_before = __shfl_up_sync(ALL_LANES, own_group, 1, team.lanes);
       if (corner != NOT_HERE && lane.live[k] && (lane.number == 0 || group_before != own_group)) {
         const bool begins_group = lane.channel[k] % part.group_channels == 0;
         place[lane.group[k]] = begins_group ? dot : place[lane.group[k]] + dot;
       }
-      __syncwarp(mask);  // the next vector may hold more of the same group
+      __syncwarp();  // the next vector may hold more of the same group
     }
   }
 }
 
-// Step 2. A team owns a strip. Those that are crowded it puts on a list, and leaves to the second launch: where CROWDED, a
+// Step 2. A team owns a strip; the teams of a warp walk theirs in step, one that is done or has none idles. Those that are crowded it puts on a list, and leaves to the second launch: where CROWDED, a
 // block owns one pixel, its teams share the visits out and add their sums at the end.
 template <bool CROWDED, typename T, typename W, int VEC, int NV>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
@@ -378,7 +376,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
   const int my_lane = threadIdx.x & (lanes - 1);
   const int my_team = threadIdx.x >> team.log2_lanes;
   const int first_lane = threadIdx.x % WARP & ~(lanes - 1);
-  const unsigned mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << first_lane;
+  const unsigned own_lanes = lanes == WARP ? ALL_LANES : (1u << lanes) - 1;
 
   extern __shared__ __align__(16) char memory[];
   Visit<C>* visits = reinterpret_cast<Visit<C>*>(memory) + my_team * lanes;
@@ -391,11 +389,12 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
     if constexpr (CROWDED) {
       __syncthreads();
     } else {
-      __syncwarp(mask);
+      __syncwarp();
     }
   };
 
   int number = blockIdx.x;
+  bool owns = true;  // a strip, all of it
   if constexpr (CROWDED) {
     if (number / PIXELS >= crowded[0]) {
       return;
@@ -403,9 +402,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
     number = crowded[1 + number / PIXELS];
   } else {
     number = number * teams + my_team;
-    if (number >= part.images * strips) {
-      return;
-    }
+    owns = number < part.images * strips;
+    number = owns ? number : 0;
   }
   const int image = number / strips;
   const int first_row = (number - image * strips) * PIXELS + (CROWDED ? blockIdx.x % PIXELS : 0);
@@ -432,19 +430,21 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
       if (first_level + my_lane < part.num_levels()) {
         own = part.spans[first_level + my_lane];
       }
-      const bool meets = own.height > 0 && own.start < end_row && own.start + own.height * own.width > first_row;
-      unsigned found = (__ballot_sync(mask, meets) & mask) >> first_lane;
-      while (found != 0) {
-        const int source = __ffs(found) - 1;
+      const bool meets =
+          owns && own.height > 0 && own.start < end_row && own.start + own.height * own.width > first_row;
+      unsigned found = __ballot_sync(ALL_LANES, meets) >> first_lane & own_lanes;
+      while (__any_sync(ALL_LANES, found != 0)) {
+        const bool in_level = found != 0 && owns;
+        const int source = max(__ffs(found) - 1, 0);
         found &= found - 1;
-        const int start = __shfl_sync(mask, own.start, source, lanes);
-        const int width = __shfl_sync(mask, own.width, source, lanes);
-        const int level_pixels = __shfl_sync(mask, own.height, source, lanes) * width;
-        const int first_bin = __shfl_sync(mask, own.first_bin, source, lanes);
+        const int start = __shfl_sync(ALL_LANES, own.start, source, lanes);
+        const int width = __shfl_sync(ALL_LANES, own.width, source, lanes);
+        const int level_pixels = __shfl_sync(ALL_LANES, own.height, source, lanes) * width;
+        const int first_bin = __shfl_sync(ALL_LANES, own.first_bin, source, lanes);
 
         const int first = max(first_row - start, 0);  // of the strip's pixels, counted in the level
-        const int count = min(end_row - start, level_pixels) - first;
-        const int before = first % width != 0;        // the pixel before has samples that reach in
+        const int count = in_level ? min(end_row - start, level_pixels) - first : 0;
+        const int before = in_level && first % width != 0;  // the pixel before has samples that reach in
         const int num_bins = 2 * (count + before);
         for (int i = CROWDED ? threadIdx.x : my_lane; i < num_bins; i += CROWDED ? THREADS : lanes) {
           const int bin = first - before + i / 2 - (i % 2 ? width : 0);
@@ -457,19 +457,19 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
         for (int i = 0; i < num_bins; ++i) {
           num_visits += bins.before[i];
         }
-        if (num_visits == 0) {
-          sync();
-          continue;
-        }
         if constexpr (!CROWDED) {
           if (num_visits > crowded_visits(team) && written == written_before && first_channel == 0) {
             if (my_lane == 0) {
               crowded[1 + atomicAdd(&crowded[0], 1)] = number;
             }
-            return;
+            owns = false;
+            num_visits = 0;
           }
         }
         sync();
+        if (!__any_sync(ALL_LANES, num_visits > 0)) {  // CROWDED: the same in all warps
+          continue;
+        }
         if (CROWDED ? threadIdx.x == 0 : my_lane == 0) {
           int sum = 0;
           for (int i = 0; i < num_bins; ++i) {
@@ -528,8 +528,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
           begin = min(my_team * share, num_visits);
           end = min(begin + share, num_visits);
         }
-        for (int base = begin; base < end; base += lanes) {
-          const int visits_here = min(lanes, end - base);
+        for (int base = begin; __any_sync(ALL_LANES, base < end); base += lanes) {
+          const int visits_here = min(lanes, max(end - base, 0));
           if (my_lane < visits_here) {
             int i = 0;
 #pragma unroll
@@ -557,27 +557,33 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
             visit.weights = record.weights;
             visits[my_lane] = visit;
           }
-          __syncwarp(mask);
+          __syncwarp();
 
 #pragma unroll 1
-          for (int i = 0; i < visits_here; i += IN_FLIGHT) {
+          for (int i = 0; __any_sync(ALL_LANES, i < visits_here); i += IN_FLIGHT) {
             Pixel loaded[IN_FLIGHT][NV];
             C weights[IN_FLIGHT][NV];
 #pragma unroll
             for (int j = 0; j < IN_FLIGHT; ++j) {
-              const Visit<C>& visit = visits[min(i + j, visits_here - 1)];
-              const T* output_row = row_address(grad_output, visit.query, row_bytes);
-              const W* sample_weights = part.weights + visit.weights;
+              if (i + j < visits_here) {
+                const Visit<C>& visit = visits[i + j];
+                const T* output_row = row_address(grad_output, visit.query, row_bytes);
+                const W* sample_weights = part.weights + visit.weights;
 #pragma unroll
-              for (int k = 0; k < NV; ++k) {
-                loaded[j][k] = load_vector<VEC>(output_row + lane.channel[k]);
-                weights[j][k] = to_compute(sample_weights[lane.weights[k]]);
+                for (int k = 0; k < NV; ++k) {
+                  loaded[j][k] = load_vector<VEC>(output_row + lane.channel[k]);
+                  weights[j][k] = to_compute(sample_weights[lane.weights[k]]);
+                }
               }
             }
 #pragma unroll
             for (int j = 0; j < IN_FLIGHT; ++j) {
+              C dots[2 * NV] = {};
+              int left_product = NOT_HERE, right_product = NOT_HERE;
               if (i + j < visits_here) {
                 const Visit<C> visit = visits[i + j];
+                left_product = visit.left_product;
+                right_product = visit.right_product;
                 if (visit.column != column) {
                   const bool next_door = visit.column == column + 1;
                   put(column, left_sums);
@@ -597,8 +603,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
                   }
                   read_pixel(right_pixel, column + 1);
                 }
-                C dots[2 * NV] = {};
-                if (visit.left_product != NOT_HERE) {
+                if (left_product != NOT_HERE) {
 #pragma unroll
                   for (int k = 0; k < NV; ++k) {
                     const C weight = visit.left * weights[j][k];
@@ -610,7 +615,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
                     dots[k] = lane.live[k] ? dots[k] : C(0);
                   }
                 }
-                if (visit.right_product != NOT_HERE) {
+                if (right_product != NOT_HERE) {
 #pragma unroll
                   for (int k = 0; k < NV; ++k) {
                     const C weight = visit.right * weights[j][k];
@@ -622,13 +627,13 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
                     dots[NV + k] = lane.live[k] ? dots[NV + k] : C(0);
                   }
                 }
-                if (needs_products) {
-                  put_products<VEC, NV>(part, team, mask, lane, visit, dots);
-                }
+              }
+              if (needs_products) {
+                put_products<VEC, NV>(part, team, lane, left_product, right_product, dots);
               }
             }
           }
-          __syncwarp(mask);
+          __syncwarp();
         }
         put(column, left_sums);
         put(column + 1, right_sums);
@@ -674,11 +679,11 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) walk_strips(
             *place = rounded;
           }
         }
-        written |= touched << to_first;
+        written |= in_level ? touched << to_first : 0;
         sync();
       }
     }
-    for (int row = 0; needs_features && first_row + row < end_row; ++row) {
+    for (int row = 0; owns && needs_features && first_row + row < end_row; ++row) {
       if (!(written >> row & 1) && (!CROWDED || my_team == 0)) {
         T* address = row_address(grad_features, first_row + row, row_bytes);
 #pragma unroll
@@ -853,9 +858,7 @@ void run_part(const SampledOp& op, Part<T, W> part, int64_t bound, cudaStream_t 
   check_launch("list_records");
 
   constexpr int VEC = 16 / sizeof(T);
-  if (part.channels <= WARP) {  // a channel a lane: teams that share a warp would wait for each other's strips
-    launch_walk<T, W, 1, 1>(part, records, samples, scratch, stream);
-  } else if (part.group_channels % VEC == 0 && on_boundary<T>(op.features, VEC) && on_boundary<T>(op.grad_output, VEC) &&
+  if (part.group_channels % VEC == 0 && on_boundary<T>(op.features, VEC) && on_boundary<T>(op.grad_output, VEC) &&
       on_boundary<T>(op.grad_features, VEC)) {
     if (sizeof(T) > 2 && part.channels > WARP * VEC) {
       launch_walk<T, W, VEC, sizeof(T) == 2 ? 1 : 2>(part, records, samples, scratch, stream);

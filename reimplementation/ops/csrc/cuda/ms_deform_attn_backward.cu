@@ -20,6 +20,7 @@ namespace {
 using namespace msda;
 
 constexpr int STAGED_SAMPLES = 288;  // footprints in shared memory at a time: 16 samples of D = 32 channels' units
+constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int MIN_BLOCKS = 6;        // a multiprocessor's
 
 template <typename T, typename W>
@@ -40,17 +41,17 @@ struct Shared {
 
 // Sums four values over the lanes of a unit. Every lane ends with the sum of one of them: returns it, and which.
 template <typename T>
-__device__ __forceinline__ T sum_one_of_four(unsigned mask, int lanes, int lane, const T (&values)[4], int& which) {
+__device__ __forceinline__ T sum_one_of_four(int lanes, int lane, const T (&values)[4], int& which) {
   // Half of the lanes pass on what they need not keep, twice; then each quarter of the lanes holds one value.
   const bool upper = lane & (lanes / 2);
-  const T passed_first = __shfl_xor_sync(mask, upper ? values[0] : values[2], lanes / 2, lanes);
-  const T passed_second = __shfl_xor_sync(mask, upper ? values[1] : values[3], lanes / 2, lanes);
+  const T passed_first = __shfl_xor_sync(ALL_LANES, upper ? values[0] : values[2], lanes / 2, lanes);
+  const T passed_second = __shfl_xor_sync(ALL_LANES, upper ? values[1] : values[3], lanes / 2, lanes);
   const T first = (upper ? values[2] : values[0]) + passed_first;
   const T second = (upper ? values[3] : values[1]) + passed_second;
   const bool odd = lane & (lanes / 4);
-  T sum = (odd ? second : first) + __shfl_xor_sync(mask, odd ? first : second, lanes / 4, lanes);
+  T sum = (odd ? second : first) + __shfl_xor_sync(ALL_LANES, odd ? first : second, lanes / 4, lanes);
   for (int step = lanes / 8; step > 0; step /= 2) {
-    sum += __shfl_xor_sync(mask, sum, step, lanes);
+    sum += __shfl_xor_sync(ALL_LANES, sum, step, lanes);
   }
   which = 2 * upper + odd;
   return sum;
@@ -74,12 +75,16 @@ __device__ __forceinline__ void walk_samples(
   const int lanes = op.lanes;
   const int unit = threadIdx.x >> op.log2_lanes;
   const int lane = threadIdx.x & (lanes - 1);
-  const unsigned unit_mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
   const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
+  const bool samples_anything = shared.staged.first_inside[unit] != NONE_INSIDE;
+  if (!__any_sync(ALL_LANES, samples_anything)) {
+    return;
+  }
+  // The units of a warp go in step, so that their sums over lanes are one; what one without samples reads goes nowhere.
 #pragma unroll 2
   for (int sample = 0; sample < count; ++sample) {
     const int slot = sample * tile.pitch + unit;
-    const Four<int> rows = shared.staged.rows[slot];
+    const Four<int> rows = samples_anything ? shared.staged.rows[slot] : Four<int>{};
     if (needs_dots) {
       C dots[4];
 #pragma unroll
@@ -94,7 +99,7 @@ __device__ __forceinline__ void walk_samples(
       }
       if (lanes >= 4) {
         int corner;
-        const C sum = sum_one_of_four(unit_mask, lanes, lane, dots, corner);
+        const C sum = sum_one_of_four(lanes, lane, dots, corner);
         if ((lane & (lanes / 4 - 1)) == 0) {
           C& total = shared.dots[slot][corner];
           total = first_channels ? sum : total + sum;
@@ -103,7 +108,7 @@ __device__ __forceinline__ void walk_samples(
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
           if (lanes == 2) {
-            dots[corner] += __shfl_xor_sync(unit_mask, dots[corner], 1, lanes);
+            dots[corner] += __shfl_xor_sync(ALL_LANES, dots[corner], 1, lanes);
           }
           if (lane == 0) {
             C& total = shared.dots[slot][corner];
@@ -190,20 +195,19 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
   const int64_t head = tile.batch * op.levels.num_rows * row_stride + tile.head * op.channels;
   const T* grad_output =
       grad.output + ((tile.batch * op.num_queries + tile.first_query) * op.num_heads + tile.head) * op.channels;
+  const int64_t row = min(static_cast<int64_t>(unit), op.num_queries - 1 - tile.first_query) * row_stride;
   const bool needs_dots = grad.locations != nullptr || grad.weights != nullptr;
 
   for (int first = 0; first < samples; first += samples_at_once) {
     const int count = min(samples_at_once, samples - first);
     stage(op, tile, first, count, shared.staged);
-    if (shared.staged.first_inside[unit] != NONE_INSIDE) {
-      for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes * VEC) {
-        const bool live = first_channel + lane * VEC < op.channels;
-        const int channel = live ? first_channel + lane * VEC : op.channels - VEC;
-        walk_samples(
-            op, tile, op.value + head + channel, grad.value + head + channel,
-            load_vector<VEC>(grad_output + unit * row_stride + channel), grad.value != nullptr, needs_dots, live,
-            first_channel == 0, count, shared);
-      }
+    for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes * VEC) {
+      const bool live = first_channel + lane * VEC < op.channels;
+      const int channel = live ? first_channel + lane * VEC : op.channels - VEC;
+      walk_samples(
+          op, tile, op.value + head + channel, grad.value + head + channel,
+          load_vector<VEC>(grad_output + row + channel), grad.value != nullptr, needs_dots, live, first_channel == 0,
+          count, shared);
     }
     if (needs_dots) {
       __syncthreads();
