@@ -119,8 +119,8 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
 
         sin, cos = anchor[..., SIN_COS_YAW].split(1, dim=-1)
         x, y, z = offset.unbind(-1)
-        turned = torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1)
-        key_points = turned + anchor[..., None, CENTRE]
+        turned = [torch.addcmul(cos * x, sin, y, value=-1), torch.addcmul(sin * x, cos, y), z]
+        key_points = torch.stack(turned, dim=-1) + anchor[..., None, CENTRE]
         return with_past_frames(key_points, anchor[..., VELOCITY], T_cur2temp_list, cur_timestamp, temp_timestamps)
 
     @staticmethod

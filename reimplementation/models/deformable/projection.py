@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from reimplementation.ops.checks import FEATURE_DTYPES, INTEGER_DTYPES, check_dtype, check_shape
 
@@ -38,12 +37,10 @@ def project_points(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor 
     check_shape("projection_mat", projection_mat, ("bs", "num_cams", 4, 4), sizes)
 
     points = at_least_float32(key_points)
-    matrix = projection_mat[:, :, :3].to(points.dtype)
+    projected = transform(points[:, :, :, None], projection_mat[:, None, None, :, :3].to(points.dtype))
+    extent = projected[..., 2:].clamp(min=MIN_DEPTH)
     if image_wh is not None:
         check_dtype("image_wh", image_wh, FEATURE_DTYPES + INTEGER_DTYPES)
         check_shape("image_wh", image_wh, ("bs", "num_cams", 2), sizes)
-        # Normalising the few matrices spares a pass over the many points; the depth row is divided by 1.
-        matrix = matrix / F.pad(image_wh.to(points.dtype), (0, 1), value=1.0)[..., None]
-
-    projected = transform(points[:, :, :, None], matrix[:, None, None])
-    return projected[..., :2] / projected[..., 2:].clamp(min=MIN_DEPTH)
+        extent = extent * image_wh[:, None, None].to(points.dtype)
+    return projected[..., :2] / extent
