@@ -798,7 +798,7 @@ void launch_walk(
   constexpr int PIXELS = STRIP<T, VEC, NV>;
   const int strips = (part.rows + PIXELS - 1) / PIXELS;
   const int64_t all_strips = static_cast<int64_t>(part.images) * strips;
-  const int64_t visits = 2 * samples * (PIXELS + 1) / PIXELS;
+  const int64_t visits = 4 * samples;  // at most: two rows, and in each two strips where a footprint spans their border
   const int64_t most_crowded = std::min(all_strips, visits / crowded_visits(team));
   const Tensor crowded_memory = scratch((1 + most_crowded) * sizeof(int));
   int* crowded = static_cast<int*>(crowded_memory.mutable_data_ptr());
