@@ -84,8 +84,9 @@ def test_every_sample_in_one_place(op, cuda_inputs, deterministic_algorithms, pl
     expected = run(op.function, crowded)
     deterministic_algorithms(True)
     actual = run(op.function, crowded)
+    rounding = (locations.numel() / 2) ** 0.5 * torch.finfo(locations.dtype).eps  # of sums over all samples
     for got, wanted in zip(actual, expected):
-        assert relative_error(got, wanted) <= TOLERANCE[got.dtype]
+        assert relative_error(got, wanted) <= max(TOLERANCE[got.dtype], rounding)
 
 
 @pytest.mark.cuda
