@@ -287,14 +287,14 @@ __device__ __forceinline__ void sum_one_of(int lane, int width, T (&values)[N]) 
 // Where a lane's channels are, and which of the sums that its group of lanes makes it keeps.
 template <int VEC, int NV>
 struct Lane {
-  int number, first_channel;
+  int number;
   int channel[NV], group[NV];
   int64_t weights[NV];  // from a sample's weights to its groups'
   bool live[NV];        // lanes beyond the last channel read it once more, and write nothing
   int side, product;    // of the sum it keeps: left or right, and the group, or NOT_HERE
 
   template <typename T, typename W>
-  __device__ Lane(const Part<T, W>& part, const Team& team, int lane, int first) : number(lane), first_channel(first) {
+  __device__ Lane(const Part<T, W>& part, const Team& team, int lane, int first) : number(lane) {
 #pragma unroll
     for (int k = 0; k < NV; ++k) {
       channel[k] = first + (k * team.lanes + lane) * VEC;
