@@ -1,41 +1,44 @@
 // Deformable aggregation on CUDA, backward.
 //
-// With s[row, g] the product of group g of a feature row and of the output's gradient, and u[row, g] the sum of
-// corner weight * group weight over all corners of the query's samples that lie on that row:
+// feature_gradient.cu has the features' gradient. Here are those of weights and locations, which come from the products of
+// a sample's four pixels with the output's gradient, group by group:
 //
-//   gradient of a weight    = sum over its sample's corners of corner weight * s[row of the corner, g]
-//   gradient of a location  = the same with the slopes of the corner weights, summed over g with the weights
-//   gradient of a row       = u[row, g] * the output's gradient
+//   gradient of a weight    = sum over corners of corner weight * product of its group
+//   gradient of a location  = the same with the slopes of the corner weights, summed over levels and, with weights, groups
 //
-// All of a query's samples meet the features through s and u alone, so each distinct row is read once and added to once,
-// however many corners lie on it: key points of one box crowd into few pixels, above all in the coarse levels. One block
-// owns one query:
+// One block owns one query, as in the forward:
 //
-//   1. its threads compact the visible pairs; one thread per sample computes the footprint and enters its four
-//      rows in a hash table in shared memory; each row heads a chain of its corners;
-//   2. one thread per row and group follows the row's chain for u;
-//   3. teams take the distinct rows in turn: gather the row, sum s over the lanes of a group, and add u * gradient to
-//      the row, atomically and in vectors of 16 bytes where the GPU can;
-//   4. a few lanes per sample put the gradients of weights and location together from s.
+//   1. its threads compact the visible pairs; one thread per sample turns the location into a footprint;
+//   2. teams take the samples in turn: one coalesced gather per corner, multiplied with the output's gradient, which stays
+//      in registers. The lanes of a group sum its products by halves, so that each lane ends with one of them:
 //
-// Step 3 moves 2 * C elements a distinct row; the rest happens in shared memory. Only the row gradients, which different
-// queries add to, depend on the order of atomics.
+//        lanes of a group   0        1        2        3          a lane passes on the half that it need not keep
+//        products           a b c d  a b c d  a b c d  a b c d
+//                           a b      a b      c d      c d
+//                           a        b        c        d
+//
+//   3. a few lanes per sample put its gradients together, one lane a group.
+//
+// What remains is the traffic of the gathers, as in the forward. No atomics: the same bits every time.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
+
+#include "../common/side_stream.cuh"
 #include "deformable_aggregation.cuh"
-#include "deterministic_backward.cuh"
+#include "feature_gradient.cuh"
 
 namespace reimplementation::cuda {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
+constexpr int MIN_BLOCKS = 6;     // a multiprocessor's
 constexpr int MAX_GROUPS = 8;     // groups in shared memory at a time: a *pass*
 constexpr int STAGED_LEVELS = 8;  // levels of a pair staged together
-constexpr int MIN_BLOCKS = 4;     // a multiprocessor's: warps that wait for atomics need others to take over
+constexpr int IN_FLIGHT = 1;      // samples whose gathers are under way together
 constexpr int NOWHERE = -1;
-
 
 // Samples in shared memory at a time; what they need has to fit in the 48 KB that every GPU has.
 template <typename T>
@@ -43,67 +46,29 @@ constexpr int STAGED_SAMPLES = sizeof(T) == 8 ? 64 : 128;
 
 template <typename T, typename W>
 struct Gradients {
-  const T* output;           // (batch, queries, channels)
-  compute_t<T>* features;    // zeroed, or null where not needed; so are the others
-  compute_t<T>* locations;
+  const T* output;         // (batch, queries, channels)
+  compute_t<T>* locations;  // zeroed, or null where not needed; so are the weights
   W* weights;
   int64_t location_strides[5];
   int64_t weight_strides[6];
-  int pass_groups;           // groups of a pass
-  int row_stride, sums_at;   // where the sums of a distinct row's groups lie: s from 0, u from sums_at
-  int group_steps;           // doubling steps that sum a group's lanes
+  int pass_groups;         // groups of a pass
+  int group_lanes;         // that hold one group's vectors, where the sum by halves fits them; else 0
+  int group_steps;         // doubling steps that sum a group's lanes otherwise
 };
 
 template <typename T>
 struct Shared {
   static constexpr int SAMPLES = STAGED_SAMPLES<T>;
-  static constexpr int CORNERS = 4 * SAMPLES;
-  static constexpr int TABLE = 2 * CORNERS;  // a hash table that is never more than half full
 
   VisiblePairs<T, THREADS> pairs;
   Four<T> axis_weights[SAMPLES];  // x[0], x[1], y[0], y[1]
   Four<T> axis_slopes[SAMPLES];   // likewise
+  Four<int> rows[SAMPLES];        // of the corners; the first is NOWHERE where the level cannot be sampled
   T grad_x[SAMPLES], grad_y[SAMPLES];
-
-  int table_rows[TABLE];       // the row entered at a place, or NOWHERE
-  short table_entries[TABLE];  // its entry among the distinct rows
-  int num_rows;
-  int rows[CORNERS];           // the distinct rows
-  int chains[CORNERS];         // the last corner entered for each, or NOWHERE
-  short next_corner[CORNERS];  // the corner entered before in the same chain, or NOWHERE
-  short corner_rows[CORNERS];  // the entry of each corner's row; NOWHERE for a corner outside its level
-
-  T weights[SAMPLES * MAX_GROUPS];
-  T row_sums[CORNERS * MAX_GROUPS];  // of each distinct row: u, and s, which may take its place
+  Four<T> products[SAMPLES * MAX_GROUPS];  // by corner: a pixel's features times the output's gradient
 };
 
-// Enters a row in the table; returns its place.
-template <typename T>
-__device__ int enter_row(Shared<T>& shared, int row) {
-  int place = (static_cast<unsigned>(row) * 2654435769u) >> (32 - __ffs(Shared<T>::TABLE) + 1);  // Fibonacci hashing
-  while (true) {
-    const int found = atomicCAS(&shared.table_rows[place], NOWHERE, row);
-    if (found == NOWHERE) {
-      const int entry = atomicAdd(&shared.num_rows, 1);
-      shared.table_entries[place] = static_cast<short>(entry);
-      shared.rows[entry] = row;
-      shared.chains[entry] = NOWHERE;
-      return place;
-    }
-    if (found == row) {
-      return place;
-    }
-    place = (place + 1) % Shared<T>::TABLE;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ T corner_weight(const Shared<T>& shared, int corner) {
-  const Four<T>& axis = shared.axis_weights[corner / 4];
-  return axis[2 + corner / 2 % 2] * axis[corner % 2];
-}
-
-// Footprints of samples (pairs first_pair, ... x levels first_level, ...), numbered level by level, and their rows.
+// Step 1: footprints of samples (pairs first_pair, ... x levels first_level, ...), numbered level by level.
 template <typename T, typename W>
 __device__ void stage(
     const Operands<T, W>& op,
@@ -113,20 +78,13 @@ __device__ void stage(
     int num_levels,
     Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  for (int i = threadIdx.x; i < Shared<C>::TABLE; i += THREADS) {
-    shared.table_rows[i] = NOWHERE;
-  }
-  if (threadIdx.x == 0) {
-    shared.num_rows = 0;
-  }
-  __syncthreads();
   for (int i = threadIdx.x; i < num_pairs * num_levels; i += THREADS) {
     const int entry = first_pair + i % num_pairs;
     const Pair pair(shared.pairs.number[entry], op.num_points);
     const Level level =
         op.levels[static_cast<int64_t>(pair.cam) * op.num_levels + first_level + i / num_pairs];
     Axis<C> x = {}, y = {};
-    Four<int> rows = {};
+    Four<int> rows = {NOWHERE, NOWHERE, NOWHERE, NOWHERE};
     if (!level.empty()) {
       x = bilinear_axis(pixel_position(shared.pairs.x[entry], level.width), level.width);
       y = bilinear_axis(pixel_position(shared.pairs.y[entry], level.height), level.height);
@@ -134,196 +92,157 @@ __device__ void stage(
     }
     shared.axis_weights[i] = {x.weight[0], x.weight[1], y.weight[0], y.weight[1]};
     shared.axis_slopes[i] = {x.slope[0], x.slope[1], y.slope[0], y.slope[1]};
+    shared.rows[i] = rows;
     shared.grad_x[i] = shared.grad_y[i] = 0;
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const bool inside = x.slope[corner % 2] != 0 && y.slope[corner / 2] != 0;
-      shared.corner_rows[4 * i + corner] =
-          static_cast<short>(inside ? enter_row(shared, rows[corner]) : NOWHERE);
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < 4 * num_pairs * num_levels; i += THREADS) {
-    if (shared.corner_rows[i] != NOWHERE) {
-      const int entry = shared.table_entries[shared.corner_rows[i]];
-      shared.corner_rows[i] = static_cast<short>(entry);
-      shared.next_corner[i] = static_cast<short>(atomicExch(&shared.chains[entry], i));
-    }
   }
 }
 
-// The weights of the staged samples in groups first_group, ..., first_group + num_groups - 1, `stride` apart a sample.
-template <typename T, typename W>
-__device__ void stage_weights(
-    const Operands<T, W>& op,
-    const W* weights,
-    int first_pair,
-    int num_pairs,
-    int first_level,
-    int num_levels,
-    int first_group,
-    int num_groups,
-    int stride,
-    Shared<compute_t<T>>& shared) {
-  for (int i = threadIdx.x; i < num_pairs * num_levels * num_groups; i += THREADS) {
-    const int sample = i / num_groups;
-    const int group = i - sample * num_groups;
-    const int level = sample / num_pairs;
-    const Pair pair(shared.pairs.number[first_pair + sample - level * num_pairs], op.num_points);
-    shared.weights[sample * stride + group] = to_compute(
-        weights[pair.weights(op.weight_strides, first_level + level) + (first_group + group) * op.weight_strides[5]]);
-  }
-}
+// What a lane holds of a pass, and which of the products it ends with.
+template <typename T, int VEC, int NV>
+struct Lane {
+  const T* features[NV];
+  compute_t<T> gradient[NV][VEC];  // of the output
+  int group[NV];                   // within the pass; NOWHERE for a lane beyond the last channel
+  int kept, kept_group;            // after a sum by halves: which value, 4 * k + corner, and its group
+  bool head[NV];                   // otherwise: the first lane of its group
+  bool begins_group[NV];           // it holds the group's first channel
+  int same_group[NV];              // bit `step` tells whether the lane `1 << step` above holds the same group
+  unsigned team_mask;
 
-// The pairs that no camera sees have gradients too: zero.
-template <typename T, typename W>
-__device__ void zero_invisible_pairs(
-    const Operands<T, W>& op,
-    const Gradients<T, W>& grad,
-    compute_t<T>* grad_locations,
-    W* grad_weights,
-    int first,
-    const bool* visible) {
-  const int pairs = min(THREADS, op.num_points * op.num_cams - first);
-  const int num_groups = op.channels / op.group_channels;
-  const int lane = threadIdx.x % WARP;
-  for (int i = threadIdx.x / WARP; i < pairs; i += THREADS / WARP) {
-    if (visible[i]) {
-      continue;
+  template <typename W>
+  __device__ Lane(
+      const Operands<T, W>& op,
+      const Gradients<T, W>& grad,
+      const T* first_row,
+      const T* grad_output,
+      int first_group,
+      int first_channel,
+      int end_channel) {
+    const int lanes = op.lanes;
+    const int lane = threadIdx.x & (lanes - 1);
+    team_mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
+    kept = 0;
+    for (int half = 2 * NV, step = grad.group_lanes / 2; half > 0; half /= 2, step /= 2) {
+      kept += lane & step ? half : 0;
     }
-    const Pair pair(first + i, op.num_points);
-    for (int j = lane; grad.weights != nullptr && j < op.num_levels * num_groups; j += WARP) {
-      const int level = j / num_groups;
-      grad_weights[pair.weights(grad.weight_strides, level) + (j - level * num_groups) * grad.weight_strides[5]] =
-          from_compute<W>(0);
-    }
-    if (grad.locations != nullptr && lane < 2) {
-      grad_locations[pair.location(grad.location_strides) + lane * grad.location_strides[4]] = 0;
-    }
-  }
-}
-
-// Step 2: u of every distinct row.
-template <typename T, typename W>
-__device__ void sum_corner_weights(const Gradients<T, W>& grad, int num_groups, Shared<compute_t<T>>& shared) {
-  for (int i = threadIdx.x; i < shared.num_rows * num_groups; i += THREADS) {
-    const int entry = i / num_groups;
-    const int group = i - entry * num_groups;
-    compute_t<T> sum = 0;
-    for (int corner = shared.chains[entry]; corner != NOWHERE; corner = shared.next_corner[corner]) {
-      sum += corner_weight(shared, corner) * shared.weights[corner / 4 * grad.pass_groups + group];
-    }
-    shared.row_sums[entry * grad.row_stride + grad.sums_at + group] = sum;
-  }
-}
-
-// Step 3 for the channels first_channel, ... below end_channel of a pass: s of every distinct row, and its gradient.
-template <typename T, typename W, int VEC, int NV>
-__device__ __forceinline__ void walk_rows(
-    const Operands<T, W>& op,
-    const Gradients<T, W>& grad,
-    const T* features,
-    const T* grad_output,
-    compute_t<T>* grad_features,
-    int first_group,
-    int first_channel,
-    int end_channel,
-    Shared<compute_t<T>>& shared) {
-  using C = compute_t<T>;
-  const int lanes = op.lanes;
-  const int lane = threadIdx.x & (lanes - 1);
-  const int team = threadIdx.x >> op.log2_lanes;
-  const int teams = THREADS >> op.log2_lanes;
-  const unsigned team_mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
-  const bool needs_dots = grad.locations != nullptr || grad.weights != nullptr;
-
-  int channel[NV], group[NV], same_group[NV];
-  bool live[NV], head[NV], begins_group[NV];
-  C gradient[NV][VEC];
-#pragma unroll
-  for (int k = 0; k < NV; ++k) {
-    channel[k] = first_channel + (k * lanes + lane) * VEC;
-    live[k] = channel[k] < end_channel;
-    channel[k] = live[k] ? channel[k] : end_channel - VEC;
-    group[k] = channel[k] / op.group_channels - first_group;
-    begins_group[k] = channel[k] % op.group_channels == 0;
-    const Vector<T, VEC> loaded = load_vector<VEC>(grad_output + channel[k]);
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) {
-      gradient[k][v] = live[k] ? loaded[v] : C(0);
-    }
-    // Which lanes hold the same group: a lane adds those `1 << step` above it where the bit is set.
-    const int group_here = live[k] ? group[k] : NOWHERE;
-    const int group_before = __shfl_up_sync(team_mask, group_here, 1, lanes);
-    head[k] = live[k] && (lane == 0 || group_before != group_here);
-    same_group[k] = 0;
-    for (int step = 0; step < grad.group_steps; ++step) {
-      const int group_above = __shfl_down_sync(team_mask, group_here, 1 << step, lanes);
-      same_group[k] |= (lane + (1 << step) < lanes && group_above == group_here) << step;
-    }
-  }
-
-  Vector<T, VEC> fetched[NV];
-  auto fetch = [&](int entry) {
-    if (needs_dots && entry < shared.num_rows) {
-#pragma unroll
-      for (int k = 0; k < NV; ++k) {
-        fetched[k] =
-            load_vector<VEC>(features + static_cast<int64_t>(shared.rows[entry]) * op.channels + channel[k]);
-      }
-    }
-  };
-  fetch(team);
-  for (int entry = team; entry < shared.num_rows; entry += teams) {
-    const int64_t row = static_cast<int64_t>(shared.rows[entry]) * op.channels;
-    Vector<T, VEC> values[NV];
 #pragma unroll
     for (int k = 0; k < NV; ++k) {
-      values[k] = fetched[k];
-    }
-    fetch(entry + teams);  // in flight while this row is worked on
-    C* sums = shared.row_sums + entry * grad.row_stride;
-    if (grad.features != nullptr) {
+      const int channel = first_channel + (k * lanes + lane) * VEC;
+      const bool live = channel < end_channel;
+      const int readable = live ? channel : end_channel - VEC;
+      features[k] = first_row + readable;
+      group[k] = live ? channel / op.group_channels - first_group : NOWHERE;
+      const Vector<T, VEC> loaded = load_vector<VEC>(grad_output + readable);
 #pragma unroll
-      for (int k = 0; k < NV; ++k) {
-        const C sum = sums[grad.sums_at + group[k]];
-        C terms[VEC];
+      for (int v = 0; v < VEC; ++v) {
+        gradient[k][v] = live ? loaded[v] : compute_t<T>(0);
+      }
+      const int group_before = __shfl_up_sync(team_mask, group[k], 1, lanes);
+      head[k] = live && (lane == 0 || group_before != group[k]);
+      begins_group[k] = channel % op.group_channels == 0;
+      same_group[k] = 0;
+      for (int step = 0; step < grad.group_steps; ++step) {
+        const int group_above = __shfl_down_sync(team_mask, group[k], 1 << step, lanes);
+        same_group[k] |= (lane + (1 << step) < lanes && group_above == group[k]) << step;
+      }
+    }
+    kept_group = group[0];
+#pragma unroll
+    for (int k = 1; k < NV; ++k) {
+      kept_group = kept / 4 == k ? group[k] : kept_group;
+    }
+    if (grad.group_lanes == 0 || lane & (grad.group_lanes / (4 * NV) - 1)) {
+      kept_group = NOWHERE;
+    }
+  }
+};
+
+// Step 2 for `COUNT` samples, `stride` apart: all loads before the first product.
+template <int COUNT, typename T, typename W, int VEC, int NV>
+__device__ __forceinline__ void gather(
+    const Operands<T, W>& op,
+    const Gradients<T, W>& grad,
+    const Lane<T, VEC, NV>& lane,
+    int sample,
+    int stride,
+    bool first_channels,
+    Shared<compute_t<T>>& shared) {
+  using C = compute_t<T>;
+  const int row_bytes = op.channels * static_cast<int>(sizeof(T));
+  Vector<T, VEC> corners[COUNT][NV][4];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const Four<int> rows = shared.rows[sample + i * stride];
+#pragma unroll
+    for (int k = 0; k < NV; ++k) {
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        corners[i][k][corner] = load_vector<VEC>(row_address(lane.features[k], max(rows[corner], 0), row_bytes));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    C products[4 * NV];
+#pragma unroll
+    for (int k = 0; k < NV; ++k) {
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        C sum = 0;
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
-          terms[v] = sum * gradient[k][v];
+          sum += corners[i][k][corner][v] * lane.gradient[k][v];
         }
-        if (live[k]) {
-          atomic_add_vector(grad_features + row + channel[k], terms);
+        products[4 * k + corner] = sum;
+      }
+    }
+    Four<C>* totals = shared.products + (sample + i * stride) * grad.pass_groups;
+    if (grad.group_lanes > 0) {
+      int step = grad.group_lanes / 2;
+#pragma unroll
+      for (int half = 2 * NV; half > 0; half /= 2, step /= 2) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int j = 0; j < half; ++j) {
+          const C passed = upper ? products[j] : products[j + half];
+          products[j] =
+              (upper ? products[j + half] : products[j]) + __shfl_xor_sync(lane.team_mask, passed, step);
         }
       }
-      __syncwarp(team_mask);  // u has been read: s may take its place
-    }
-    if (needs_dots) {
+      for (; step > 0; step /= 2) {
+        products[0] += __shfl_xor_sync(lane.team_mask, products[0], step);
+      }
+      if (lane.kept_group != NOWHERE) {
+        C& total = totals[lane.kept_group][lane.kept % 4];
+        total = first_channels ? products[0] : total + products[0];
+      }
+    } else {
 #pragma unroll
       for (int k = 0; k < NV; ++k) {
-        C dot = 0;
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          dot += values[k][v] * gradient[k][v];
+        for (int corner = 0; corner < 4; ++corner) {
+          C sum = products[4 * k + corner];
+          for (int s = 0; s < grad.group_steps; ++s) {
+            const C above = __shfl_down_sync(lane.team_mask, sum, 1 << s, op.lanes);
+            sum += (lane.same_group[k] >> s & 1) ? above : C(0);
+          }
+          if (lane.head[k]) {
+            C& total = totals[lane.group[k]][corner];
+            total = lane.begins_group[k] ? sum : total + sum;
+          }
         }
-        for (int step = 0; step < grad.group_steps; ++step) {
-          const C above = __shfl_down_sync(team_mask, dot, 1 << step, lanes);
-          dot += (same_group[k] >> step & 1) ? above : C(0);
-        }
-        if (head[k]) {
-          sums[group[k]] = begins_group[k] ? dot : sums[group[k]] + dot;
-        }
-        __syncwarp(team_mask);  // the next vector may hold more of the same group
+        __syncwarp(lane.team_mask);  // the next vector may hold more of the same group
       }
     }
   }
 }
 
-// Step 4: the gradients of the staged samples' weights, and what the groups of this pass add to their locations.
+// Step 3: the gradients of the staged samples' weights, and what the groups of this pass add to their locations.
 template <typename T, typename W>
 __device__ void finish_samples(
     const Operands<T, W>& op,
     const Gradients<T, W>& grad,
+    const W* weights,
     W* grad_weights,
     int first_pair,
     int num_pairs,
@@ -342,25 +261,29 @@ __device__ void finish_samples(
     const bool live = sample < samples && lane < num_groups;
     C grad_x = 0, grad_y = 0;
     if (live) {
+      const Four<C> slopes = shared.axis_slopes[sample], axes = shared.axis_weights[sample];
+      const Four<C> products = shared.products[sample * grad.pass_groups + lane];
+      const int level = sample / num_pairs;
+      const Pair pair(shared.pairs.number[first_pair + sample - level * num_pairs], op.num_points);
       C dots[4], grad_weight = 0;
-      bool inside = false;
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
-        const int entry = shared.corner_rows[4 * sample + corner];
-        inside |= entry != NOWHERE;
-        dots[corner] = entry == NOWHERE ? C(0) : shared.row_sums[entry * grad.row_stride + lane];
-        grad_weight += corner_weight(shared, 4 * sample + corner) * dots[corner];
+        // A pixel outside the level was read from its neighbour inside; a level that cannot be sampled has none inside.
+        const bool inside = slopes[corner % 2] != 0 && slopes[2 + corner / 2] != 0;
+        dots[corner] = inside ? products[corner] : C(0);
+        grad_weight += axes[2 + corner / 2] * axes[corner % 2] * dots[corner];
       }
       if (grad.weights != nullptr) {
-        const int level = sample / num_pairs;
-        const Pair pair(shared.pairs.number[first_pair + sample - level * num_pairs], op.num_points);
         grad_weights
             [pair.weights(grad.weight_strides, first_level + level) + (first_group + lane) * grad.weight_strides[5]] =
                 from_compute<W>(grad_weight);
       }
-      location_gradient(shared.axis_weights[sample], shared.axis_slopes[sample], dots, grad_x, grad_y);
+      location_gradient(axes, slopes, dots, grad_x, grad_y);
       // A level that cannot be sampled has no gradient, whatever its weight: 0 * NaN would be one.
-      const C weight = inside ? shared.weights[sample * grad.pass_groups + lane] : C(0);
+      const C weight = shared.rows[sample][0] == NOWHERE
+          ? C(0)
+          : to_compute(weights
+                [pair.weights(op.weight_strides, first_level + level) + (first_group + lane) * op.weight_strides[5]]);
       grad_x *= weight;
       grad_y *= weight;
     }
@@ -387,40 +310,39 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
   const int64_t query = blockIdx.x - batch * op.num_queries;
   const C* locations = op.locations + batch * op.location_strides[0] + query * op.location_strides[1];
   const W* weights = op.weights + batch * op.weight_strides[0] + query * op.weight_strides[1];
-  const int64_t features = batch * op.levels.num_rows * op.channels;
+  const T* features = op.features + batch * op.levels.num_rows * op.channels;
   const T* grad_output = grad.output + static_cast<int64_t>(blockIdx.x) * op.channels;
   C* grad_locations = grad.locations + batch * grad.location_strides[0] + query * grad.location_strides[1];
   W* grad_weights = grad.weights + batch * grad.weight_strides[0] + query * grad.weight_strides[1];
   const int num_groups = op.channels / op.group_channels;
+  const int team = threadIdx.x >> op.log2_lanes;
+  const int teams = THREADS >> op.log2_lanes;
 
   for (int first = 0; first < op.num_points * op.num_cams; first += THREADS) {
     const int visible = compact_visible_pairs(op, locations, first, shared.pairs);
-    zero_invisible_pairs(op, grad, grad_locations, grad_weights, first, shared.pairs.visible);
-
     for (int level = 0; level < op.num_levels; level += STAGED_LEVELS) {
       const int levels = min(STAGED_LEVELS, op.num_levels - level);
       const int pairs_at_once = STAGED_SAMPLES<C> / levels;
       for (int pair = 0; pair < visible; pair += pairs_at_once) {
         const int pairs = min(pairs_at_once, visible - pair);
+        const int samples = pairs * levels;
         stage(op, pair, pairs, level, levels, shared);
+        __syncthreads();
         for (int group = 0; group < num_groups; group += grad.pass_groups) {
           const int groups = min(grad.pass_groups, num_groups - group);
-          stage_weights(op, weights, pair, pairs, level, levels, group, groups, grad.pass_groups, shared);
+          const int first_channel = group * op.group_channels, end_channel = first_channel + groups * op.group_channels;
+          for (int channel = first_channel; channel < end_channel; channel += op.lanes * NV * VEC) {
+            const Lane<T, VEC, NV> lane(op, grad, features, grad_output, group, channel, end_channel);
+            int sample = team;
+            for (; sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
+              gather<IN_FLIGHT>(op, grad, lane, sample, teams, channel == first_channel, shared);
+            }
+            for (; sample < samples; sample += teams) {
+              gather<1>(op, grad, lane, sample, teams, channel == first_channel, shared);
+            }
+          }
           __syncthreads();
-          if (grad.features != nullptr) {
-            sum_corner_weights(grad, groups, shared);
-            __syncthreads();
-          }
-          const int end_channel = (group + groups) * op.group_channels;
-          for (int channel = group * op.group_channels; channel < end_channel; channel += op.lanes * NV * VEC) {
-            walk_rows<T, W, VEC, NV>(
-                op, grad, op.features + features, grad_output, grad.features + features, group, channel, end_channel,
-                shared);
-          }
-          __syncthreads();
-          if (grad.locations != nullptr || grad.weights != nullptr) {
-            finish_samples(op, grad, grad_weights, pair, pairs, level, levels, group, groups, shared);
-          }
+          finish_samples(op, grad, weights, grad_weights, pair, pairs, level, levels, group, groups, shared);
           __syncthreads();
         }
         if (grad.locations != nullptr && threadIdx.x < pairs) {
@@ -455,11 +377,15 @@ void launch(
   grad.pass_groups = std::clamp<int>(
       WARP * VEC * NV / op.group_channels, 1, std::min<int>(MAX_GROUPS, op.channels / op.group_channels));
   set_team(op, grad.pass_groups * op.group_channels, VEC * NV);
-  // A group that takes several goes is the only one of its pass: there is room for u beside s.
-  const bool several_goes = grad.pass_groups * op.group_channels > op.lanes * VEC * NV;
-  grad.sums_at = several_goes ? 1 : 0;
-  grad.row_stride = several_goes ? 2 : grad.pass_groups;
-  grad.group_steps = ceil_log2(std::min(op.lanes, std::max(1, op.group_channels / VEC)));
+  const int group_lanes = std::min(op.lanes, op.group_channels / VEC);  // at most, of one vector
+  const int vector_channels = group_lanes * VEC;
+  const bool whole_vectors =
+      NV == 1 ? op.group_channels % vector_channels == 0 : op.group_channels == vector_channels;
+  if (whole_vectors && group_lanes == 1 << ceil_log2(group_lanes) && group_lanes >= 4 * NV) {
+    grad.group_lanes = group_lanes;
+  } else {
+    grad.group_steps = ceil_log2(group_lanes);
+  }
   deformable_aggregation_backward_kernel<T, W, VEC, NV><<<query_blocks(sizes), THREADS, 0, stream>>>(op, grad);
   check_launch("deformable_aggregation_backward");
 }
@@ -486,7 +412,24 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
 
   auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  if (deterministic && !sizes.nothing_to_sample()) {
+  const Tensor features = torch::stable::contiguous(feature_maps);
+  const Tensor grad = torch::stable::contiguous(grad_output);
+  Tensor grad_features = needs_feature_maps ? torch::stable::empty_like(features) : none(features);
+  Tensor grad_locations = needs_sampling_location ? torch::stable::empty_like(sampling_location) : none(sampling_location);
+  Tensor grad_weights = needs_weights ? torch::stable::empty_like(weights) : none(weights);
+  torch::stable::zero_(grad_locations);  // the kernel writes those of visible pairs
+  torch::stable::zero_(grad_weights);
+  if (sizes.nothing_to_sample()) {
+    torch::stable::zero_(grad_features);
+    return {grad_features, grad_locations, grad_weights};
+  }
+  const Tensor shapes = readable_metadata(spatial_shape, features);
+  const Tensor starts = readable_metadata(scale_start_index, features);
+  const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
+  const cudaStream_t stream = current_stream(features.get_device_index());
+  std::optional<SideStream> side;  // for the features' gradient, if there are others to work on meanwhile
+
+  if (needs_feature_maps) {
     SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = 1;
@@ -498,55 +441,25 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     op.channels = sizes.channels;
     op.groups = sizes.num_groups;
     op.unit_square = true;
-    op.features = torch::stable::contiguous(feature_maps);
-    op.grad_output = torch::stable::contiguous(grad_output);
-    op.locations = sampling_location;
-    op.weights = weights;
-    op.grad_features = needs_feature_maps ? torch::stable::empty_like(op.features) : none(op.features);
-    op.grad_locations = needs_sampling_location ? torch::stable::empty_like(sampling_location) : none(op.features);
-    op.grad_weights = needs_weights ? torch::stable::empty_like(weights) : none(op.features);
-    const Tensor shapes = readable_metadata(spatial_shape, op.features);
-    const Tensor starts = readable_metadata(scale_start_index, op.features);
-    op.level_table = level_table(shapes, starts, sizes.num_rows);
-    auto location_strides = [](const Tensor& t) -> SampleStrides {
-      return {t.stride(0), 0, t.stride(1), t.stride(2), t.stride(3), 0, t.stride(4)};
-    };
-    auto weight_strides = [](const Tensor& t) -> SampleStrides {
-      return {t.stride(0), 0, t.stride(1), t.stride(2), t.stride(3), t.stride(4), t.stride(5)};
-    };
-    op.location_strides = location_strides(sampling_location);
-    op.weight_strides = weight_strides(weights);
-    op.grad_location_strides = needs_sampling_location ? location_strides(op.grad_locations) : SampleStrides{};
-    op.grad_weight_strides = needs_weights ? weight_strides(op.grad_weights) : SampleStrides{};
-    deterministic_backward(op);
-    return {op.grad_features, op.grad_locations, op.grad_weights};
+    op.level_table = levels;
+    op.locations = with_short_strides(sampling_location);
+    op.weights = with_short_strides(weights);
+    int64_t strides[6];
+    copy_strides(op.locations, strides);
+    op.location_strides = {strides[0], 0, strides[1], strides[2], strides[3], 0, strides[4]};
+    copy_strides(op.weights, strides);
+    op.weight_strides = {strides[0], 0, strides[1], strides[2], strides[3], strides[4], strides[5]};
+    if (needs_sampling_location || needs_weights) {
+      side.emplace(stream, features.get_device_index());
+    }
+    feature_gradient(op, grad, grad_features, side ? side->stream() : stream);
   }
-  const ScalarType compute = compute_type(feature_maps);
-  const Tensor features = torch::stable::contiguous(feature_maps);
-  const Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_features = needs_feature_maps
-      ? torch::stable::new_zeros(features, {sizes.batch, sizes.num_rows, sizes.channels}, compute)
-      : none(features);
-  Tensor grad_locations = needs_sampling_location ? torch::stable::empty_like(sampling_location) : none(sampling_location);
-  Tensor grad_weights = needs_weights ? torch::stable::empty_like(weights) : none(weights);
-
-  if (sizes.nothing_to_sample()) {
-    torch::stable::zero_(grad_locations);
-    torch::stable::zero_(grad_weights);
-  } else if (needs_feature_maps || needs_sampling_location || needs_weights) {
-    const Tensor shapes = readable_metadata(spatial_shape, features);
-    const Tensor starts = readable_metadata(scale_start_index, features);
-    const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
-    const cudaStream_t stream = current_stream(features.get_device_index());
-
+  if (needs_sampling_location || needs_weights) {
     dispatch_types(features, weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
       Gradients<T, W> gradients = {};
       gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (needs_feature_maps) {
-        gradients.features = static_cast<compute_t<T>*>(grad_features.mutable_data_ptr());
-      }
       if (needs_sampling_location) {
         gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());
         copy_strides(grad_locations, gradients.location_strides);
@@ -555,17 +468,14 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
         gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
         copy_strides(grad_weights, gradients.weight_strides);
       }
-      // Half features come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
-      constexpr int VEC = sizeof(T) == 8 ? 2 : 4;
+      constexpr int VEC = 16 / sizeof(T);
       if (can_vectorize<T>(sizes, features, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
-        launch<T, W, VEC, 2>(sizes, features, levels, sampling_location, weights, gradients, stream);
+        launch<T, W, VEC, sizeof(T) == 2 ? 1 : 2>(
+            sizes, features, levels, sampling_location, weights, gradients, stream);
       } else {
         launch<T, W, 1, 4>(sizes, features, levels, sampling_location, weights, gradients, stream);
       }
     });
-  }
-  if (needs_feature_maps && feature_maps.scalar_type() != compute) {
-    grad_features = torch::stable::to(grad_features, feature_maps.scalar_type());
   }
   return {grad_features, grad_locations, grad_weights};
 }

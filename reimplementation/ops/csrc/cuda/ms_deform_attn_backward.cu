@@ -11,7 +11,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "deterministic_backward.cuh"
+#include <optional>
+
+#include "../common/side_stream.cuh"
+#include "feature_gradient.cuh"
 #include "ms_deform_attn.cuh"
 
 namespace reimplementation::cuda {
@@ -22,6 +25,7 @@ using namespace msda;
 constexpr int STAGED_SAMPLES = 288;  // footprints in shared memory at a time: 16 samples of D = 32 channels' units
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int MIN_BLOCKS = 6;        // a multiprocessor's
+constexpr int64_t ATOMICS_BELOW = 2;  // samples a pixel
 
 template <typename T, typename W>
 struct Gradients {
@@ -252,7 +256,33 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 
   auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  if (deterministic && !sizes.nothing_to_sample()) {
+  // Where a pixel has few samples, atomics are faster than sorting.
+  const int64_t samples = sizes.num_queries * sizes.num_levels * sizes.num_points;
+  const bool atomics = !deterministic && samples < ATOMICS_BELOW * sizes.num_values;
+  const ScalarType sums = needs_value && atomics ? compute_type(value) : value.scalar_type();
+  const Tensor values = torch::stable::contiguous(value);
+  const Tensor grad = torch::stable::contiguous(grad_output);
+  Tensor grad_value = none(values);
+  if (needs_value) {
+    const std::initializer_list<int64_t> shape = {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels};
+    grad_value = atomics || sizes.nothing_to_sample() ? torch::stable::new_zeros(values, shape, sums)
+                                                      : torch::stable::new_empty(values, shape);
+  }
+  Tensor grad_locations =
+      needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(sampling_locations);
+  Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(attention_weights);
+  if (sizes.nothing_to_sample()) {
+    torch::stable::zero_(grad_locations);
+    torch::stable::zero_(grad_weights);
+    return {grad_value, grad_locations, grad_weights};
+  }
+  const Tensor shapes = readable_metadata(spatial_shapes, values);
+  const Tensor starts = readable_metadata(level_start_index, values);
+  const LevelTable levels = level_table(shapes, starts, sizes.num_values);
+  const cudaStream_t stream = current_stream(values.get_device_index());
+  std::optional<SideStream> side;  // for the value's gradient, if there are others to work on meanwhile
+
+  if (needs_value && !atomics) {
     SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = sizes.num_heads;
@@ -264,54 +294,26 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     op.channels = sizes.channels;
     op.groups = 1;
     op.unit_square = false;
-    op.features = torch::stable::contiguous(value);
-    op.grad_output = torch::stable::contiguous(grad_output);
-    op.locations = sampling_locations;
-    op.weights = attention_weights;
-    op.grad_features = needs_value ? torch::stable::empty_like(op.features) : none(op.features);
-    op.grad_locations = needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(op.features);
-    op.grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(op.features);
-    const Tensor shapes = readable_metadata(spatial_shapes, op.features);
-    const Tensor starts = readable_metadata(level_start_index, op.features);
-    op.level_table = level_table(shapes, starts, sizes.num_values);
-    auto location_strides = [](const Tensor& t) -> SampleStrides {
-      return {t.stride(0), t.stride(2), t.stride(1), t.stride(4), 0, t.stride(3), t.stride(5)};
-    };
-    auto weight_strides = [](const Tensor& t) -> SampleStrides {
-      return {t.stride(0), t.stride(2), t.stride(1), t.stride(4), 0, t.stride(3), 0};
-    };
-    op.location_strides = location_strides(sampling_locations);
-    op.weight_strides = weight_strides(attention_weights);
-    op.grad_location_strides = needs_sampling_locations ? location_strides(op.grad_locations) : SampleStrides{};
-    op.grad_weight_strides = needs_attention_weights ? weight_strides(op.grad_weights) : SampleStrides{};
-    deterministic_backward(op);
-    return {op.grad_features, op.grad_locations, op.grad_weights};
+    op.level_table = levels;
+    op.locations = with_short_strides(sampling_locations);
+    op.weights = with_short_strides(attention_weights);
+    int64_t strides[6];
+    copy_strides(op.locations, strides);
+    op.location_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], strides[5]};
+    copy_strides(op.weights, strides);
+    op.weight_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], 0};
+    if (needs_sampling_locations || needs_attention_weights) {
+      side.emplace(stream, values.get_device_index());
+    }
+    feature_gradient(op, grad, grad_value, side ? side->stream() : stream);
   }
-  const ScalarType compute = compute_type(value);
-  const Tensor values = torch::stable::contiguous(value);
-  const Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_value = needs_value
-      ? torch::stable::new_zeros(values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute)
-      : none(values);
-  Tensor grad_locations =
-      needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(sampling_locations);
-  Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(attention_weights);
-
-  if (sizes.nothing_to_sample()) {
-    torch::stable::zero_(grad_locations);
-    torch::stable::zero_(grad_weights);
-  } else if (needs_value || needs_sampling_locations || needs_attention_weights) {
-    const Tensor shapes = readable_metadata(spatial_shapes, values);
-    const Tensor starts = readable_metadata(level_start_index, values);
-    const LevelTable levels = level_table(shapes, starts, sizes.num_values);
-    const cudaStream_t stream = current_stream(values.get_device_index());
-
+  if ((needs_value && atomics) || needs_sampling_locations || needs_attention_weights) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
       Gradients<T, W> gradients = {};
       gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (needs_value) {
+      if (needs_value && atomics) {
         gradients.value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
       }
       if (needs_sampling_locations) {
@@ -331,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
       }
     });
   }
-  if (needs_value && value.scalar_type() != compute) {
+  if (grad_value.scalar_type() != value.scalar_type()) {
     grad_value = torch::stable::to(grad_value, value.scalar_type());
   }
   return {grad_value, grad_locations, grad_weights};
