@@ -8,16 +8,12 @@
 
 namespace reimplementation::cuda {
 
-// Opens a fork from `main` on the current device; closes it at the latest when it goes out of scope: `main` then waits for
-// what was launched on `stream()`. Memory that the fork uses may therefore be freed as if `main` had used it, and a graph
-// that captures `main` captures the fork. The stream has the highest priority: chains of small kernels get in between
-// the blocks of a large one.
+// A stream beside `main` on the current device. When it goes out of scope, `main` waits for what was launched on it: memory
+// that this used may be freed as if `main` had used it, and a graph that captures `main` captures it too. It has the
+// highest priority: chains of small kernels get in between the blocks of a large one.
 class SideStream {
  public:
-  SideStream(cudaStream_t main, int32_t device) : main_(main), resources_(of_this_thread(device)) {
-    check(cudaEventRecord(resources_.forked, main_));
-    check(cudaStreamWaitEvent(resources_.stream, resources_.forked));
-  }
+  SideStream(cudaStream_t main, int32_t device) : main_(main), resources_(of_this_thread(device)) {}
   ~SideStream() {
     if (cudaEventRecord(resources_.joined, resources_.stream) == cudaSuccess) {
       cudaStreamWaitEvent(main_, resources_.joined);
@@ -26,7 +22,10 @@ class SideStream {
   SideStream(const SideStream&) = delete;
   SideStream& operator=(const SideStream&) = delete;
 
-  cudaStream_t stream() const {
+  // The stream, after it has been told to wait for what was launched on `main` so far.
+  cudaStream_t follow() const {
+    check(cudaEventRecord(resources_.forked, main_));
+    check(cudaStreamWaitEvent(resources_.stream, resources_.forked));
     return resources_.stream;
   }
 

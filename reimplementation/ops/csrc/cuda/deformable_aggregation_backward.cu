@@ -34,10 +34,9 @@ namespace reimplementation::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int MIN_BLOCKS = 6;     // a multiprocessor's
+constexpr int MIN_BLOCKS = 6;     // a multiprocessor's: many warps, each waiting for the gathers of one sample
 constexpr int MAX_GROUPS = 8;     // groups in shared memory at a time: a *pass*
 constexpr int STAGED_LEVELS = 8;  // levels of a pair staged together
-constexpr int IN_FLIGHT = 1;      // samples whose gathers are under way together
 constexpr int NOWHERE = -1;
 
 // Samples in shared memory at a time; what they need has to fit in the 48 KB that every GPU has.
@@ -110,7 +109,7 @@ struct Lane {
   unsigned team_mask;
 
   template <typename W>
-  __device__ Lane(
+  __device__ __forceinline__ Lane(
       const Operands<T, W>& op,
       const Gradients<T, W>& grad,
       const T* first_row,
@@ -157,83 +156,75 @@ struct Lane {
   }
 };
 
-// Step 2 for `COUNT` samples, `stride` apart: all loads before the first product.
-template <int COUNT, typename T, typename W, int VEC, int NV>
+// Step 2 for one sample.
+template <typename T, typename W, int VEC, int NV>
 __device__ __forceinline__ void gather(
     const Operands<T, W>& op,
     const Gradients<T, W>& grad,
     const Lane<T, VEC, NV>& lane,
     int sample,
-    int stride,
     bool first_channels,
     Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
   const int row_bytes = op.channels * static_cast<int>(sizeof(T));
-  Vector<T, VEC> corners[COUNT][NV][4];
+  const Four<int> rows = shared.rows[sample];
+  Vector<T, VEC> corners[NV][4];
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const Four<int> rows = shared.rows[sample + i * stride];
+  for (int k = 0; k < NV; ++k) {
 #pragma unroll
-    for (int k = 0; k < NV; ++k) {
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        corners[i][k][corner] = load_vector<VEC>(row_address(lane.features[k], max(rows[corner], 0), row_bytes));
-      }
+    for (int corner = 0; corner < 4; ++corner) {
+      corners[k][corner] = load_vector<VEC>(row_address(lane.features[k], max(rows[corner], 0), row_bytes));
     }
   }
+  C products[4 * NV];
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    C products[4 * NV];
+  for (int k = 0; k < NV; ++k) {
 #pragma unroll
-    for (int k = 0; k < NV; ++k) {
+    for (int corner = 0; corner < 4; ++corner) {
+      C sum = 0;
 #pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        C sum = 0;
+      for (int v = 0; v < VEC; ++v) {
+        sum += corners[k][corner][v] * lane.gradient[k][v];
+      }
+      products[4 * k + corner] = sum;
+    }
+  }
+  Four<C>* totals = shared.products + sample * grad.pass_groups;
+  if (grad.group_lanes > 0) {
+    int step = grad.group_lanes / 2;
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          sum += corners[i][k][corner][v] * lane.gradient[k][v];
-        }
-        products[4 * k + corner] = sum;
+    for (int half = 2 * NV; half > 0; half /= 2, step /= 2) {
+      const bool upper = threadIdx.x & step;
+#pragma unroll
+      for (int j = 0; j < half; ++j) {
+        const C passed = upper ? products[j] : products[j + half];
+        products[j] = (upper ? products[j + half] : products[j]) + __shfl_xor_sync(lane.team_mask, passed, step);
       }
     }
-    Four<C>* totals = shared.products + (sample + i * stride) * grad.pass_groups;
-    if (grad.group_lanes > 0) {
-      int step = grad.group_lanes / 2;
+    for (; step > 0; step /= 2) {
+      products[0] += __shfl_xor_sync(lane.team_mask, products[0], step);
+    }
+    if (lane.kept_group != NOWHERE) {
+      C& total = totals[lane.kept_group][lane.kept % 4];
+      total = first_channels ? products[0] : total + products[0];
+    }
+    return;
+  }
 #pragma unroll
-      for (int half = 2 * NV; half > 0; half /= 2, step /= 2) {
-        const bool upper = threadIdx.x & step;
+  for (int k = 0; k < NV; ++k) {
 #pragma unroll
-        for (int j = 0; j < half; ++j) {
-          const C passed = upper ? products[j] : products[j + half];
-          products[j] =
-              (upper ? products[j + half] : products[j]) + __shfl_xor_sync(lane.team_mask, passed, step);
-        }
+    for (int corner = 0; corner < 4; ++corner) {
+      C sum = products[4 * k + corner];
+      for (int step = 0; step < grad.group_steps; ++step) {
+        const C above = __shfl_down_sync(lane.team_mask, sum, 1 << step, op.lanes);
+        sum += (lane.same_group[k] >> step & 1) ? above : C(0);
       }
-      for (; step > 0; step /= 2) {
-        products[0] += __shfl_xor_sync(lane.team_mask, products[0], step);
-      }
-      if (lane.kept_group != NOWHERE) {
-        C& total = totals[lane.kept_group][lane.kept % 4];
-        total = first_channels ? products[0] : total + products[0];
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < NV; ++k) {
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          C sum = products[4 * k + corner];
-          for (int s = 0; s < grad.group_steps; ++s) {
-            const C above = __shfl_down_sync(lane.team_mask, sum, 1 << s, op.lanes);
-            sum += (lane.same_group[k] >> s & 1) ? above : C(0);
-          }
-          if (lane.head[k]) {
-            C& total = totals[lane.group[k]][corner];
-            total = lane.begins_group[k] ? sum : total + sum;
-          }
-        }
-        __syncwarp(lane.team_mask);  // the next vector may hold more of the same group
+      if (lane.head[k]) {
+        C& total = totals[lane.group[k]][corner];
+        total = lane.begins_group[k] ? sum : total + sum;
       }
     }
+    __syncwarp(lane.team_mask);  // the next vector may hold more of the same group
   }
 }
 
@@ -333,12 +324,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
           const int first_channel = group * op.group_channels, end_channel = first_channel + groups * op.group_channels;
           for (int channel = first_channel; channel < end_channel; channel += op.lanes * NV * VEC) {
             const Lane<T, VEC, NV> lane(op, grad, features, grad_output, group, channel, end_channel);
-            int sample = team;
-            for (; sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
-              gather<IN_FLIGHT>(op, grad, lane, sample, teams, channel == first_channel, shared);
-            }
-            for (; sample < samples; sample += teams) {
-              gather<1>(op, grad, lane, sample, teams, channel == first_channel, shared);
+            for (int sample = team; sample < samples; sample += teams) {
+              gather(op, grad, lane, sample, channel == first_channel, shared);
             }
           }
           __syncthreads();
@@ -452,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     if (needs_sampling_location || needs_weights) {
       side.emplace(stream, features.get_device_index());
     }
-    feature_gradient(op, grad, grad_features, side ? side->stream() : stream);
+    feature_gradient(op, grad, grad_features, deterministic, stream, side ? &*side : nullptr);
   }
   if (needs_sampling_location || needs_weights) {
     dispatch_types(features, weights, [&](auto* t, auto* w) {

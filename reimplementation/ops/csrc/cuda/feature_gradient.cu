@@ -29,7 +29,7 @@
 
 #include "../common/corners.cuh"
 #include "../common/launch.cuh"
-#include "sort.cuh"
+#include "order.cuh"
 
 namespace reimplementation::cuda {
 namespace {
@@ -38,12 +38,12 @@ constexpr int THREADS = 128;      // of the kernels that prepare
 constexpr int TILE_WIDTH = 4;     // in pixels
 constexpr int TILE_HEIGHT = 4;
 constexpr int PIXELS = TILE_WIDTH * TILE_HEIGHT;
-constexpr int PLACE_BITS = 4;     // that number them
 constexpr int ELSEWHERE = PIXELS;  // the row of sums for pixels that belong to other tiles, or to none
 constexpr int IN_FLIGHT = 4;      // rows of the output's gradient under way together
-constexpr int CROWDED = 256;      // samples from which several warps share a tile
-constexpr int VERY_CROWDED = 8 * CROWDED;
+constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
+constexpr int MOST_CROWDED = 256;  // the same, if there is enough
 constexpr int MOST_WARPS = 8;     // that share one
+constexpr unsigned MOST_SETTLED = 1u << 19;  // samples: below, they are faster counted than sorted, wherever they fall
 constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -135,12 +135,12 @@ struct Part {
   Divisor slices;                 // what a team holds of the channels is a slice
   bool unit_square, add;          // add to the gradient that an earlier part wrote
 
-  int num_levels, place_bits;     // cams * levels; bits of a key that say where in its tile a sample is anchored
-  uint32_t nowhere;               // the key of samples that count for nothing, above all others: all bits set
+  int num_levels;                 // cams * levels
   Span* spans;                    // of the levels
   Plan* plan;
-  uint32_t *keys, *sorted;        // of the samples in order, and their numbers
-  int2* ranges;                   // first and end in that order, by image, tile and class
+  uint32_t* places;               // by key: how many samples, then how many before; the last is of all keys
+  uint32_t* sorted;               // the samples that count, in the order of their keys
+  unsigned crowded_from;          // samples from which several warps share a tile
   Tile *light, *crowded;          // lists of tiles; very crowded ones fill theirs from the front, others from the end
   unsigned most_tiles, most_crowded;  // room in these lists
 
@@ -204,38 +204,23 @@ struct Footprint {
   }
 };
 
-// Which neighbours a sample's footprint may reach, by its anchor: none, the one to the right, all three, the one below.
-enum Class { WITHIN, LAST_COLUMN, CORNER, LAST_ROW, CLASSES };
-
-__device__ __forceinline__ Class class_of(int x, int y) {
-  const int reaches = (x == TILE_WIDTH - 1) | (y == TILE_HEIGHT - 1) << 1;
-  return static_cast<Class>(reaches ^ reaches >> 1);
-}
-
-// The number of an anchor in its tile: classes one after the other, in each row by row.
-constexpr int FIRST_OF_LAST_COLUMN = (TILE_WIDTH - 1) * (TILE_HEIGHT - 1);
-constexpr int CORNER_PLACE = FIRST_OF_LAST_COLUMN + TILE_HEIGHT - 1;
+// The numbers of anchors in a tile: those whose footprints stay within, row by row; the last column, whose footprints reach
+// the neighbour to the right; the corner, which reaches all three; the last row, which reaches the one below.
+constexpr int LAST_COLUMN = (TILE_WIDTH - 1) * (TILE_HEIGHT - 1);
+constexpr int CORNER = LAST_COLUMN + TILE_HEIGHT - 1;
 
 __device__ __forceinline__ int place_in_tile(int x, int y) {
-  switch (class_of(x, y)) {
-    case WITHIN:
-      return y * (TILE_WIDTH - 1) + x;
-    case LAST_COLUMN:
-      return FIRST_OF_LAST_COLUMN + y;
-    case CORNER:
-      return CORNER_PLACE;
-    default:
-      return CORNER_PLACE + 1 + x;
+  if (x < TILE_WIDTH - 1) {
+    return y < TILE_HEIGHT - 1 ? y * (TILE_WIDTH - 1) + x : CORNER + 1 + x;
   }
+  return LAST_COLUMN + y;
 }
 
-__device__ __forceinline__ Class class_of_place(int place) {
-  return place < FIRST_OF_LAST_COLUMN ? WITHIN : place < CORNER_PLACE ? LAST_COLUMN : place == CORNER_PLACE ? CORNER : LAST_ROW;
-}
-
+// The first of an image's tile's keys. Where levels overlap there may be more tiles than keys; then tiles share theirs.
 template <typename T, typename W>
 __device__ __forceinline__ uint32_t first_key(const Part<T, W>& part, int image, unsigned tile) {
-  return (image * part.plan->tiles + tile) << part.place_bits;
+  const unsigned number = image * part.plan->tiles + tile;
+  return (number < part.most_tiles ? number : number % part.most_tiles) * PIXELS;
 }
 
 // One warp lists the levels and their tiles.
@@ -299,48 +284,58 @@ __global__ void list_levels(const Part<T, W> part, LevelTable levels) {
   }
 }
 
-// Step 1; and all ranges become empty.
+// Step 1: the key of every sample, and how many samples have it. `keys` and, one after the other as they come, `ranks` among
+// the samples of the same key.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) find_keys(const Part<T, W> part, uint32_t* keys, uint32_t* values) {
+__global__ void __launch_bounds__(THREADS) find_keys(const Part<T, W> part, uint32_t* keys, uint32_t* ranks) {
   const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
-  for (unsigned i = sample; i < part.most_tiles * CLASSES; i += gridDim.x * THREADS) {
-    part.ranges[i] = {0, 0};
-  }
   if (sample >= part.samples) {
     return;
   }
   const Place place(part, sample);
   const Span span = part.spans[place.cam * part.levels.divisor + place.level];
   const Footprint<compute_t<T>> footprint(part, place, span);
-  uint32_t key = part.nowhere;
+  uint32_t key = part.most_tiles * PIXELS;  // of samples that count for nothing
   if (footprint.counts) {
     const int x = footprint.x.index[0], y = footprint.y.index[0];
     const unsigned tile = span.first_tile + y / TILE_HEIGHT * span.tiles_across() + x / TILE_WIDTH;
-    const int in_tile = part.place_bits == PLACE_BITS ? place_in_tile(x % TILE_WIDTH, y % TILE_HEIGHT)
-                                                      : class_of(x % TILE_WIDTH, y % TILE_HEIGHT);
-    key = (first_key(part, place.image, tile) | in_tile) & part.nowhere;
+    key = first_key(part, place.image, tile) + place_in_tile(x % TILE_WIDTH, y % TILE_HEIGHT);
+    ranks[sample] = atomicAdd(&part.places[key], 1);
   }
   keys[sample] = key;
-  values[sample] = sample;
 }
 
-// Step 2.
+// Puts the samples in the order of their keys; those with the same key in the order in which they were counted.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) mark_ranges(const Part<T, W> part) {
-  const unsigned i = blockIdx.x * THREADS + threadIdx.x;
-  if (i >= part.samples || part.keys[i] == part.nowhere || part.plan->overlap) {
+__global__ void __launch_bounds__(THREADS) order_samples(
+    const Part<T, W> part, const uint32_t* keys, const uint32_t* ranks) {
+  const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
+  if (sample < part.samples && keys[sample] < part.most_tiles * PIXELS) {
+    part.sorted[part.places[keys[sample]] + ranks[sample]] = sample;
+  }
+}
+
+// Puts those with the same key in the order of their numbers: each counts the smaller ones.
+template <typename T, typename W>
+__global__ void __launch_bounds__(THREADS) settle_samples(
+    const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered) {
+  const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
+  if (sample >= part.samples || keys[sample] >= part.most_tiles * PIXELS) {
     return;
   }
-  auto range_of = [&](uint32_t key) {
-    const int place = key & ((1u << part.place_bits) - 1);
-    return (key >> part.place_bits) * CLASSES + (part.place_bits == PLACE_BITS ? class_of_place(place) : place);
-  };
-  const unsigned range = range_of(part.keys[i]);
-  if (i == 0 || range_of(part.keys[i - 1]) != range) {
-    part.ranges[range].x = i;
+  const unsigned begin = part.places[keys[sample]], end = part.places[keys[sample] + 1];
+  unsigned before = 0;
+#pragma unroll 4
+  for (unsigned i = begin; i < end; ++i) {
+    before += ordered[i] < sample;
   }
-  if (i + 1 == part.samples || part.keys[i + 1] == part.nowhere || range_of(part.keys[i + 1]) != range) {
-    part.ranges[range].y = i + 1;
+  part.sorted[begin + before] = sample;
+}
+
+__global__ void __launch_bounds__(THREADS) number_samples(unsigned samples, uint32_t* numbers) {
+  const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
+  if (sample < samples) {
+    numbers[sample] = sample;
   }
 }
 
@@ -348,14 +343,6 @@ __global__ void __launch_bounds__(THREADS) mark_ranges(const Part<T, W> part) {
 template <typename T, typename W>
 __device__ void sum_overlapping(const Part<T, W>& part) {
   using C = compute_t<T>;
-  auto first_at_least = [&](uint64_t key) {
-    unsigned low = 0, high = part.samples;
-    while (low < high) {
-      const unsigned middle = low + (high - low) / 2;
-      (part.keys[middle] < key ? low : high) = part.keys[middle] < key ? middle + 1 : middle;
-    }
-    return low;
-  };
   const int slices = (part.channels + WARP - 1) / WARP;
   const uint64_t units = static_cast<uint64_t>(part.images) * part.rows * slices;
   const int lane = threadIdx.x % WARP;
@@ -382,12 +369,11 @@ __device__ void sum_overlapping(const Part<T, W>& part) {
           continue;
         }
         const unsigned tile = span.first_tile + (y / TILE_HEIGHT - up) * span.tiles_across() + x / TILE_WIDTH - left;
-        const uint64_t key = first_key(part, image, tile) & part.nowhere;
-        const unsigned end = first_at_least(key + (uint64_t{1} << part.place_bits));
-        for (unsigned j = first_at_least(key); j < end; ++j) {
+        const uint32_t key = first_key(part, image, tile);
+        for (unsigned j = part.places[key]; j < part.places[key + PIXELS]; ++j) {
           const Place place(part, part.sorted[j]);
           const Footprint<C> footprint(part, place, span);
-          // Keys of overlapping levels may coincide.
+          // Tiles of overlapping levels may share their keys.
           if (place.image != image || !footprint.counts ||
               !part.spans[place.cam * part.levels.divisor + place.level].same_pixels(span)) {
             continue;
@@ -463,27 +449,22 @@ __global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Pa
   const unsigned row = in_level / across;
   tile.x = static_cast<int>(in_level - row * across) * TILE_WIDTH;
   tile.y = static_cast<int>(row) * TILE_HEIGHT;
-  const int2* ranges = part.ranges + static_cast<int64_t>(number) * CLASSES;
+  const uint32_t* places = part.places + static_cast<int64_t>(number) * PIXELS;
+  const uint32_t *left = places - PIXELS, *above = places - static_cast<int64_t>(across) * PIXELS;
   int samples = 0;
-  auto add = [&](int& end, int& shift, const int2* tile_ranges, int first, int last, bool exists) {
-    int from = INT_MAX, to = 0;
-    for (int c = first; exists && c <= last; ++c) {
-      const int2 range = tile_ranges[c];
-      from = range.y > range.x ? min(from, range.x) : from;
-      to = max(to, range.y);
-    }
-    shift = from - samples;
-    samples += max(to - from, 0);
+  auto add = [&](int& end, int& shift, bool exists, const uint32_t* from, const uint32_t* to) {
+    const int first = exists ? *from : 0;
+    shift = first - samples;
+    samples += exists ? *to - first : 0;
     end = samples;
   };
-  const bool left = tile.x > 0, above = tile.y > 0;
-  add(tile.end.x, tile.shift.x, ranges, WITHIN, LAST_ROW, true);
-  add(tile.end.y, tile.shift.y, ranges - CLASSES, LAST_COLUMN, CORNER, left);
-  add(tile.end.z, tile.shift.z, ranges - static_cast<int64_t>(across) * CLASSES, CORNER, LAST_ROW, above);
-  add(tile.end.w, tile.shift.w, ranges - static_cast<int64_t>(across + 1) * CLASSES, CORNER, CORNER, left && above);
-  if (samples < CROWDED) {
+  add(tile.end.x, tile.shift.x, true, places, places + PIXELS);
+  add(tile.end.y, tile.shift.y, tile.x > 0, left + LAST_COLUMN, left + CORNER + 1);
+  add(tile.end.z, tile.shift.z, tile.y > 0, above + CORNER, above + PIXELS);
+  add(tile.end.w, tile.shift.w, tile.x > 0 && tile.y > 0, above - PIXELS + CORNER, above - PIXELS + CORNER + 1);
+  if (samples < part.crowded_from) {
     part.light[atomicAdd(&plan.light, 1)] = tile;
-  } else if (samples < VERY_CROWDED) {
+  } else if (samples < part.crowded_from * MOST_WARPS) {
     part.crowded[part.most_crowded - 1 - atomicAdd(&plan.crowded, 1)] = tile;
   } else {
     part.crowded[atomicAdd(&plan.very_crowded, 1)] = tile;
@@ -524,10 +505,13 @@ __device__ __forceinline__ void add_samples(
   const W* const weights = part.weights + part.image_offset(tile.image, part.weight_strides) +
       part.group_offset(channel);
 
-  // A lane's next sample: `begin` loads what `finish` needs later. Where a team has no more, it reads its last one again.
+  // A lane's next sample: `begin` loads what `finish` needs later. Where a team has no more, it reads its last one again,
+  // and where it has none, that of number 0.
   C location_x, location_y;
   W weight;
-  auto sample_at = [&](int step) { return part.sorted[tile.at(max(min(first + step + in_team, end - 1), 0))]; };
+  auto sample_at = [&](int step) {
+    return end > 0 ? part.sorted[tile.at(min(first + step + in_team, end - 1))] : 0;
+  };
   auto begin = [&](int buffer, unsigned sample) {
     const Place place(part, sample);
     const C* location = locations + place.offset(part.location_steps);
@@ -652,48 +636,52 @@ __device__ __forceinline__ void add_samples(
   put_down();
 }
 
-// Step 3. A block, one warp or several, takes units, a tile and a slice of the channels each, as it gets to them.
+// Step 3. A block takes units as it gets to them: of crowded tiles one, which its teams share, of others one a team; and a
+// slice of the channels.
 template <typename T, typename W, int VEC, bool ONE_GROUP>
 __global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
-    sum_tiles(const __grid_constant__ Part<T, W> part) {
+    sum_tiles(const __grid_constant__ Part<T, W> part, bool crowded) {
   using C = compute_t<T>;
   extern __shared__ __align__(32) char memory[];
   auto* const sums = reinterpret_cast<Sums<C, VEC, ONE_GROUP>*>(memory);
   __shared__ unsigned taken;
   Plan& plan = *part.plan;
-  const int warps = blockDim.x / WARP;
-  const bool crowded = warps > 1;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int lanes = 1 << part.log2_lanes, in_team = lane & (lanes - 1);
-  const int team = threadIdx.x >> part.log2_lanes, teams = blockDim.x >> part.log2_lanes;
+  const int in_team = lane & ((1 << part.log2_lanes) - 1);
+  const int block_team = threadIdx.x >> part.log2_lanes, block_teams = blockDim.x >> part.log2_lanes;
+  // Of a tile, and how many tiles the block works on.
+  const int team = crowded ? block_team : 0, teams = crowded ? block_teams : 1, at_once = crowded ? 1 : block_teams;
   const unsigned tiles = plan.overlap ? 0 : crowded ? plan.very_crowded + plan.crowded : plan.light;
-  const unsigned units = tiles * part.slices.divisor;
+  const unsigned units = (tiles + at_once - 1) / at_once * part.slices.divisor;
   for (unsigned unit = blockIdx.x; unit < units;) {
     unsigned next = 0;
     if (threadIdx.x == 0) {
       next = gridDim.x + atomicAdd(crowded ? &plan.next_crowded : &plan.next_light, 1);
     }
-    unsigned entry = unit;
-    const int slice = part.slices.split(entry);
+    unsigned first_entry = unit;
+    const int slice = part.slices.split(first_entry);
     const int channel = ((slice << part.log2_lanes) + in_team) * VEC;
-    const bool live = channel < part.channels;
+    const unsigned entry = min(first_entry * at_once + (crowded ? 0 : block_team), tiles - 1);
+    const bool exists = crowded || first_entry * at_once + block_team < tiles;
     const Tile tile = crowded
         ? part.crowded[entry < plan.very_crowded ? entry : part.most_crowded - 1 - (entry - plan.very_crowded)]
         : part.light[entry];
     const int samples = tile.samples();
-    if (samples > 0) {
-#pragma unroll 8
+    const int share = crowded ? (samples + teams - 1) / teams : samples;
+    int most = share;  // of the warp's teams
+    for (int step = WARP / 2; !crowded && step > 0; step /= 2) {
+      most = max(most, __shfl_xor_sync(ALL_LANES, most, step));
+    }
+    if (most > 0) {
+#pragma unroll
       for (int pixel = 0; pixel < PIXELS; ++pixel) {
         sums[warp].pixels[pixel][lane] = {};
       }
-      const int share = (samples + teams - 1) / teams;
-      const int first = share * team;
-      if (share * (team & -(WARP >> part.log2_lanes)) < samples) {  // the warp's first team has some
-        add_samples(part, tile, first, min(first + share, samples), share, min(channel, part.channels - VEC), sums[warp]);
-      }
+      add_samples(
+          part, tile, share * team, min(share * (team + 1), samples), most, min(channel, part.channels - VEC), sums[warp]);
     }
     __syncthreads();
-    if (live && (samples > 0 || !part.add)) {
+    if (exists && channel < part.channels && (samples > 0 || !part.add)) {
       const Span span = part.spans[tile.level];
       T* const gradients = part.grad_features + part.image_offset(tile.image, part.feature_strides) + channel;
 #pragma unroll 2
@@ -705,8 +693,8 @@ __global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
         T* gradient = gradients + static_cast<int64_t>(span.start + y * span.width + x) * part.feature_row;
         Vector<C, VEC> total = {};
         for (int t = 0; t < teams && samples > 0; ++t) {
-          const int source = (t << part.log2_lanes) + in_team;
-          const Vector<C, VEC> term = sums[source / WARP].pixels[pixel][source % WARP];
+          const int thread = crowded ? (t << part.log2_lanes) + in_team : threadIdx.x;
+          const Vector<C, VEC> term = sums[thread / WARP].pixels[pixel][thread % WARP];
 #pragma unroll
           for (int v = 0; v < VEC; ++v) {
             total.values[v] += term[v];
@@ -745,70 +733,64 @@ void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
   cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int warps = std::clamp((most_bytes - 1024) / warp_bytes, 2, MOST_WARPS);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
-  kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, stream>>>(part);
+  kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, stream>>>(part, true);
   check_launch("sum_tiles of the crowded");
-  kernel<<<multiprocessors * WARPS_AT_ONCE, WARP, warp_bytes, stream>>>(part);
+  kernel<<<multiprocessors * WARPS_AT_ONCE, WARP, warp_bytes, stream>>>(part, false);
   check_launch("sum_tiles");
 }
 
+// Launches all steps for one part of the batch. `samples` has room for four words a sample, three if not deterministic.
 template <typename T, typename W>
-void run_part(const SampledOp& op, Part<T, W> part, int64_t image_tiles, bool vectors, cudaStream_t stream) {
-  // One piece of memory for everything in between.
-  int64_t bytes = 0;
-  auto reserve = [&](int64_t count, int64_t size) {
-    const int64_t at = bytes;
-    bytes += (count * size + 255) / 256 * 256;
-    return at;
-  };
-  const int64_t tiles = part.images * image_tiles;
-  const int64_t pairs_at = reserve(part.samples, 4 * sizeof(uint32_t));
-  const int64_t ranges_at = reserve(tiles * CLASSES, sizeof(int2));
-  const int64_t most_crowded = std::min(tiles, 4 * static_cast<int64_t>(part.samples) / CROWDED);
-  const int64_t light_at = reserve(tiles, sizeof(Tile));
-  const int64_t crowded_at = reserve(most_crowded, sizeof(Tile));
-  const int64_t spans_at = reserve(part.num_levels, sizeof(Span));
-  const int64_t plan_at = reserve(1, sizeof(Plan));
-  const Tensor memory = torch::stable::new_empty(op.locations, {bytes}, ScalarType::Byte);
-  char* const first = static_cast<char*>(memory.mutable_data_ptr());
-  part.ranges = reinterpret_cast<int2*>(first + ranges_at);
-  part.light = reinterpret_cast<Tile*>(first + light_at);
-  part.crowded = reinterpret_cast<Tile*>(first + crowded_at);
-  part.spans = reinterpret_cast<Span*>(first + spans_at);
-  part.plan = reinterpret_cast<Plan*>(first + plan_at);
-  part.most_tiles = static_cast<unsigned>(tiles);
-  part.most_crowded = static_cast<unsigned>(most_crowded);
-  uint32_t* words = reinterpret_cast<uint32_t*>(first + pairs_at);
-  const Pairs found = {words, words + part.samples}, spare = {words + 2 * part.samples, words + 3 * part.samples};
-  const int bits = ceil_log2((tiles << part.place_bits) + 1);
-  part.nowhere = static_cast<uint32_t>((uint64_t{1} << bits) - 1);
+void run_part(
+    const SampledOp& op, const Part<T, W>& part, bool vectors, bool deterministic, uint32_t* samples, Scratch scratch,
+    int device, cudaStream_t stream) {
+  const int64_t keys = static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
+  const Pairs found = {samples, samples + part.samples};
+  const Pairs spare = {samples + 2 * int64_t{part.samples}, samples + 3 * int64_t{part.samples}};
+  Part<T, W> ordered = part;
 
+  cudaMemsetAsync(part.places, 0, keys * sizeof(uint32_t), stream);
   list_levels<<<1, WARP, 0, stream>>>(part, op.level_table);
   check_launch("list_levels");
   find_keys<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, found.values);
   check_launch("find_keys");
-  const Pairs sorted = sort_pairs(found, spare, part.samples, bits, op.locations, stream);
-  part.keys = sorted.keys;
-  part.sorted = sorted.values;
-  mark_ranges<<<blocks_for(part.samples), THREADS, 0, stream>>>(part);
-  check_launch("mark_ranges");
-  list_tiles<<<blocks_for(tiles), THREADS, 0, stream>>>(part);
-  check_launch("list_tiles");
-
-  const int device = op.locations.get_device_index();
-  if (vectors && op.groups == 1) {
-    launch_sums<VECTOR<T>, true>(part, device, stream);
-  } else if (vectors) {
-    launch_sums<VECTOR<T>, false>(part, device, stream);
+  sum_before(part.places, keys, scratch, stream);
+  if (deterministic && part.samples > MOST_SETTLED) {
+    number_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part.samples, found.values);
+    check_launch("number_samples");
+    ordered.sorted = sort_pairs(found, spare, part.samples, ceil_log2(keys), scratch, stream).values;
   } else {
-    launch_sums<1, false>(part, device, stream);
+    ordered.sorted = spare.keys;
+    order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, found.values);
+    check_launch("order_samples");
+  }
+  if (deterministic && part.samples <= MOST_SETTLED) {
+    ordered.sorted = spare.values;
+    settle_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, spare.keys);
+    check_launch("settle_samples");
+  }
+  list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, stream>>>(ordered);
+  check_launch("list_tiles");
+  if (vectors && op.groups == 1) {
+    launch_sums<VECTOR<T>, true>(ordered, device, stream);
+  } else if (vectors) {
+    launch_sums<VECTOR<T>, false>(ordered, device, stream);
+  } else {
+    launch_sums<1, false>(ordered, device, stream);
   }
 }
 
 template <typename T, typename W>
-void run(const SampledOp& op, const Tensor& grad_output, const Tensor& grad_features, cudaStream_t stream) {
+void run(
+    const SampledOp& op,
+    const Tensor& grad_output,
+    const Tensor& grad_features,
+    bool deterministic,
+    cudaStream_t main,
+    const SideStream* side) {
   const int64_t row = op.heads * op.channels;
   const int64_t query_samples = op.heads * op.points * op.cams * op.levels;
-  const int64_t image_tiles = op.rows / TILE_HEIGHT + op.cams * op.levels;  // at most: a level of h x w has h * w / 4 + 1 or fewer
+  const int64_t image_tiles = op.rows / TILE_HEIGHT + op.cams * op.levels;  // at most: a level has pixels / 4 + 1, or fewer
   Part<T, W> part = {};
   for (int i = 0; i < 2; ++i) {
     part.location_strides[i] = op.location_strides[i];
@@ -826,35 +808,72 @@ void run(const SampledOp& op, const Tensor& grad_output, const Tensor& grad_feat
   part.cams = Divisor(op.cams);
   part.points = Divisor(op.points);
   part.heads = Divisor(op.heads);
+  part.group_channels = Divisor(op.channels / op.groups);
   part.rows = static_cast<int>(op.rows);
   part.num_levels = static_cast<int>(op.cams * op.levels);
   part.channels = static_cast<int>(op.channels);
-  part.group_channels = Divisor(op.channels / op.groups);
   part.unit_square = op.unit_square;
-
   auto on_boundary = [](const Tensor& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (VECTOR<T> * sizeof(T)) == 0;
   };
-  const bool vectors = part.group_channels.divisor % VECTOR<T> == 0 && on_boundary(grad_output) &&
-      on_boundary(grad_features);
+  const bool vectors =
+      op.channels / op.groups % VECTOR<T> == 0 && on_boundary(grad_output) && on_boundary(grad_features);
 
   // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
-  constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t));
-  const int64_t slices = (op.channels + WARP - 1) / WARP;  // at most
-  auto places = [&](int64_t bits) { return op.heads * image_tiles << bits; };
-  part.place_bits = places(PLACE_BITS) < UINT_MAX ? PLACE_BITS : 2;
+  constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
+  const int64_t batch_keys = op.heads * image_tiles * PIXELS;
+  const int64_t batch_units = op.heads * image_tiles * ((op.channels + WARP - 1) / WARP);
   STD_TORCH_CHECK(
-      query_samples <= most_samples && places(part.place_bits) < UINT_MAX && row <= UINT_MAX &&
-          op.heads * image_tiles * slices < UINT_MAX / 2,
-      "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^31");
+      query_samples <= most_samples && batch_keys < most_keys && row <= UINT_MAX && batch_units < INT_MAX,
+      "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^30");
   const int64_t queries_at_once = std::clamp<int64_t>(most_samples / query_samples, 1, op.queries);
   const int64_t batches_at_once = std::clamp<int64_t>(
-      std::min<int64_t>(
-          {most_samples / (query_samples * op.queries), (UINT_MAX - 1) / places(part.place_bits),
-           UINT_MAX / 2 / (op.heads * image_tiles * slices)}),
+      std::min(
+          {most_samples / (query_samples * op.queries), WORKSPACE / (batch_keys * int64_t{sizeof(uint32_t)}),
+           INT_MAX / batch_units}),
       1, op.batch);
+  const int64_t samples_at_once = batches_at_once * queries_at_once * query_samples;
+  const int64_t tiles_at_once = batches_at_once * op.heads * image_tiles;
+  const int64_t keys_at_once = tiles_at_once * PIXELS + 1;
+
+  const int device = op.locations.get_device_index();
+  int multiprocessors = 0;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  part.crowded_from = static_cast<unsigned>(std::clamp<int64_t>(
+      samples_at_once / (multiprocessors * WARPS_AT_ONCE * 2), LEAST_CROWDED, MOST_CROWDED));
+  // A tile may have each of its samples to itself, and those of three neighbours.
+  part.most_crowded = static_cast<unsigned>(std::min(tiles_at_once, 4 * samples_at_once / part.crowded_from));
+
+  // One piece of memory for everything in between, all parts after each other; what fills it, as PyTorch does on request,
+  // comes before the side stream begins.
+  int64_t bytes = 0;
+  auto reserve = [&](int64_t size) {
+    const int64_t at = bytes;
+    bytes += (size + 255) / 256 * 256;
+    return at;
+  };
+  const int64_t scratch_bytes = std::max(
+      sum_before_bytes(keys_at_once), deterministic ? sort_pairs_bytes(samples_at_once, ceil_log2(keys_at_once)) : 0);
+  const int64_t samples_at = reserve(samples_at_once * (deterministic ? 4 : 3) * sizeof(uint32_t));
+  const int64_t places_at = reserve(keys_at_once * sizeof(uint32_t));
+  const int64_t light_at = reserve(tiles_at_once * sizeof(Tile));
+  const int64_t crowded_at = reserve(part.most_crowded * sizeof(Tile));
+  const int64_t spans_at = reserve(part.num_levels * sizeof(Span));
+  const int64_t plan_at = reserve(sizeof(Plan));
+  const int64_t scratch_at = reserve(scratch_bytes);
+  const Tensor memory = torch::stable::new_empty(op.locations, {bytes}, ScalarType::Byte);
+  char* const first = static_cast<char*>(memory.mutable_data_ptr());
+  part.places = reinterpret_cast<uint32_t*>(first + places_at);
+  part.light = reinterpret_cast<Tile*>(first + light_at);
+  part.crowded = reinterpret_cast<Tile*>(first + crowded_at);
+  part.spans = reinterpret_cast<Span*>(first + spans_at);
+  part.plan = reinterpret_cast<Plan*>(first + plan_at);
+  const Scratch scratch = {first + scratch_at, static_cast<size_t>(scratch_bytes)};
+  const cudaStream_t stream = side == nullptr ? main : side->follow();
+
   for (int64_t batch = 0; batch < op.batch; batch += batches_at_once) {
     part.images = static_cast<int>(std::min(batches_at_once, op.batch - batch) * op.heads);
+    part.most_tiles = static_cast<unsigned>(part.images * image_tiles);
     part.grad_features = static_cast<T*>(grad_features.mutable_data_ptr()) + batch * part.feature_strides[0];
     for (int64_t query = 0; query < op.queries; query += queries_at_once) {
       const int64_t queries = std::min(queries_at_once, op.queries - query);
@@ -864,10 +883,11 @@ void run(const SampledOp& op, const Tensor& grad_output, const Tensor& grad_feat
       part.grad_output = static_cast<const T*>(grad_output.const_data_ptr()) + batch * part.output_strides[0] +
           query * row;
       part.locations = static_cast<const compute_t<T>*>(op.locations.const_data_ptr()) +
-          batch * part.location_strides[0] + query * part.location_strides[2];
-      part.weights = static_cast<const W*>(op.weights.const_data_ptr()) + batch * part.weight_strides[0] +
-          query * part.weight_strides[2];
-      run_part(op, part, image_tiles, vectors, stream);
+          batch * op.location_strides[0] + query * op.location_strides[2];
+      part.weights = static_cast<const W*>(op.weights.const_data_ptr()) + batch * op.weight_strides[0] +
+          query * op.weight_strides[2];
+      run_part(
+          op, part, vectors, deterministic, reinterpret_cast<uint32_t*>(first + samples_at), scratch, device, stream);
     }
   }
 }
@@ -875,10 +895,15 @@ void run(const SampledOp& op, const Tensor& grad_output, const Tensor& grad_feat
 }  // namespace
 
 void feature_gradient(
-    const SampledOp& op, const Tensor& grad_output, const Tensor& grad_features, cudaStream_t stream) {
+    const SampledOp& op,
+    const Tensor& grad_output,
+    const Tensor& grad_features,
+    bool deterministic,
+    cudaStream_t main,
+    const SideStream* side) {
   dispatch_types(grad_features, op.weights, [&](auto* t, auto* w) {
     run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
-        op, grad_output, grad_features, stream);
+        op, grad_output, grad_features, deterministic, main, side);
   });
 }
 

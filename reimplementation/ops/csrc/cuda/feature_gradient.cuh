@@ -5,13 +5,13 @@
 // and a stride of 0 says that an operand does not change along a dimension.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <climits>
 
 #include "../common/levels.h"
+#include "../common/side_stream.cuh"
 
 namespace reimplementation::cuda {
 
@@ -30,12 +30,15 @@ struct SampledOp {
 };
 
 // Writes all of `grad_features` (batch, rows, heads, channels) from `grad_output` (batch, queries, heads, channels), both
-// contiguous and of the features' dtype. The same bits every time.
+// contiguous and of the features' dtype. The same bits every time, if deterministic; else faster.
+// Works on the side stream, if there is one, and on the main one, PyTorch's current stream, if not.
 void feature_gradient(
     const SampledOp& op,
     const torch::stable::Tensor& grad_output,
     const torch::stable::Tensor& grad_features,
-    cudaStream_t stream);
+    bool deterministic,
+    cudaStream_t main,
+    const SideStream* side);
 
 // The tensor itself, or a copy of it where the strides of some inner dimension are too long for SampledOp.
 inline torch::stable::Tensor with_short_strides(const torch::stable::Tensor& tensor) {

@@ -24,8 +24,8 @@ using namespace msda;
 
 constexpr int STAGED_SAMPLES = 288;  // footprints in shared memory at a time: 16 samples of D = 32 channels' units
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int MIN_BLOCKS = 6;        // a multiprocessor's
-constexpr int64_t ATOMICS_BELOW = 2;  // samples a pixel
+constexpr int MIN_BLOCKS = 6;        // a multiprocessor's, with atomics
+constexpr int MIN_LIGHT_BLOCKS = 10; // and without
 
 template <typename T, typename W>
 struct Gradients {
@@ -62,14 +62,13 @@ __device__ __forceinline__ T sum_one_of_four(int lanes, int lane, const T (&valu
 }
 
 // Step 2 for one vector of channels a lane.
-template <typename T, typename W, int VEC>
+template <bool ATOMICS, typename T, typename W, int VEC>
 __device__ __forceinline__ void walk_samples(
     const Operands<T, W>& op,
     const Tile<T, W>& tile,
     const T* value,
     compute_t<T>* grad_value,
     const Vector<T, VEC>& grad_output,
-    bool needs_value,
     bool needs_dots,
     bool live,
     bool first_channels,
@@ -121,7 +120,7 @@ __device__ __forceinline__ void walk_samples(
         }
       }
     }
-    if (needs_value) {
+    if (ATOMICS) {
       const Four<C> weights = shared.staged.weights[slot];
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
@@ -185,8 +184,8 @@ __device__ void finish_samples(
   });
 }
 
-template <typename T, typename W, int VEC>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_kernel(
+template <bool ATOMICS, typename T, typename W, int VEC>
+__global__ void __launch_bounds__(THREADS, ATOMICS ? MIN_BLOCKS : MIN_LIGHT_BLOCKS) ms_deform_attn_backward_kernel(
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
   const T* grad_output =
       grad.output + ((tile.batch * op.num_queries + tile.first_query) * op.num_heads + tile.head) * op.channels;
   const int64_t row = min(static_cast<int64_t>(unit), op.num_queries - 1 - tile.first_query) * row_stride;
-  const bool needs_dots = grad.locations != nullptr || grad.weights != nullptr;
+  const bool needs_dots = !ATOMICS || grad.locations != nullptr || grad.weights != nullptr;
 
   for (int first = 0; first < samples; first += samples_at_once) {
     const int count = min(samples_at_once, samples - first);
@@ -208,10 +207,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
     for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes * VEC) {
       const bool live = first_channel + lane * VEC < op.channels;
       const int channel = live ? first_channel + lane * VEC : op.channels - VEC;
-      walk_samples(
+      walk_samples<ATOMICS>(
           op, tile, op.value + head + channel, grad.value + head + channel,
-          load_vector<VEC>(grad_output + row + channel), grad.value != nullptr, needs_dots, live, first_channel == 0,
-          count, shared);
+          load_vector<VEC>(grad_output + row + channel), needs_dots, live, first_channel == 0, count, shared);
     }
     if (needs_dots) {
       __syncthreads();
@@ -221,7 +219,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
   }
 }
 
-template <typename T, typename W, int VEC>
+template <bool ATOMICS, int VEC, typename T, typename W>
 void launch(
     const MSDeformAttnSizes& sizes,
     const Tensor& value,
@@ -231,7 +229,7 @@ void launch(
     const Gradients<T, W>& gradients,
     cudaStream_t stream) {
   const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
-  ms_deform_attn_backward_kernel<T, W, VEC><<<num_blocks(sizes, op), THREADS, 0, stream>>>(op, gradients);
+  ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<num_blocks(sizes, op), THREADS, 0, stream>>>(op, gradients);
   check_launch("ms_deform_attn_backward");
 }
 
@@ -256,22 +254,20 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 
   auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  // Where a pixel has few samples, atomics are faster than sorting.
-  const int64_t samples = sizes.num_queries * sizes.num_levels * sizes.num_points;
-  const bool atomics = !deterministic && samples < ATOMICS_BELOW * sizes.num_values;
-  const ScalarType sums = needs_value && atomics ? compute_type(value) : value.scalar_type();
+  const bool atomics = needs_value && !deterministic && !sizes.nothing_to_sample();
   const Tensor values = torch::stable::contiguous(value);
   const Tensor grad = torch::stable::contiguous(grad_output);
   Tensor grad_value = none(values);
   if (needs_value) {
     const std::initializer_list<int64_t> shape = {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels};
-    grad_value = atomics || sizes.nothing_to_sample() ? torch::stable::new_zeros(values, shape, sums)
-                                                      : torch::stable::new_empty(values, shape);
+    grad_value = atomics ? torch::stable::new_zeros(values, shape, compute_type(value))
+                         : torch::stable::new_empty(values, shape);
   }
   Tensor grad_locations =
       needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(sampling_locations);
   Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(attention_weights);
   if (sizes.nothing_to_sample()) {
+    torch::stable::zero_(grad_value);
     torch::stable::zero_(grad_locations);
     torch::stable::zero_(grad_weights);
     return {grad_value, grad_locations, grad_weights};
@@ -305,15 +301,15 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     if (needs_sampling_locations || needs_attention_weights) {
       side.emplace(stream, values.get_device_index());
     }
-    feature_gradient(op, grad, grad_value, side ? side->stream() : stream);
+    feature_gradient(op, grad, grad_value, deterministic, stream, side ? &*side : nullptr);
   }
-  if ((needs_value && atomics) || needs_sampling_locations || needs_attention_weights) {
+  if (atomics || needs_sampling_locations || needs_attention_weights) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
       Gradients<T, W> gradients = {};
       gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (needs_value && atomics) {
+      if (atomics) {
         gradients.value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
       }
       if (needs_sampling_locations) {
@@ -324,12 +320,20 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
         gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
         copy_strides(grad_weights, gradients.weight_strides);
       }
-      // Half values come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
-      constexpr int VEC = sizeof(T) == 8 ? 2 : 4;
-      if (can_vectorize<T>(sizes, values, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
-        launch<T, W, VEC>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+      auto launch_with = [&](auto with_atomics, auto vec) {
+        constexpr bool ATOMICS = decltype(with_atomics)::value;
+        constexpr int VEC = decltype(vec)::value;
+        if (can_vectorize<T>(sizes, values, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
+          launch<ATOMICS, VEC>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+        } else {
+          launch<ATOMICS, 1>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+        }
+      };
+      if (gradients.value != nullptr) {
+        // Half values come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
+        launch_with(std::true_type(), std::integral_constant<int, sizeof(T) == 8 ? 2 : 4>());
       } else {
-        launch<T, W, 1>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+        launch_with(std::false_type(), std::integral_constant<int, 16 / sizeof(T)>());
       }
     });
   }
