@@ -117,6 +117,36 @@ class TestBeyondInt:
     def where(self, request):
         return request.param
 
+    @pytest.mark.parametrize("deterministic", [False, True], ids=["any-order", "deterministic"])
+    def test_more_samples_than_are_put_in_order_at_once(self, deterministic):
+        """Two parts of one call's queries add to the features' gradient, one after the other."""
+        queries, points, channels = 70_000, 1000, 4
+        location = random(1, queries, points, 1, 2, dtype=torch.float32)
+        weights = random(1, queries, points, 1, 1, 1, dtype=torch.float32)
+        operands = [
+            random(1, 15, channels, dtype=torch.float32),
+            torch.tensor([[[3, 5]]]),
+            torch.tensor([[0]]),
+            location,
+            weights,
+        ]
+        grad_output = random(1, queries, channels, dtype=torch.float32)
+        half = queries // 2
+        parts = [
+            run_with(
+                ops.deformable_aggregation_function,
+                [*operands[:3], location[:, at], weights[:, at]],
+                grad_output[:, at],
+            )[1]
+            for at in (slice(0, half), slice(half, None))
+        ]
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            whole = run_with(ops.deformable_aggregation_function, operands, grad_output)[1]
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert relative_error(whole, parts[0].double() + parts[1].double()) <= TOLERANCE[torch.float32]
+
     def test_features_of_deformable_aggregation(self, where):
         rows, channels = 2**25 + 24, 64  # the last 24 rows are a level of 4 x 6
         features = random(1, rows, channels)

@@ -4,7 +4,8 @@
 #   tests/fuzz/sanitize_cuda.sh PYTHON [TOOL...]     tools: memcheck initcheck racecheck synccheck; default: all
 #
 # All kernels are watched, PyTorch's too: initcheck must see who writes what ours read. Its reports about theirs are not
-# counted. Without PyTorch's cache every tensor is an allocation of its own, whose bounds memcheck knows.
+# counted. Without PyTorch's cache every tensor is an allocation of its own, whose bounds memcheck knows. WORKERS=8, with
+# pytest-xdist, runs the tests in so many processes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -18,14 +19,14 @@ mkdir -p "$reports"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
 # The tests of the ops, less those that a sanitizer does not agree with: graphs, compilation, and large inputs.
-tests=(-m pytest -q -m "cuda and not huge" tests/ops -k "not compile and not graph and not workloads")
+tests=(-m pytest -q ${WORKERS:+-n "$WORKERS"} -m "cuda and not huge" tests/ops -k "not compile and not graph and not workloads")
 corpus=(-m tests.fuzz --device cuda --draws "${DRAWS:-200}" --seed "${SEED:-0}")
 
 failed=0
 run() {  # run NAME TOOL ARGUMENTS...
     local report=$reports/$2-$1.log
     local code=0
-    "$sanitizer" --tool "$2" --print-limit 1000 "$python" "${@:3}" >"$report" 2>&1 || code=$?
+    "$sanitizer" --tool "$2" --target-processes all --print-limit 1000 "$python" "${@:3}" >"$report" 2>&1 || code=$?
     local ours
     ours=$(grep -c "reimplementation::" "$report" || true)
     grep "ERROR SUMMARY\|RACECHECK SUMMARY\|passed\|mismatches" "$report" | tail -2 || true
