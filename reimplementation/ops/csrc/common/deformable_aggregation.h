@@ -74,8 +74,9 @@ inline DeformableAggregationSizes check_deformable_aggregation(
   return sizes;
 }
 
-// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. A gradient that is not needed comes back with no elements; the gradients of locations
-// and weights have their operand's strides where those are dense.
+// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. A gradient
+// that is not needed comes back with no elements; the gradients of locations and weights have their operand's
+// strides where those are dense.
 namespace cpu {
 Tensor deformable_aggregation(
     const Tensor& feature_maps,

@@ -72,9 +72,9 @@ inline MSDeformAttnSizes check_ms_deform_attn(
   return sizes;
 }
 
-// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes
-// back with no elements; the gradient of value is contiguous, those of locations and weights have their operand's
-// strides where those are dense.
+// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. The output is
+// (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes back with no elements; the gradient of
+// value is contiguous, those of locations and weights have their operand's strides where those are dense.
 namespace cpu {
 Tensor ms_deform_attn(
     const Tensor& value,

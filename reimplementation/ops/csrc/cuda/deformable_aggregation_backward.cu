@@ -34,7 +34,7 @@ namespace reimplementation::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int MIN_BLOCKS = 6;     // a multiprocessor's: many warps, each waiting for the gathers of one sample
+constexpr int MIN_BLOCKS = 7;     // a multiprocessor's: many warps, each waiting for the gathers of one sample
 constexpr int MAX_GROUPS = 8;     // groups in shared memory at a time: a *pass*
 constexpr int STAGED_LEVELS = 8;  // levels of a pair staged together
 constexpr int NOWHERE = -1;

@@ -1,24 +1,26 @@
-// The gradient of the features without atomics: every pixel's gradient has one owner, which adds its terms in a fixed order.
+// The gradient of the features without atomics: every pixel's gradient has one owner, which adds its terms.
 //
 // A sample touches four pixels; its *anchor* is the top left one of those inside the level. Levels are cut into *tiles* of
-// 4 x 4 pixels. A warp owns a tile and 32 channels, and sums in shared memory, one lane a channel:
+// 4 x 4 pixels. A *team* of lanes that spans the channels, or a slice of them, adds a tile's samples up in shared memory:
 //
-//          +---+---+---+      the tile's own samples (anchor in the tile), and those of its neighbours whose
-//          | d |  c |         footprint reaches over the border: anchors in the last column of the tile to the
-//          +---+----+-        left (b), in the last row of the one above (c), in the corner between (d)
-//          | b | tile
-//          +---+----+
+//          +---+------+      the tile's own samples (anchor in the tile), and those of its neighbours whose
+//          | d |  c   |      footprint reaches over the border: anchors in the last column of the tile to the
+//          +---+------+      left (b), in the last row of the one above (c), in the corner between (d)
+//          | b | tile |
+//          +---+------+
 //
 //   1. one thread per sample writes its key: the tile, and the anchor's place in the tile. Places are numbered such that
-//      b, c and d are ranges: within, last column, corner, last row. A stable sort by these keys follows;
-//   2. one thread per sorted sample marks where the four *classes* of places begin and end in each tile; one per tile
-//      lists the tile: *crowded* tiles go to a block of several warps, which share the samples out;
-//   3. the warps walk their tiles' samples, 32 at a time: each lane turns one location into corner weights and pixels of
-//      the tile, then all lanes read one sample's row of the output's gradient after the other. Samples with the same
-//      anchor come one after the other and add up in registers; a change of anchor takes four sums to shared memory.
+//      b, c and d are ranges: within, last column, corner, last row. Counting the samples of each key gives them
+//      ranks, and sums over the counts their order; where bits must repeat, samples of a key are ordered by number;
+//   2. one thread per tile lists it, with the four ranges. *Crowded* tiles go to a block of several warps, which share the
+//      samples out; of others each team takes one of its own;
+//   3. teams walk their samples, as many at a time as they have lanes: each lane turns one location into corner weights and
+//      pixels of the tile, then all lanes read one sample's row of the output's gradient after the other. Samples with
+//      the same anchor come one after the other, and add up in registers; another anchor has its four sums fetched from
+//      shared memory, after those of the last one went there.
 //
 // Traffic: for each sample one row of the output's gradient, mostly from L2, where atomics would move four; and the
-// features' gradient is written once, in its own dtype, zeros included. Shared memory takes what L2's atomics would have to.
+// features' gradient is written once, in its own dtype, zeros included. What is left to wait for is shared memory.
 
 #include "feature_gradient.cuh"
 
@@ -34,20 +36,17 @@
 namespace reimplementation::cuda {
 namespace {
 
-constexpr int THREADS = 128;      // of the kernels that prepare
-constexpr int TILE_WIDTH = 4;     // in pixels
-constexpr int TILE_HEIGHT = 4;
-constexpr int PIXELS = TILE_WIDTH * TILE_HEIGHT;
-constexpr int ELSEWHERE = PIXELS;  // the row of sums for pixels that belong to other tiles, or to none
-constexpr int IN_FLIGHT = 4;      // rows of the output's gradient under way together
+constexpr int THREADS = 128;  // of the kernels that prepare
+constexpr int TILE_WIDTH = 4, TILE_HEIGHT = 4, PIXELS = TILE_WIDTH * TILE_HEIGHT;
+constexpr int ELSEWHERE = PIXELS;  // where the sums for pixels of other tiles go, and for those outside the level
+constexpr int IN_FLIGHT = 4;       // rows of the output's gradient under way together
+constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has registers for so many
 constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
 constexpr int MOST_CROWDED = 256;  // the same, if there is enough
-constexpr int MOST_WARPS = 8;     // that share one
-constexpr unsigned MOST_SETTLED = 1u << 19;  // samples: below, they are faster counted than sorted, wherever they fall
+constexpr int MOST_WARPS = 8;      // that share one
+constexpr unsigned MOST_SETTLED = 1u << 19;  // samples: up to here counting the smaller ones ends soon, wherever they fall
 constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
 constexpr unsigned ALL_LANES = 0xffffffffu;
-
-constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has registers for so many
 
 // Channels that a lane takes where there are many.
 template <typename T>
@@ -110,12 +109,11 @@ struct alignas(16) Tile {
 
 // What the kernels find out on the way.
 struct Plan {
-  unsigned tiles;                    // of an image
-  bool overlap;                      // some levels share some of their pixels: tiles have no single owner
-  bool gaps;                         // some rows belong to no level
-  unsigned light;                    // tiles listed
-  unsigned crowded, very_crowded;    // likewise
-  unsigned next_light, next_crowded; // the next unit of work that nobody has taken
+  unsigned tiles;                           // of an image
+  bool overlap;                             // levels share some of their pixels, not all: these have no single owner
+  bool gaps;                                // some rows belong to no level
+  unsigned light, crowded, very_crowded;    // tiles listed
+  unsigned next_light, next_crowded;        // units of work that somebody has taken, beyond each block's first
 };
 
 // What the kernels of one part of the batch read and write. An *image* is a batch element's head: it has rows of its own.
@@ -284,8 +282,7 @@ __global__ void list_levels(const Part<T, W> part, LevelTable levels) {
   }
 }
 
-// Step 1: the key of every sample, and how many samples have it. `keys` and, one after the other as they come, `ranks` among
-// the samples of the same key.
+// Step 1: the key of every sample, and its rank among those with the same key, in the order in which they come.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS) find_keys(const Part<T, W> part, uint32_t* keys, uint32_t* ranks) {
   const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
@@ -422,7 +419,7 @@ __device__ void zero_gaps(const Part<T, W>& part) {
   }
 }
 
-// Lists the tiles; where there are no tiles, and for rows outside of them, writes the gradient at once.
+// Step 2. Where tiles cannot be used, and for rows outside of them, this kernel writes the gradient.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Part<T, W> part) {
   Plan& plan = *part.plan;
