@@ -21,21 +21,24 @@ CALLS = [
 ]
 
 
+@pytest.mark.parametrize("streams", ["own", "shared"])
 @pytest.mark.parametrize(("function", "inputs"), CALLS)
-def test_threads_do_not_disturb_each_other(function, inputs, backend_device):
-    """Each thread has inputs of its own, and on a GPU a stream of its own."""
+def test_threads_do_not_disturb_each_other(function, inputs, streams, backend_device):
+    """Each thread has inputs of its own, and on a GPU a stream of its own, or all have one, whose memory they reuse."""
+    if streams == "shared" and backend_device.type == "cpu":
+        pytest.skip("there are no streams")
     own = [inputs(seed, num_queries=40).to(backend_device, torch.float32) for seed in range(THREADS)]
     backend = ops.backends.select_backend(backend_device)
     alone = [run(function, each) for each in own]
     barrier = threading.Barrier(THREADS)
 
     def repeatedly(each):
-        stream = torch.cuda.Stream() if backend_device.type == "cuda" else None
+        stream = torch.cuda.Stream() if streams == "own" and backend_device.type == "cuda" else None
         barrier.wait()
         with ops.use_backend(backend), torch.cuda.stream(stream):
             results = [run(function, each) for _ in range(5)]
-        if stream is not None:
-            stream.synchronize()
+        if backend_device.type == "cuda":
+            (stream or torch.cuda.current_stream()).synchronize()
         return results
 
     if backend_device.type == "cuda":

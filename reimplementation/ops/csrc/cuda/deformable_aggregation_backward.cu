@@ -414,10 +414,11 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   const Tensor starts = readable_metadata(scale_start_index, features);
   const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
   const cudaStream_t stream = current_stream(features.get_device_index());
+  SampledOp op = {};
+  std::optional<Tensor> memory;
   std::optional<SideStream> side;  // for the features' gradient, if there are others to work on meanwhile
 
   if (needs_feature_maps) {
-    SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = 1;
     op.queries = sizes.num_queries;
@@ -439,7 +440,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     if (needs_sampling_location || needs_weights) {
       side.emplace(stream, features.get_device_index());
     }
-    feature_gradient(op, grad, grad_features, deterministic, stream, side ? &*side : nullptr);
+    memory = feature_gradient(op, grad, grad_features, deterministic, stream, side ? &*side : nullptr);
   }
   if (needs_sampling_location || needs_weights) {
     dispatch_types(features, weights, [&](auto* t, auto* w) {

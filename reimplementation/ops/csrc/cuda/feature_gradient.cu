@@ -28,6 +28,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <optional>
 
 #include "../common/corners.cuh"
 #include "../common/launch.cuh"
@@ -778,7 +779,7 @@ void run_part(
 }
 
 template <typename T, typename W>
-void run(
+Tensor run(
     const SampledOp& op,
     const Tensor& grad_output,
     const Tensor& grad_features,
@@ -887,21 +888,24 @@ void run(
           op, part, vectors, deterministic, reinterpret_cast<uint32_t*>(first + samples_at), scratch, device, stream);
     }
   }
+  return memory;
 }
 
 }  // namespace
 
-void feature_gradient(
+Tensor feature_gradient(
     const SampledOp& op,
     const Tensor& grad_output,
     const Tensor& grad_features,
     bool deterministic,
     cudaStream_t main,
     const SideStream* side) {
+  std::optional<Tensor> memory;
   dispatch_types(grad_features, op.weights, [&](auto* t, auto* w) {
-    run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
+    memory = run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
         op, grad_output, grad_features, deterministic, main, side);
   });
+  return *memory;
 }
 
 }  // namespace reimplementation::cuda

@@ -31,8 +31,10 @@ struct SampledOp {
 
 // Writes all of `grad_features` (batch, rows, heads, channels) from `grad_output` (batch, queries, heads, channels), both
 // contiguous and of the features' dtype. The same bits every time, if deterministic; else faster.
-// Works on the side stream, if there is one, and on the main one, PyTorch's current stream, if not.
-void feature_gradient(
+// Works on the side stream, if there is one, and on the main one, PyTorch's current stream, if not. Returns the memory that
+// it works in: with a side stream this and the operands must live until the main stream has been told to wait for it, lest
+// somebody else on the main stream is given them.
+[[nodiscard]] torch::stable::Tensor feature_gradient(
     const SampledOp& op,
     const torch::stable::Tensor& grad_output,
     const torch::stable::Tensor& grad_features,

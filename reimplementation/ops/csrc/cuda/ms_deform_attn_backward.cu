@@ -276,10 +276,11 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const Tensor starts = readable_metadata(level_start_index, values);
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const cudaStream_t stream = current_stream(values.get_device_index());
+  SampledOp op = {};
+  std::optional<Tensor> memory;
   std::optional<SideStream> side;  // for the value's gradient, if there are others to work on meanwhile
 
   if (needs_value && !atomics) {
-    SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = sizes.num_heads;
     op.queries = sizes.num_queries;
@@ -301,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     if (needs_sampling_locations || needs_attention_weights) {
       side.emplace(stream, values.get_device_index());
     }
-    feature_gradient(op, grad, grad_value, deterministic, stream, side ? &*side : nullptr);
+    memory = feature_gradient(op, grad, grad_value, deterministic, stream, side ? &*side : nullptr);
   }
   if (atomics || needs_sampling_locations || needs_attention_weights) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
