@@ -93,7 +93,6 @@ struct VisiblePairs {
   T x[THREADS], y[THREADS];
   int number[THREADS];
   int warp_counts[THREADS / WARP];
-  bool visible[THREADS];
 };
 
 // Fills `found` with the visible ones of pairs first, ..., first + THREADS - 1 in their order; returns how many they are.
@@ -112,7 +111,6 @@ __device__ int compact_visible_pairs(
   }
   const unsigned seen = __ballot_sync(0xffffffffu, visible);
   __syncthreads();  // whoever still reads the pairs before these
-  found.visible[threadIdx.x] = visible;
   if (threadIdx.x % WARP == 0) {
     found.warp_counts[warp] = __popc(seen);
   }
