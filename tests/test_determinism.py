@@ -78,7 +78,7 @@ def test_deterministic_gradients_on_a_gpu(op, cuda_inputs, deterministic_algorit
 @pytest.mark.cuda
 @pytest.mark.parametrize("place", [0.3, 0.43, 0.5, 0.56, 0.69])
 def test_every_sample_in_one_place(op, cuda_inputs, deterministic_algorithms, place):
-    """The kernels that share out the work on crowded pixels have all of it to share, at a strip's border or within."""
+    """The kernels that share out the work on crowded pixels have all of it to share, at a tile's border or within."""
     features, shapes, starts, locations, weights = cuda_inputs
     crowded = type(cuda_inputs)(features, shapes, starts, torch.full_like(locations, place), weights)
     expected = run(op.function, crowded)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reimplementation import ops
-from tests.fuzz.checking import ACCEPTED, check
+from tests.fuzz.checking import ACCEPTED, check, deterministic
 from tests.fuzz.draws import AGGREGATION, ATTENTION, Draw
 from tests.ops.agreement import run
 from tests.ops.inputs import random_attention_inputs, random_inputs
@@ -117,8 +117,8 @@ class TestBeyondInt:
     def where(self, request):
         return request.param
 
-    @pytest.mark.parametrize("deterministic", [False, True], ids=["any-order", "deterministic"])
-    def test_more_samples_than_are_put_in_order_at_once(self, deterministic):
+    @pytest.mark.parametrize("wanted", [False, True], ids=["any-order", "deterministic"])
+    def test_more_samples_than_are_put_in_order_at_once(self, wanted):
         """Two parts of one call's queries add to the features' gradient, one after the other."""
         queries, points, channels = 70_000, 1000, 4
         location = random(1, queries, points, 1, 2, dtype=torch.float32)
@@ -140,11 +140,8 @@ class TestBeyondInt:
             )[1]
             for at in (slice(0, half), slice(half, None))
         ]
-        torch.use_deterministic_algorithms(deterministic)
-        try:
+        with deterministic(wanted):
             whole = run_with(ops.deformable_aggregation_function, operands, grad_output)[1]
-        finally:
-            torch.use_deterministic_algorithms(False)
         terms = 4 * queries * points / operands[0].shape[1]  # of each pixel's sum
         rounding = terms**0.5 * torch.finfo(torch.float32).eps
         assert relative_error(whole, parts[0].double() + parts[1].double()) <= rounding

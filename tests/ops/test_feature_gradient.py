@@ -7,6 +7,7 @@ import torch
 
 from reimplementation import ops
 from reimplementation.workloads import AggregationInputs, AttentionInputs
+from tests.fuzz.checking import deterministic
 from tests.ops.agreement import assert_agrees
 from tests.ops.inputs import quantized, random_attention_inputs, random_inputs
 
@@ -55,13 +56,11 @@ def with_levels(op, name: str, crowd: float) -> AggregationInputs | AttentionInp
 )
 def device(request):
     """Where the kernels run; on CUDA with sums in any order, and always in the same."""
-    name, deterministic = request.param
+    name, wanted = request.param
     if name not in ops.available_backends(name):
         pytest.skip(f"the {name} kernels are not built")
-    with ops.use_backend(name):
-        torch.use_deterministic_algorithms(deterministic)
+    with ops.use_backend(name), deterministic(wanted):
         yield torch.device(name)
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("crowd", [0, 0.9])
