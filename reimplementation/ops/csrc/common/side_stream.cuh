@@ -8,9 +8,9 @@
 
 namespace reimplementation::cuda {
 
-// A stream beside `main` on the current device. When it goes out of scope, `main` waits for what was launched on it: memory
-// that this used may be freed as if `main` had used it, and a graph that captures `main` captures it too. It has the
-// highest priority: chains of small kernels get in between the blocks of a large one.
+// A stream beside `main` on the current device. When it goes out of scope, `main` waits for what was launched on it; from
+// then on, and no sooner, memory that this used may be freed as if `main` had used it. A graph that captures `main`
+// captures it too. It has the highest priority: chains of small kernels get in between the blocks of a large one.
 class SideStream {
  public:
   SideStream(cudaStream_t main, int32_t device) : main_(main), resources_(of_this_thread(device)) {}

@@ -26,7 +26,6 @@
 
 #include <optional>
 
-#include "../common/side_stream.cuh"
 #include "deformable_aggregation.cuh"
 #include "feature_gradient.cuh"
 
@@ -414,11 +413,11 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   const Tensor starts = readable_metadata(scale_start_index, features);
   const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
   const cudaStream_t stream = current_stream(features.get_device_index());
-  SampledOp op = {};
-  std::optional<Tensor> memory;
-  std::optional<SideStream> side;  // for the features' gradient, if there are others to work on meanwhile
+  const bool needs_others = needs_sampling_location || needs_weights;
+  std::optional<FeatureGradient> features_gradient;
 
   if (needs_feature_maps) {
+    SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = 1;
     op.queries = sizes.num_queries;
@@ -437,12 +436,9 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     op.location_strides = {strides[0], 0, strides[1], strides[2], strides[3], 0, strides[4]};
     copy_strides(op.weights, strides);
     op.weight_strides = {strides[0], 0, strides[1], strides[2], strides[3], strides[4], strides[5]};
-    if (needs_sampling_location || needs_weights) {
-      side.emplace(stream, features.get_device_index());
-    }
-    memory = feature_gradient(op, grad, grad_features, deterministic, stream, side ? &*side : nullptr);
+    features_gradient.emplace(op, grad, grad_features, deterministic, needs_others, stream);
   }
-  if (needs_sampling_location || needs_weights) {
+  if (needs_others) {
     dispatch_types(features, weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;

@@ -342,11 +342,11 @@ void run_part(
     ordered.sorted = spare.keys;
     order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, found.values);
     check_launch("order_samples");
-  }
-  if (deterministic && part.samples <= MOST_SETTLED) {
-    ordered.sorted = spare.values;
-    settle_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, spare.keys);
-    check_launch("settle_samples");
+    if (deterministic) {
+      ordered.sorted = spare.values;
+      settle_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, spare.keys);
+      check_launch("settle_samples");
+    }
   }
   list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, stream>>>(ordered);
   check_launch("list_tiles");
@@ -359,14 +359,16 @@ void run_part(
   }
 }
 
+// Keeps what it works in in `memory`.
 template <typename T, typename W>
-Tensor run(
+void run(
     const SampledOp& op,
     const Tensor& grad_output,
     const Tensor& grad_features,
     bool deterministic,
+    const SideStream* side,
     cudaStream_t main,
-    const SideStream* side) {
+    std::optional<Tensor>& memory) {
   const int64_t row = op.heads * op.channels;
   const int64_t query_samples = op.heads * op.points * op.cams * op.levels;
   const int64_t image_tiles = op.rows / TILE_HEIGHT + op.cams * op.levels;  // at most: a level has pixels / 4 + 1, or fewer
@@ -431,8 +433,9 @@ Tensor run(
     bytes += (size + 255) / 256 * 256;
     return at;
   };
+  const bool sorts = deterministic && samples_at_once > MOST_SETTLED;
   const int64_t scratch_bytes = std::max(
-      sum_before_bytes(keys_at_once), deterministic ? sort_pairs_bytes(samples_at_once, ceil_log2(keys_at_once)) : 0);
+      sum_before_bytes(keys_at_once), sorts ? sort_pairs_bytes(samples_at_once, ceil_log2(keys_at_once)) : 0);
   const int64_t samples_at = reserve(samples_at_once * (deterministic ? 4 : 3) * sizeof(uint32_t));
   const int64_t places_at = reserve(keys_at_once * sizeof(uint32_t));
   const int64_t light_at = reserve(tiles_at_once * sizeof(Tile));
@@ -440,8 +443,8 @@ Tensor run(
   const int64_t spans_at = reserve(part.num_levels * sizeof(Span));
   const int64_t plan_at = reserve(sizeof(Plan));
   const int64_t scratch_at = reserve(scratch_bytes);
-  const Tensor memory = torch::stable::new_empty(op.locations, {bytes}, ScalarType::Byte);
-  char* const first = static_cast<char*>(memory.mutable_data_ptr());
+  memory = torch::stable::new_empty(op.locations, {bytes}, ScalarType::Byte);
+  char* const first = static_cast<char*>(memory->mutable_data_ptr());
   part.places = reinterpret_cast<uint32_t*>(first + places_at);
   part.light = reinterpret_cast<Tile*>(first + light_at);
   part.crowded = reinterpret_cast<Tile*>(first + crowded_at);
@@ -469,24 +472,25 @@ Tensor run(
           op, part, vectors, deterministic, reinterpret_cast<uint32_t*>(first + samples_at), scratch, device, stream);
     }
   }
-  return memory;
 }
 
 }  // namespace
 
-Tensor feature_gradient(
+FeatureGradient::FeatureGradient(
     const SampledOp& op,
     const Tensor& grad_output,
     const Tensor& grad_features,
     bool deterministic,
-    cudaStream_t main,
-    const SideStream* side) {
-  std::optional<Tensor> memory;
+    bool beside,
+    cudaStream_t stream)
+    : op_(op) {
+  if (beside) {
+    side_.emplace(stream, grad_features.get_device_index());
+  }
   dispatch_types(grad_features, op.weights, [&](auto* t, auto* w) {
-    memory = run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
-        op, grad_output, grad_features, deterministic, main, side);
+    run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
+        op_, grad_output, grad_features, deterministic, side_ ? &*side_ : nullptr, stream, memory_);
   });
-  return *memory;
 }
 
 }  // namespace reimplementation::cuda

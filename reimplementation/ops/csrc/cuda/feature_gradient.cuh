@@ -9,6 +9,7 @@
 
 #include <array>
 #include <climits>
+#include <optional>
 
 #include "../common/levels.h"
 #include "../common/side_stream.cuh"
@@ -31,16 +32,25 @@ struct SampledOp {
 
 // Writes all of `grad_features` (batch, rows, heads, channels) from `grad_output` (batch, queries, heads, channels), both
 // contiguous and of the features' dtype. The same bits every time, if deterministic; else faster.
-// Works on the side stream, if there is one, and on the main one, PyTorch's current stream, if not. Returns the memory that
-// it works in: with a side stream this and the operands must live until the main stream has been told to wait for it, lest
-// somebody else on the main stream is given them.
-[[nodiscard]] torch::stable::Tensor feature_gradient(
-    const SampledOp& op,
-    const torch::stable::Tensor& grad_output,
-    const torch::stable::Tensor& grad_features,
-    bool deterministic,
-    cudaStream_t main,
-    const SideStream* side);
+//
+// Works on `stream`, PyTorch's current one, or on a second stream beside what the caller launches there. Then it ends with
+// the object: `stream` waits for the second one, and only after that the memory that was worked in is free for others.
+class FeatureGradient {
+ public:
+  FeatureGradient(
+      const SampledOp& op,
+      const torch::stable::Tensor& grad_output,
+      const torch::stable::Tensor& grad_features,
+      bool deterministic,
+      bool beside,
+      cudaStream_t stream);
+
+ private:
+  // In this order: the streams join before the rest goes.
+  SampledOp op_;
+  std::optional<torch::stable::Tensor> memory_;
+  std::optional<SideStream> side_;
+};
 
 // The tensor itself, or a copy of it where the strides of some inner dimension are too long for SampledOp.
 inline torch::stable::Tensor with_short_strides(const torch::stable::Tensor& tensor) {

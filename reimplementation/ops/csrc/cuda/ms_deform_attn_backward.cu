@@ -6,14 +6,14 @@
 //   3. one thread per sample puts the gradients of its weight and location together from the four dot products, from
 //      coordinates that it computes once more: cheaper than keeping them in the shared memory that blocks compete for.
 //
-// Only the atomics may change their order from run to run: the value's gradient is equal up to rounding.
+// Only the atomics may change their order from run to run: the value's gradient is equal up to rounding. Where bits must
+// repeat, feature_gradient.cu has it, and this kernel has the others, as it does where the value needs none.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 
-#include "../common/side_stream.cuh"
 #include "feature_gradient.cuh"
 #include "ms_deform_attn.cuh"
 
@@ -276,11 +276,11 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const Tensor starts = readable_metadata(level_start_index, values);
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const cudaStream_t stream = current_stream(values.get_device_index());
-  SampledOp op = {};
-  std::optional<Tensor> memory;
-  std::optional<SideStream> side;  // for the value's gradient, if there are others to work on meanwhile
+  const bool needs_others = needs_sampling_locations || needs_attention_weights;
+  std::optional<FeatureGradient> value_gradient;
 
   if (needs_value && !atomics) {
+    SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = sizes.num_heads;
     op.queries = sizes.num_queries;
@@ -299,12 +299,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     op.location_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], strides[5]};
     copy_strides(op.weights, strides);
     op.weight_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], 0};
-    if (needs_sampling_locations || needs_attention_weights) {
-      side.emplace(stream, values.get_device_index());
-    }
-    memory = feature_gradient(op, grad, grad_value, deterministic, stream, side ? &*side : nullptr);
+    value_gradient.emplace(op, grad, grad_value, deterministic, needs_others, stream);
   }
-  if (atomics || needs_sampling_locations || needs_attention_weights) {
+  if (atomics || needs_others) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
