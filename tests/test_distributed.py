@@ -5,6 +5,7 @@ In float64: some gradients are small sums of large terms, whose order the number
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -82,6 +83,8 @@ def train(rank: int, device_type: str, folder: Path) -> None:
             gradients[case.name, name] = gradients_of(case, wrap(case, device), share)
     if rank == 0:
         torch.save(gradients, folder / "gradients.pt")
+    dist.barrier()  # who leaves first takes connections along that the other still uses
+    gc.collect()  # wrapped modules hold the group in cycles, and gloo's threads with it
     dist.destroy_process_group()
 
 
