@@ -44,6 +44,32 @@ def test_any_heads_levels_points(backend_device, num_points, num_heads, num_leve
     assert_agrees(inputs, backend_device, torch.float64)
 
 
+@pytest.mark.parametrize(("num_heads", "channels"), [(64, 1), (32, 2), (6, 8), (8, 16), (12, 32)])
+def test_narrow_heads(backend_device, num_heads, channels):
+    """Several heads fit into a line of a cache."""
+    inputs = random_attention_inputs(16, num_queries=5, num_heads=num_heads, channels=channels, num_points=4)
+    for dtype in DTYPES:
+        assert_agrees(inputs, backend_device, dtype)
+
+
+@pytest.mark.cuda
+def test_many_queries_are_what_few_are():
+    """The kernel gives several threads a share of a query where there are few, and many queries to a thread else."""
+    inputs = random_attention_inputs(17, batch_size=1, num_queries=20000, num_heads=8, channels=32, num_points=2)
+    value, shapes, starts, locations, weights = inputs.to("cuda", torch.float64)
+    grad_output = torch.randn(1, 20000, 8 * 32, dtype=torch.float64, device="cuda")
+
+    def gradients(of):
+        few = AttentionInputs(value, shapes, starts, locations[:, of], weights[:, of])
+        return run(ops.ms_deform_attn, few, grad_output[:, of])
+
+    parts = [gradients(slice(i, i + 500)) for i in range(0, 20000, 500)]
+    output, grad_value, *others = zip(*parts)
+    expected = torch.cat(output, 1), sum(grad_value), *(torch.cat(other, 1) for other in others)
+    for got, wanted in zip(gradients(slice(None)), expected):
+        assert relative_error(got, wanted) <= 1e-12
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 65])
 @pytest.mark.parametrize("im2col_step", [1, 2, 64])
 def test_batch_need_not_be_a_multiple_of_im2col_step(backend_device, batch_size, im2col_step):

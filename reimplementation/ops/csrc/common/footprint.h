@@ -30,7 +30,7 @@ HOST_DEVICE Axis<T> bilinear_axis(T pixel, int size) {
   const T low = std::floor(pixel);
   const T fraction = pixel - low;
   const int first = static_cast<int>(low < largest ? low : largest);
-  const bool first_inside = first >= 0 && first < size;
+  const bool first_inside = static_cast<unsigned>(first) < static_cast<unsigned>(size);
   const bool second_inside = first + 1 < size;
 
   Axis<T> axis;

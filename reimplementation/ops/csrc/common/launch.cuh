@@ -4,9 +4,11 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <climits>
 #include <type_traits>
 
 #include "vector.cuh"
@@ -63,6 +65,16 @@ inline void copy_strides(const Tensor& tensor, int64_t* strides) {
   for (int64_t i = 0; i < tensor.dim(); ++i) {
     strides[i] = tensor.stride(i);
   }
+}
+
+// The tensor itself, or a copy of it where the strides of some inner dimension are beyond 32 bits.
+inline Tensor with_short_strides(const Tensor& tensor) {
+  for (int64_t i = 1; i < tensor.dim(); ++i) {
+    if (tensor.stride(i) > INT_MAX) {
+      return torch::stable::contiguous(tensor);
+    }
+  }
+  return tensor;
 }
 
 inline int ceil_log2(int64_t n) {

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <climits>
 #include <optional>
 
 #include "../common/levels.h"
@@ -51,15 +50,5 @@ class FeatureGradient {
   std::optional<torch::stable::Tensor> memory_;
   std::optional<SideStream> side_;
 };
-
-// The tensor itself, or a copy of it where the strides of some inner dimension are too long for SampledOp.
-inline torch::stable::Tensor with_short_strides(const torch::stable::Tensor& tensor) {
-  for (int64_t i = 1; i < tensor.dim(); ++i) {
-    if (tensor.stride(i) > INT_MAX) {
-      return torch::stable::contiguous(tensor);
-    }
-  }
-  return tensor;
-}
 
 }  // namespace reimplementation::cuda

@@ -14,31 +14,33 @@ namespace {
 
 using namespace msda;
 
-// Footprints in shared memory at a time, over all units of the block: 16 samples of D = 32 channels' units.
-template <typename T>
-constexpr int STAGED_SAMPLES = sizeof(T) == 2 ? 576 : 288;
+constexpr int MIN_BLOCKS = 8;  // a multiprocessor's
 
-// Adds `COUNT` samples of a unit, all loads before the first sum.
-template <int COUNT, int VEC, typename T, int SAMPLES>
+// Of footprints in a warp's shared memory: 16 samples of D = 32 channels' units.
+template <typename T>
+constexpr int SLOTS = sizeof(T) == 2 ? 144 : 80;
+
+// Adds `COUNT` samples of a unit, `stride` slots apart, all loads before the first sum.
+template <int COUNT, int VEC, typename T, int SLOTS>
 __device__ __forceinline__ void gather(
-    const Footprints<compute_t<T>, SAMPLES>& staged,
+    const Footprints<compute_t<T>, SLOTS>& staged,
     int slot,
-    int pitch,
+    int stride,
     const T* value,
-    int64_t row_stride,
+    int row_bytes,
     compute_t<T> (&sums)[VEC]) {
   Vector<T, VEC> corners[COUNT][4];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const Four<int> rows = staged.rows[slot + i * pitch];
+    const Four<int> rows = staged.rows[slot + i * stride];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      corners[i][corner] = load_vector<VEC>(value + rows[corner] * row_stride);
+      corners[i][corner] = load_vector<VEC>(row_address(value, rows[corner], row_bytes));
     }
   }
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const Four<compute_t<T>> weights = staged.weights[slot + i * pitch];
+    const Four<compute_t<T>> weights = staged.weights[slot + i * stride];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
 #pragma unroll
@@ -50,46 +52,62 @@ __device__ __forceinline__ void gather(
 }
 
 template <typename T, typename W, int VEC, int IN_FLIGHT>
-__global__ void __launch_bounds__(THREADS) ms_deform_attn_forward(const Operands<T, W> op, T* __restrict__ output) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_forward(
+    const Operands<T, W> op, T* __restrict__ output) {
   using C = compute_t<T>;
-  __shared__ Footprints<C, STAGED_SAMPLES<T>> staged;
-  const Tile<T, W> tile(op);
-  const int unit = threadIdx.x >> op.log2_lanes;
-  const int lane = threadIdx.x & (op.lanes - 1);
-  const int64_t query = tile.first_query + unit;
-  const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
+  __shared__ Footprints<C, SLOTS<T>> footprints[WARPS];
+  auto& staged = footprints[threadIdx.x / WARP];
+  const Place place(op);
+  const int row = op.num_heads * op.channels;
   const int samples = op.num_levels * op.num_points;
-  const int samples_at_once = STAGED_SAMPLES<T> / tile.pitch;
-  const T* head = op.value + tile.batch * op.levels.num_rows * row_stride + tile.head * op.channels;
-  T* result = output + ((tile.batch * op.num_queries + query) * op.num_heads + tile.head) * op.channels;
+  const int samples_at_once = staged.samples_at_once(op);
+  const int pitch = staged.pitch(op);
+  const int head = place.head(op, op.unit()) * op.channels;
+  const T* values = op.value + place.batch * op.levels.num_rows * row + head;
+  T* outputs = output + static_cast<int64_t>(place.batch) * op.num_queries * row + head;
 
-  for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes * VEC) {
-    const int channel = first_channel + lane * VEC;
-    // Lanes beyond the last channel read it once more and write nothing.
-    const T* value = head + min(channel, op.channels - VEC);
-    C sums[VEC] = {};
-    for (int first = 0; first < samples; first += samples_at_once) {
-      const int count = min(samples_at_once, samples - first);
-      if (first_channel == 0 || samples > samples_at_once) {
-        stage(op, tile, first, count, staged);
-      }
-      if (staged.first_inside[unit] != NONE_INSIDE) {
-        int sample = 0;
-        for (; sample + IN_FLIGHT <= count; sample += IN_FLIGHT) {
-          gather<IN_FLIGHT>(staged, sample * tile.pitch + unit, tile.pitch, value, row_stride, sums);
+  Sampler<T, W> sampler(op, place, 0, samples_at_once);
+  for (int round = 0; place.has(op, round); ++round) {
+    const int query = place.query(op, round, op.unit());
+    for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
+      const int channel = first_channel + op.lane() * VEC;
+      // Lanes beyond the last channel read it once more and write nothing.
+      const T* value = values + min(channel, op.channels - VEC);
+      C sums[VEC] = {};
+      for (int first = 0; first < samples; first += samples_at_once) {
+        if (samples > samples_at_once) {
+          sampler = Sampler<T, W>(op, place, first, min(samples_at_once, samples - first));
         }
-        for (; sample < count; ++sample) {
-          gather<1>(staged, sample * tile.pitch + unit, tile.pitch, value, row_stride, sums);
+        if (first_channel == 0 || samples > samples_at_once) {
+          stage(op, place, round, sampler, staged);
+        }
+        const int count = query < op.num_queries ? staged.count[op.unit()] : 0;
+        const int row_bytes = row * static_cast<int>(sizeof(T));
+        int slot = op.split() * pitch + op.unit();
+        int sample = op.split();
+        for (; sample + (IN_FLIGHT - 1) * op.splits() < count; sample += IN_FLIGHT * op.splits()) {
+          gather<IN_FLIGHT>(staged, slot, op.splits() * pitch, value, row_bytes, sums);
+          slot += IN_FLIGHT * op.splits() * pitch;
+        }
+        for (; sample < count; sample += op.splits()) {
+          gather<1>(staged, slot, op.splits() * pitch, value, row_bytes, sums);
+          slot += op.splits() * pitch;
         }
       }
-    }
-    if (query < op.num_queries && channel < op.channels) {
-      Vector<T, VEC> rounded;
+      for (int step = op.lanes(); step < op.lanes() * op.splits(); step *= 2) {
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) {
-        rounded.values[v] = from_compute<T>(sums[v]);
+        for (int v = 0; v < VEC; ++v) {
+          sums[v] += __shfl_xor_sync(ALL_LANES, sums[v], step);
+        }
       }
-      *reinterpret_cast<Vector<T, VEC>*>(result + channel) = rounded;
+      if (query < op.num_queries && op.split() == 0 && channel < op.channels) {
+        Vector<T, VEC> rounded;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          rounded.values[v] = from_compute<T>(sums[v]);
+        }
+        *reinterpret_cast<Vector<T, VEC>*>(outputs + static_cast<int64_t>(query) * row + channel) = rounded;
+      }
     }
   }
 }
@@ -105,7 +123,7 @@ void launch_forward(
     cudaStream_t stream) {
   const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
   ms_deform_attn_forward<T, W, VEC, IN_FLIGHT>
-      <<<num_blocks(sizes, op), THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
+      <<<static_cast<unsigned>(op.blocks), THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
   check_launch("ms_deform_attn");
 }
 
@@ -129,6 +147,8 @@ Tensor ms_deform_attn(
   const Tensor shapes = readable_metadata(spatial_shapes, values);
   const Tensor starts = readable_metadata(level_start_index, values);
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
+  const Tensor locations = with_short_strides(sampling_locations);
+  const Tensor weights = with_short_strides(attention_weights);
   const Tensor output = torch::stable::new_empty(values, output_shape);
   const cudaStream_t stream = current_stream(values.get_device_index());
 
@@ -137,9 +157,9 @@ Tensor ms_deform_attn(
     using W = std::remove_pointer_t<decltype(w)>;
     constexpr int VEC = 16 / sizeof(T);
     if (can_vectorize<T>(sizes, values, VEC)) {
-      launch_forward<T, W, VEC, 2>(sizes, values, levels, sampling_locations, attention_weights, output, stream);
+      launch_forward<T, W, VEC, 2>(sizes, values, levels, locations, weights, output, stream);
     } else {
-      launch_forward<T, W, 1, 4>(sizes, values, levels, sampling_locations, attention_weights, output, stream);
+      launch_forward<T, W, 1, 4>(sizes, values, levels, locations, weights, output, stream);
     }
   });
   return output;

@@ -1,14 +1,22 @@
-// What the forward and the backward of multi-scale deformable attention share on CUDA: operands, tiles, staged samples.
+// What the forward and the backward of multi-scale deformable attention share on CUDA: operands, who owns what, staged
+// samples.
 //
-// A *unit* is a query and a head: L * P samples of D channels. `lanes` threads, each with VEC neighbouring channels, own
-// a unit, and a block owns a *tile*: THREADS / lanes neighbouring queries of one head:
+// A *unit* is a query and a head: L * P samples of D channels. `lanes` threads, each with VEC neighbouring channels, are a
+// *split*, which walks every `splits`-th sample of its unit; the splits of a unit are a *team*. A warp's teams own
+// neighbouring heads of neighbouring queries:
 //
-//        block = head m   unit 0 = query q      | lane 0: channels 0..3 | lane 1: 4..7 | ...
-//                         unit 1 = query q + 1  |                                      |
+//        warp     team 0 = query q, head m      | split 0: | lane 0: channels 0..3 | lane 1: 4..7 | ... |   samples 0, 2, ...
+//                                               | split 1: |                       |              |     |   samples 1, 3, ...
+//                 team 1 = query q, head m + 1  | ...
+//                 team 2 = query q + 1, head m  | ...
 //
-// One thread per sample turns a location into a footprint in shared memory; the lanes of a unit then walk its samples. So
-// coordinates are computed once per sample and not once per lane; locations and weights are read coalesced; and the
-// tile's queries, being neighbours with like reference points, find each other's pixels of the head in L1.
+// `heads_at_once` is 1 where the channels of a head fill the 128 bytes of a line, and grows as they get fewer: what
+// neighbouring teams read at a time lies on different banks of L1.
+//
+// One thread per sample turns a location into a footprint in shared memory, and the unit's team then walks those that
+// touch their level. So coordinates are computed once per sample and not once per lane; locations and weights are read
+// coalesced; the queries of a block, being neighbours with like reference points, find each other's pixels of the head in
+// L1; and no warp waits for another. When its units are done a warp goes on to the next ones, `rounds` times.
 #pragma once
 
 #include <type_traits>
@@ -21,33 +29,103 @@
 namespace reimplementation::cuda::msda {
 
 constexpr int THREADS = 128;
+constexpr int WARPS = THREADS / WARP;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int LINE_BYTES = 128;  // of L1
+constexpr int WARPS_WANTED = 32;  // on a multiprocessor: units are split while there are fewer warps
+constexpr int MOST_ROUNDS = 4;    // of a warp, where there are many more
+
+// The sizes, and how the work is divided.
+struct Problem {
+  int num_queries, num_heads, channels, num_levels, num_points;
+  int log2_lanes, log2_team, log2_heads_at_once;
+  int rounds;
+  int query_blocks;  // that the queries of one head take
+  int64_t blocks;
+
+  // Of a warp.
+  __host__ __device__ int units() const {
+    return WARP >> log2_team;
+  }
+  __host__ __device__ int queries_at_once() const {
+    return units() >> log2_heads_at_once;
+  }
+
+  // Of a unit.
+  __device__ int lanes() const {
+    return 1 << log2_lanes;
+  }
+  __device__ int splits() const {
+    return 1 << (log2_team - log2_lanes);
+  }
+
+  // What the thread owns.
+  __device__ int unit() const {
+    return threadIdx.x % WARP >> log2_team;
+  }
+  __device__ int split() const {
+    return threadIdx.x >> log2_lanes & (splits() - 1);
+  }
+  __device__ int lane() const {
+    return threadIdx.x & (lanes() - 1);
+  }
+};
+
+// Elements from one (batch, query, head, level, point) to the next, and from x to y.
+struct Strides {
+  int64_t batch;
+  int query, head, level, point, axis;
+
+  Strides() = default;
+  explicit Strides(const Tensor& tensor)  // from with_short_strides
+      : batch(tensor.stride(0)),
+        query(static_cast<int>(tensor.stride(1))),
+        head(static_cast<int>(tensor.stride(2))),
+        level(static_cast<int>(tensor.stride(3))),
+        point(static_cast<int>(tensor.stride(4))),
+        axis(tensor.dim() > 5 ? static_cast<int>(tensor.stride(5)) : 0) {
+    STD_TORCH_CHECK(tensor.stride(1) <= INT_MAX, "M * L * P must be below 2^30");
+  }
+
+  __device__ int64_t offset(int of_query, int of_head) const {
+    return static_cast<int64_t>(of_query) * query + static_cast<int64_t>(of_head) * head;
+  }
+};
 
 template <typename T, typename W>
-struct Operands {
+struct Operands : Problem {
   const T* value;  // (batch, values, heads, channels)
   const compute_t<T>* locations;
   const W* weights;
   LevelTable levels;
-  int64_t location_strides[6];
-  int64_t weight_strides[5];
-  int64_t num_queries, tiles;  // tiles of neighbouring queries
-  int num_heads, channels, num_levels, num_points;
-  int lanes, log2_lanes;       // of a unit
+  Strides location_strides, weight_strides;
 };
 
-// Which queries of which head a block owns.
-template <typename T, typename W>
-struct Tile {
-  int64_t batch, first_query;
-  int head, units, pitch;
+// Which units a warp owns. In each round the warps of a block own neighbours.
+struct Place {
+  int batch, first_head, first_query;  // first_query: of the first round
 
-  __device__ explicit Tile(const Operands<T, W>& op) {
-    const int64_t tile = blockIdx.x / op.num_heads;
-    head = static_cast<int>(blockIdx.x - tile * op.num_heads);
-    batch = tile / op.tiles;
-    units = THREADS >> op.log2_lanes;
-    pitch = units + 1;
-    first_query = (tile - batch * op.tiles) * units;
+  __device__ explicit Place(const Problem& op) {
+    const int head_blocks = op.num_heads >> op.log2_heads_at_once;
+    const int image_block = static_cast<int>(blockIdx.x) / head_blocks;
+    first_head = (static_cast<int>(blockIdx.x) - image_block * head_blocks) << op.log2_heads_at_once;
+    batch = image_block / op.query_blocks;
+    const int first_warp = (image_block - batch * op.query_blocks) * op.rounds * WARPS;
+    first_query = (first_warp + static_cast<int>(threadIdx.x) / WARP) * op.queries_at_once();
+  }
+
+  // Whether the warp owns units in a round.
+  __device__ bool has(const Problem& op, int round) const {
+    return round < op.rounds && query(op, round, 0) < op.num_queries;
+  }
+
+  // Of a unit in a round; beyond the last where there is no such unit.
+  __device__ int query(const Problem& op, int round, int unit) const {
+    return first_query + round * WARPS * op.queries_at_once() + (unit >> op.log2_heads_at_once);
+  }
+
+  __device__ int head(const Problem& op, int unit) const {
+    return first_head + (unit & ((1 << op.log2_heads_at_once) - 1));
   }
 };
 
@@ -57,104 +135,160 @@ struct Sample {
   Level level;
   Axis<T> x, y;
   T attention;
-  int level_number, point;
-  bool inside;  // its footprint touches the level; only then are the axes and the attention weight set
+  bool inside;  // its footprint touches the level; only then is the above set
+  int number;   // of those visited of its unit
+  int rank;     // how many of those come before it and are inside
 };
 
-// Calls `visit(number, unit, query, sample)` for samples first, ..., first + count - 1 (at most THREADS) of every unit.
-// Neighbouring threads take neighbouring samples of one unit: their locations are neighbours in memory. A thread keeps to
-// one number, so what depends on the level is computed once for all of its units.
-template <typename T, typename W, typename Visit>
-__device__ __forceinline__ void for_each_sample(
-    const Operands<T, W>& op, const Tile<T, W>& tile, int first, int count, Visit visit) {
+// Visits samples first, ..., first + count - 1 (at most `WARP`) of each unit. Neighbouring threads take neighbouring
+// samples of one unit: their locations are neighbours in memory. A thread keeps to one number, so what depends on the
+// level is looked up once, for all units and rounds.
+template <typename T, typename W>
+class Sampler {
+ public:
   using C = compute_t<T>;
-  const int first_unit = threadIdx.x / count;
-  const int units_at_once = THREADS / count;
-  const int number = threadIdx.x - first_unit * count;
-  if (first_unit >= units_at_once) {
-    return;
+
+  __device__ Sampler(const Operands<T, W>& op, const Place& place, int first, int count) : count_(count) {
+    const int thread = threadIdx.x % WARP;
+    units_at_once_ = WARP / count;
+    first_unit_ = thread / count;
+    first_lane_ = first_unit_ * count;
+    number_ = thread - first_lane_;
+    level_number_ = (first + number_) / op.num_points;
+    point_ = first + number_ - level_number_ * op.num_points;
+    level_ = op.levels[level_number_];
+    locations_ = op.locations + offset(op.location_strides, place.batch);
+    weights_ = op.weights + offset(op.weight_strides, place.batch);
   }
-  Sample<C> sample = {};
-  sample.level_number = (first + number) / op.num_points;
-  sample.point = first + number - sample.level_number * op.num_points;
-  sample.level = op.levels[sample.level_number];
-  const C* locations = op.locations + tile.batch * op.location_strides[0] + tile.head * op.location_strides[2] +
-      sample.level_number * op.location_strides[3] + sample.point * op.location_strides[4];
-  const W* weights = op.weights + tile.batch * op.weight_strides[0] + tile.head * op.weight_strides[2] +
-      sample.level_number * op.weight_strides[3] + sample.point * op.weight_strides[4];
-  for (int unit = first_unit; unit < tile.units; unit += units_at_once) {
-    const int64_t query = tile.first_query + unit;
-    sample.inside = false;
-    if (query < op.num_queries && !sample.level.empty()) {
-      const C* location = locations + query * op.location_strides[1];
-      const C x = pixel_position(location[0], sample.level.width);
-      const C y = pixel_position(location[op.location_strides[5]], sample.level.height);
-      sample.inside = touches_level(x, y, sample.level.width, sample.level.height);
-      if (sample.inside) {
-        sample.x = bilinear_axis(x, sample.level.width);
-        sample.y = bilinear_axis(y, sample.level.height);
-        sample.attention = to_compute(weights[query * op.weight_strides[1]]);
+
+  // Where this thread's samples of a batch begin in a tensor.
+  __device__ int64_t offset(const Strides& strides, int batch) const {
+    return batch * strides.batch + static_cast<int64_t>(level_number_) * strides.level +
+        static_cast<int64_t>(point_) * strides.point;
+  }
+
+  // Calls `visit(unit, query, head, sample, inside)` for the units of a round; `inside` counts the samples of the unit
+  // that are.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(const Operands<T, W>& op, const Place& place, int round, Visit visit) const {
+    for (int before = 0; before < op.units(); before += units_at_once_) {
+      const int unit = before + first_unit_;
+      const int query = place.query(op, round, unit);
+      const int head = place.head(op, unit);
+      const bool exists = (first_unit_ < units_at_once_) & (unit < op.units()) & (query < op.num_queries);
+      Sample<C> sample;
+      sample.inside = false;
+      sample.number = number_;
+      if (exists) {
+        const C* location = locations_ + op.location_strides.offset(query, head);
+        sample.attention = to_compute(weights_[op.weight_strides.offset(query, head)]);
+        const C x = pixel_position(location[0], level_.width);
+        const C y = pixel_position(location[op.location_strides.axis], level_.height);
+        sample.inside = !level_.empty() & touches_level(x, y, level_.width, level_.height);
+        if (sample.inside) {
+          sample.level = level_;
+          sample.x = bilinear_axis(x, level_.width);
+          sample.y = bilinear_axis(y, level_.height);
+        }
+      }
+      const unsigned inside = __ballot_sync(ALL_LANES, sample.inside) >> first_lane_ & (ALL_LANES >> (WARP - count_));
+      sample.rank = __popc(inside & ((1u << number_) - 1));
+      if (exists) {
+        visit(unit, query, head, sample, __popc(inside));
       }
     }
-    visit(number, unit, query, sample);
   }
-}
 
-// A sample is staged at `sample * pitch + unit`: the units of a warp read neighbouring words, and a pitch one above the
-// number of units keeps the threads that write neighbouring samples off each other's banks.
-template <typename T, int SAMPLES>
-struct Footprints {
-  Four<T> weights[SAMPLES];  // of the corners, times the attention weight
-  Four<int> rows[SAMPLES];
-  int first_inside[THREADS];  // of each unit: its first staged sample that touches its level
+ private:
+  int count_, units_at_once_;
+  int first_unit_, first_lane_, number_, level_number_, point_;
+  Level level_;
+  const C* locations_;
+  const W* weights_;
 };
 
-constexpr int NONE_INSIDE = INT_MAX;
+// The footprints of a warp's samples that touch their level. One is staged at `rank * pitch + unit`: the units of a warp
+// read neighbouring words, and a pitch one above the number of units keeps the threads that write neighbouring samples off
+// each other's banks.
+template <typename T, int SLOTS>
+struct Footprints {
+  Four<T> weights[SLOTS];  // of the corners, times the attention weight
+  Four<int> rows[SLOTS];
+  int count[WARP];         // of each unit
 
-// Stages samples first, ..., first + count - 1 of every unit. A sample that touches nothing weighs nothing, and borrows
-// the rows of one in its unit that does: it can be read like any other, and brings in no pixel that the unit does
-// not sample anyway.
-template <typename T, typename W, int SAMPLES>
-__device__ void stage(
+  // Between the samples of a unit.
+  __device__ static int pitch(const Problem& op) {
+    return op.units() + 1;
+  }
+
+  __device__ static int samples_at_once(const Problem& op) {
+    return min(min(SLOTS / pitch(op), WARP), op.num_levels * op.num_points);
+  }
+};
+
+// Stages what a sampler visits.
+template <typename T, typename W, int SLOTS>
+__device__ __forceinline__ void stage(
     const Operands<T, W>& op,
-    const Tile<T, W>& tile,
-    int first,
-    int count,
-    Footprints<compute_t<T>, SAMPLES>& staged) {
+    const Place& place,
+    int round,
+    const Sampler<T, W>& sampler,
+    Footprints<compute_t<T>, SLOTS>& staged) {
   using C = compute_t<T>;
-  __syncthreads();  // whoever still reads the samples before these
-  staged.first_inside[threadIdx.x] = NONE_INSIDE;
-  __syncthreads();
-  bool outside = false;
-  for_each_sample(op, tile, first, count, [&](int number, int unit, int64_t, const Sample<C>& sample) {
-    Four<C> weights = {};
-    Four<int> rows = {-1, -1, -1, -1};
+  __syncwarp();  // whoever still reads the samples before these
+  const int pitch = staged.pitch(op);
+  sampler.for_each(op, place, round, [&](int unit, int, int, const Sample<C>& sample, int inside) {
     if (sample.inside) {
-      weights = corner_weights(sample.x, sample.y);
+      const int slot = sample.rank * pitch + unit;
+      Four<C> weights = corner_weights(sample.x, sample.y);
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
         weights[corner] *= sample.attention;
       }
-      rows = corner_rows(sample.level, sample.x, sample.y);
-      atomicMin(&staged.first_inside[unit], number);
+      staged.weights[slot] = weights;
+      staged.rows[slot] = corner_rows(sample.level, sample.x, sample.y);
     }
-    const int slot = number * tile.pitch + unit;
-    staged.weights[slot] = weights;
-    staged.rows[slot] = rows;
-    outside |= !sample.inside;
+    if (sample.number == 0) {
+      staged.count[unit] = inside;
+    }
   });
-  if (!__syncthreads_or(outside)) {
-    return;
+  __syncwarp();
+}
+
+// For lanes of `vec` channels of so many bytes each.
+inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes, int32_t device) {
+  STD_TORCH_CHECK(sizes.num_queries <= INT_MAX, "Lq must be below 2^31, got ", sizes.num_queries);
+  Problem op = {};
+  op.num_queries = static_cast<int>(sizes.num_queries);
+  op.num_heads = static_cast<int>(sizes.num_heads);
+  op.channels = static_cast<int>(sizes.channels);
+  op.num_levels = static_cast<int>(sizes.num_levels);
+  op.num_points = static_cast<int>(sizes.num_points);
+
+  op.log2_lanes = std::min(5, ceil_log2((sizes.channels + vec - 1) / vec));
+  op.log2_team = op.log2_lanes;
+  while (op.queries_at_once() > 1 && sizes.channels * element_bytes << op.log2_heads_at_once <= LINE_BYTES / 2 &&
+         sizes.num_heads % (2 << op.log2_heads_at_once) == 0) {
+    ++op.log2_heads_at_once;
   }
-  for (int i = threadIdx.x; i < count * tile.units; i += THREADS) {
-    const int unit = i / count;
-    const int slot = (i - unit * count) * tile.pitch + unit;
-    const int lender = staged.first_inside[unit];
-    if (staged.rows[slot][0] < 0 && lender != NONE_INSIDE) {
-      staged.rows[slot] = staged.rows[lender * tile.pitch + unit];
-    }
+  int multiprocessors = 1;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t wanted = int64_t{WARPS_WANTED} * multiprocessors;
+  const int64_t units = sizes.batch * sizes.num_heads * sizes.num_queries;
+  int64_t samples = sizes.num_levels * sizes.num_points;  // of a split
+  while (op.queries_at_once() > 1 && 2 * units / op.units() <= wanted && samples >= 4) {
+    ++op.log2_team;
+    samples /= 2;
   }
-  __syncthreads();
+  op.rounds = static_cast<int>(std::clamp<int64_t>(units / op.units() / (8 * wanted), 1, MOST_ROUNDS));
+  const int64_t queries_a_block = op.queries_at_once() * WARPS * op.rounds;
+  const int64_t query_blocks = (sizes.num_queries + queries_a_block - 1) / queries_a_block;
+  op.blocks = sizes.batch * (sizes.num_heads >> op.log2_heads_at_once) * query_blocks;
+  STD_TORCH_CHECK(
+      op.blocks <= INT_MAX && query_blocks * queries_a_block <= INT_MAX,
+      "batch * queries * heads is too large: it takes ", op.blocks, " blocks");
+  op.query_blocks = static_cast<int>(query_blocks);
+  return op;
 }
 
 template <typename T, typename W>
@@ -165,29 +299,14 @@ Operands<T, W> operands(
     const Tensor& locations,
     const Tensor& weights,
     int vec) {
-  Operands<T, W> op;
+  Operands<T, W> op = {divide(sizes, vec, sizeof(T), value.get_device_index())};
   op.value = static_cast<const T*>(value.const_data_ptr());
   op.locations = static_cast<const compute_t<T>*>(locations.const_data_ptr());
   op.weights = static_cast<const W*>(weights.const_data_ptr());
   op.levels = levels;
-  copy_strides(locations, op.location_strides);
-  copy_strides(weights, op.weight_strides);
-  op.num_queries = sizes.num_queries;
-  op.num_heads = static_cast<int>(sizes.num_heads);
-  op.channels = static_cast<int>(sizes.channels);
-  op.num_levels = static_cast<int>(sizes.num_levels);
-  op.num_points = static_cast<int>(sizes.num_points);
-  op.log2_lanes = std::min(5, ceil_log2((sizes.channels + vec - 1) / vec));
-  op.lanes = 1 << op.log2_lanes;
-  op.tiles = (sizes.num_queries * op.lanes + THREADS - 1) / THREADS;
+  op.location_strides = Strides(locations);
+  op.weight_strides = Strides(weights);
   return op;
-}
-
-template <typename T, typename W>
-inline unsigned num_blocks(const MSDeformAttnSizes& sizes, const Operands<T, W>& op) {
-  const int64_t blocks = sizes.batch * sizes.num_heads * op.tiles;
-  STD_TORCH_CHECK(blocks <= INT_MAX, "batch * queries * heads is too large: it takes ", blocks, " blocks");
-  return static_cast<unsigned>(blocks);
 }
 
 template <typename T>

@@ -1,10 +1,10 @@
 // Multi-scale deformable attention on CUDA, backward; ms_deform_attn.cuh tells how threads map to data.
 //
-//   1. the tile's samples are staged as in the forward: corner weights times the attention weight, and rows;
+//   1. a warp's samples are staged as in the forward: corner weights times the attention weight, and rows;
 //   2. a unit's lanes walk its samples: gather the four corners, dot them with the gradient of the unit's output, and
 //      add weight * gradient to each corner's row, atomically and in vectors of 16 bytes where the GPU can;
 //   3. one thread per sample puts the gradients of its weight and location together from the four dot products, from
-//      coordinates that it computes once more: cheaper than keeping them in the shared memory that blocks compete for.
+//      coordinates that it computes once more: cheaper than keeping them in the shared memory that warps compete for.
 //
 // Only the atomics may change their order from run to run: the value's gradient is equal up to rounding. Where bits must
 // repeat, feature_gradient.cu has it, and this kernel has the others, as it does where the value needs none.
@@ -22,10 +22,9 @@ namespace {
 
 using namespace msda;
 
-constexpr int STAGED_SAMPLES = 288;  // footprints in shared memory at a time: 16 samples of D = 32 channels' units
-constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int MIN_BLOCKS = 6;        // a multiprocessor's, with atomics
-constexpr int MIN_LIGHT_BLOCKS = 10; // and without
+constexpr int SLOTS = 80;            // of footprints in a warp's shared memory: 16 samples of D = 32 channels' units
+constexpr int MIN_BLOCKS = 7;        // a multiprocessor's, with atomics
+constexpr int MIN_LIGHT_BLOCKS = 8;  // and without
 
 template <typename T, typename W>
 struct Gradients {
@@ -33,14 +32,13 @@ struct Gradients {
   compute_t<T>* value;      // zeroed, or null where not needed; so are the others
   compute_t<T>* locations;
   W* weights;
-  int64_t location_strides[6];
-  int64_t weight_strides[5];
+  Strides location_strides, weight_strides;
 };
 
 template <typename T>
 struct Shared {
-  Footprints<T, STAGED_SAMPLES> staged;
-  Four<T> dots[STAGED_SAMPLES];  // of each corner with the gradient of its unit's output
+  Footprints<T, SLOTS> staged;
+  Four<T> dots[SLOTS];  // of each corner with the gradient of its unit's output
 };
 
 // Sums four values over the lanes of a unit. Every lane ends with the sum of one of them: returns it, and which.
@@ -65,34 +63,31 @@ __device__ __forceinline__ T sum_one_of_four(int lanes, int lane, const T (&valu
 template <bool ATOMICS, typename T, typename W, int VEC>
 __device__ __forceinline__ void walk_samples(
     const Operands<T, W>& op,
-    const Tile<T, W>& tile,
+    bool exists,
     const T* value,
     compute_t<T>* grad_value,
     const Vector<T, VEC>& grad_output,
     bool needs_dots,
     bool live,
     bool first_channels,
-    int count,
     Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  const int lanes = op.lanes;
-  const int unit = threadIdx.x >> op.log2_lanes;
-  const int lane = threadIdx.x & (lanes - 1);
-  const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
-  const bool samples_anything = shared.staged.first_inside[unit] != NONE_INSIDE;
-  if (!__any_sync(ALL_LANES, samples_anything)) {
-    return;
-  }
-  // The units of a warp go in step, so that their sums over lanes are one; what one without samples reads goes nowhere.
+  const int lanes = op.lanes(), lane = op.lane();
+  const int row = op.num_heads * op.channels;
+  const int pitch = shared.staged.pitch(op);
+  const int count = exists ? shared.staged.count[op.unit()] : 0;
+  int slot = op.split() * pitch + op.unit();
+  // The teams of a warp go in step, so that their sums over lanes are one; what one without samples reads goes nowhere.
 #pragma unroll 2
-  for (int sample = 0; sample < count; ++sample) {
-    const int slot = sample * tile.pitch + unit;
-    const Four<int> rows = samples_anything ? shared.staged.rows[slot] : Four<int>{};
+  for (int sample = op.split(); __any_sync(ALL_LANES, sample < count); sample += op.splits()) {
+    const bool sampled = sample < count;
+    const Four<int> rows = sampled ? shared.staged.rows[slot] : Four<int>{};
     if (needs_dots) {
       C dots[4];
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
-        const Vector<T, VEC> corner_value = load_vector<VEC>(value + rows[corner] * row_stride);
+        const Vector<T, VEC> corner_value =
+            load_vector<VEC>(row_address(value, rows[corner], row * static_cast<int>(sizeof(T))));
         C dot = 0;
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
@@ -103,7 +98,7 @@ __device__ __forceinline__ void walk_samples(
       if (lanes >= 4) {
         int corner;
         const C sum = sum_one_of_four(lanes, lane, dots, corner);
-        if ((lane & (lanes / 4 - 1)) == 0) {
+        if (sampled && (lane & (lanes / 4 - 1)) == 0) {
           C& total = shared.dots[slot][corner];
           total = first_channels ? sum : total + sum;
         }
@@ -113,47 +108,46 @@ __device__ __forceinline__ void walk_samples(
           if (lanes == 2) {
             dots[corner] += __shfl_xor_sync(ALL_LANES, dots[corner], 1, lanes);
           }
-          if (lane == 0) {
+          if (sampled && lane == 0) {
             C& total = shared.dots[slot][corner];
             total = first_channels ? dots[corner] : total + dots[corner];
           }
         }
       }
     }
-    if (ATOMICS) {
+    if (ATOMICS && sampled && live) {
       const Four<C> weights = shared.staged.weights[slot];
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
-        if (live && weights[corner] != 0) {
+        if (weights[corner] != 0) {
           C terms[VEC];
 #pragma unroll
           for (int v = 0; v < VEC; ++v) {
             terms[v] = weights[corner] * grad_output[v];
           }
-          atomic_add_vector(grad_value + rows[corner] * row_stride, terms);
+          atomic_add_vector(row_address(grad_value, rows[corner], row * static_cast<int>(sizeof(C))), terms);
         }
       }
     }
+    slot += op.splits() * pitch;
   }
 }
 
 // Step 3.
 template <typename T, typename W>
-__device__ void finish_samples(
+__device__ __forceinline__ void finish_samples(
     const Operands<T, W>& op,
     const Gradients<T, W>& grad,
-    const Tile<T, W>& tile,
-    int first,
-    int count,
+    const Place& place,
+    int round,
+    const Sampler<T, W>& sampler,
     const Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  for_each_sample(op, tile, first, count, [&](int number, int unit, int64_t query, const Sample<C>& sample) {
-    if (query >= op.num_queries) {
-      return;
-    }
+  const int pitch = shared.staged.pitch(op);
+  sampler.for_each(op, place, round, [&](int unit, int query, int head, const Sample<C>& sample, int) {
     C grad_weight = 0, grad_x = 0, grad_y = 0;
     if (sample.inside) {
-      const Four<C> dots = shared.dots[number * tile.pitch + unit];
+      const Four<C> dots = shared.dots[sample.rank * pitch + unit];
       const Four<C> weights = corner_weights(sample.x, sample.y);
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
@@ -169,16 +163,14 @@ __device__ void finish_samples(
       grad_y *= sample.attention;
     }
     if (grad.locations != nullptr) {
-      C* location = grad.locations + tile.batch * grad.location_strides[0] + query * grad.location_strides[1] +
-          tile.head * grad.location_strides[2] + sample.level_number * grad.location_strides[3] +
-          sample.point * grad.location_strides[4];
+      C* location = grad.locations + sampler.offset(grad.location_strides, place.batch) +
+          grad.location_strides.offset(query, head);
       location[0] = grad_x;
-      location[grad.location_strides[5]] = grad_y;
+      location[grad.location_strides.axis] = grad_y;
     }
     if (grad.weights != nullptr) {
       grad.weights
-          [tile.batch * grad.weight_strides[0] + query * grad.weight_strides[1] + tile.head * grad.weight_strides[2] +
-           sample.level_number * grad.weight_strides[3] + sample.point * grad.weight_strides[4]] =
+          [sampler.offset(grad.weight_strides, place.batch) + grad.weight_strides.offset(query, head)] =
           from_compute<W>(grad_weight);
     }
   });
@@ -188,39 +180,43 @@ template <bool ATOMICS, typename T, typename W, int VEC>
 __global__ void __launch_bounds__(THREADS, ATOMICS ? MIN_BLOCKS : MIN_LIGHT_BLOCKS) ms_deform_attn_backward_kernel(
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
-  __shared__ Shared<C> shared;
-  const Tile<T, W> tile(op);
-  const int unit = threadIdx.x >> op.log2_lanes;
-  const int lane = threadIdx.x & (op.lanes - 1);
-  const int64_t row_stride = static_cast<int64_t>(op.num_heads) * op.channels;
+  __shared__ Shared<C> warps[WARPS];
+  Shared<C>& shared = warps[threadIdx.x / WARP];
+  const Place place(op);
+  const int row = op.num_heads * op.channels;
   const int samples = op.num_levels * op.num_points;
-  const int samples_at_once = STAGED_SAMPLES / tile.pitch;
-  const int64_t head = tile.batch * op.levels.num_rows * row_stride + tile.head * op.channels;
-  const T* grad_output =
-      grad.output + ((tile.batch * op.num_queries + tile.first_query) * op.num_heads + tile.head) * op.channels;
-  const int64_t row = min(static_cast<int64_t>(unit), op.num_queries - 1 - tile.first_query) * row_stride;
+  const int samples_at_once = shared.staged.samples_at_once(op);
+  const int head = place.head(op, op.unit()) * op.channels;
+  const int64_t values = place.batch * op.levels.num_rows * row + head;
+  const T* grad_outputs = grad.output + static_cast<int64_t>(place.batch) * op.num_queries * row + head;
   const bool needs_dots = !ATOMICS || grad.locations != nullptr || grad.weights != nullptr;
 
-  for (int first = 0; first < samples; first += samples_at_once) {
-    const int count = min(samples_at_once, samples - first);
-    stage(op, tile, first, count, shared.staged);
-    for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes * VEC) {
-      const bool live = first_channel + lane * VEC < op.channels;
-      const int channel = live ? first_channel + lane * VEC : op.channels - VEC;
-      walk_samples<ATOMICS>(
-          op, tile, op.value + head + channel, grad.value + head + channel,
-          load_vector<VEC>(grad_output + row + channel), needs_dots, live, first_channel == 0, count, shared);
+  Sampler<T, W> sampler(op, place, 0, samples_at_once);
+  for (int round = 0; place.has(op, round); ++round) {
+    const int query = place.query(op, round, op.unit());
+    const T* grad_output = grad_outputs + static_cast<int64_t>(min(query, op.num_queries - 1)) * row;
+    for (int first = 0; first < samples; first += samples_at_once) {
+      if (samples > samples_at_once) {
+        sampler = Sampler<T, W>(op, place, first, min(samples_at_once, samples - first));
+      }
+      stage(op, place, round, sampler, shared.staged);
+      for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
+        const bool live = first_channel + op.lane() * VEC < op.channels;
+        const int channel = live ? first_channel + op.lane() * VEC : op.channels - VEC;
+        walk_samples<ATOMICS>(
+            op, query < op.num_queries, op.value + values + channel, grad.value + values + channel,
+            load_vector<VEC>(grad_output + channel), needs_dots, live, first_channel == 0, shared);
+      }
+      if (needs_dots) {
+        __syncwarp();
+        finish_samples(op, grad, place, round, sampler, shared);
+      }
     }
-    if (needs_dots) {
-      __syncthreads();
-      finish_samples(op, grad, tile, first, count, shared);
-    }
-    __syncthreads();
   }
 }
 
 template <bool ATOMICS, int VEC, typename T, typename W>
-void launch(
+void launch_backward(
     const MSDeformAttnSizes& sizes,
     const Tensor& value,
     const LevelTable& levels,
@@ -229,7 +225,7 @@ void launch(
     const Gradients<T, W>& gradients,
     cudaStream_t stream) {
   const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
-  ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<num_blocks(sizes, op), THREADS, 0, stream>>>(op, gradients);
+  ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<static_cast<unsigned>(op.blocks), THREADS, 0, stream>>>(op, gradients);
   check_launch("ms_deform_attn_backward");
 }
 
@@ -263,9 +259,10 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     grad_value = atomics ? torch::stable::new_zeros(values, shape, compute_type(value))
                          : torch::stable::new_empty(values, shape);
   }
-  Tensor grad_locations =
-      needs_sampling_locations ? torch::stable::empty_like(sampling_locations) : none(sampling_locations);
-  Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(attention_weights) : none(attention_weights);
+  const Tensor locations = with_short_strides(sampling_locations);
+  const Tensor weights = with_short_strides(attention_weights);
+  Tensor grad_locations = needs_sampling_locations ? torch::stable::empty_like(locations) : none(locations);
+  Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(weights) : none(weights);
   if (sizes.nothing_to_sample()) {
     torch::stable::zero_(grad_value);
     torch::stable::zero_(grad_locations);
@@ -292,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     op.groups = 1;
     op.unit_square = false;
     op.level_table = levels;
-    op.locations = with_short_strides(sampling_locations);
-    op.weights = with_short_strides(attention_weights);
+    op.locations = locations;
+    op.weights = weights;
     int64_t strides[6];
     copy_strides(op.locations, strides);
     op.location_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], strides[5]};
@@ -312,19 +309,19 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
       }
       if (needs_sampling_locations) {
         gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());
-        copy_strides(grad_locations, gradients.location_strides);
+        gradients.location_strides = Strides(grad_locations);
       }
       if (needs_attention_weights) {
         gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
-        copy_strides(grad_weights, gradients.weight_strides);
+        gradients.weight_strides = Strides(grad_weights);
       }
       auto launch_with = [&](auto with_atomics, auto vec) {
         constexpr bool ATOMICS = decltype(with_atomics)::value;
         constexpr int VEC = decltype(vec)::value;
         if (can_vectorize<T>(sizes, values, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
-          launch<ATOMICS, VEC>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+          launch_backward<ATOMICS, VEC>(sizes, values, levels, locations, weights, gradients, stream);
         } else {
-          launch<ATOMICS, 1>(sizes, values, levels, sampling_locations, attention_weights, gradients, stream);
+          launch_backward<ATOMICS, 1>(sizes, values, levels, locations, weights, gradients, stream);
         }
       };
       if (gradients.value != nullptr) {
