@@ -23,7 +23,7 @@ namespace reimplementation::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int MIN_BLOCKS = 4;        // a multiprocessor's: it leaves the registers that loads in flight need
+constexpr int MIN_BLOCKS = 8;        // a multiprocessor's: 64 registers, enough for two samples in flight
 constexpr int STAGED_SAMPLES = 256;  // footprints in shared memory at a time
 constexpr int STAGED_LEVELS = 8;     // levels of a pair staged together
 

@@ -59,8 +59,34 @@ __device__ __forceinline__ T sum_one_of_four(int lanes, int lane, const T (&valu
   return sum;
 }
 
+// Adds up what the lanes of a unit have of a sample's four dot products; the first channels begin a sum.
+template <typename T>
+__device__ __forceinline__ void keep_sums(
+    const Problem& op, const T (&dots)[4], bool sampled, bool first_channels, Four<T>& totals) {
+  auto keep = [&](int corner, T sum) { totals[corner] = first_channels ? sum : totals[corner] + sum; };
+  const int lanes = op.lanes(), lane = op.lane();
+  if (lanes >= 4) {
+    int corner;
+    const T sum = sum_one_of_four(lanes, lane, dots, corner);
+    if (sampled && (lane & (lanes / 4 - 1)) == 0) {
+      keep(corner, sum);
+    }
+  } else {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      T sum = dots[corner];
+      if (lanes == 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, 1, lanes);
+      }
+      if (sampled && lane == 0) {
+        keep(corner, sum);
+      }
+    }
+  }
+}
+
 // Step 2 for one vector of channels a lane.
-template <bool ATOMICS, typename T, typename W, int VEC>
+template <bool ATOMICS, int IN_FLIGHT, typename T, typename W, int VEC>
 __device__ __forceinline__ void walk_samples(
     const Operands<T, W>& op,
     bool exists,
@@ -72,64 +98,58 @@ __device__ __forceinline__ void walk_samples(
     bool first_channels,
     Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  const int lanes = op.lanes(), lane = op.lane();
   const int row = op.num_heads * op.channels;
   const int pitch = shared.staged.pitch(op);
   const int count = exists ? shared.staged.count[op.unit()] : 0;
+  const int stride = op.splits() * pitch;
   int slot = op.split() * pitch + op.unit();
   // The teams of a warp go in step, so that their sums over lanes are one; what one without samples reads goes nowhere.
-#pragma unroll 2
-  for (int sample = op.split(); __any_sync(ALL_LANES, sample < count); sample += op.splits()) {
-    const bool sampled = sample < count;
-    const Four<int> rows = sampled ? shared.staged.rows[slot] : Four<int>{};
-    if (needs_dots) {
-      C dots[4];
+  for (int sample = op.split(); __any_sync(ALL_LANES, sample < count); sample += IN_FLIGHT * op.splits()) {
+    Four<int> rows[IN_FLIGHT];
+    Vector<T, VEC> corners[IN_FLIGHT][4];
 #pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        const Vector<T, VEC> corner_value =
-            load_vector<VEC>(row_address(value, rows[corner], row * static_cast<int>(sizeof(T))));
-        C dot = 0;
-#pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          dot += corner_value[v] * grad_output[v];
-        }
-        dots[corner] = live ? dot : C(0);
-      }
-      if (lanes >= 4) {
-        int corner;
-        const C sum = sum_one_of_four(lanes, lane, dots, corner);
-        if (sampled && (lane & (lanes / 4 - 1)) == 0) {
-          C& total = shared.dots[slot][corner];
-          total = first_channels ? sum : total + sum;
-        }
-      } else {
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      rows[i] = sample + i * op.splits() < count ? shared.staged.rows[slot + i * stride] : Four<int>{};
+      if (needs_dots) {
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          if (lanes == 2) {
-            dots[corner] += __shfl_xor_sync(ALL_LANES, dots[corner], 1, lanes);
-          }
-          if (sampled && lane == 0) {
-            C& total = shared.dots[slot][corner];
-            total = first_channels ? dots[corner] : total + dots[corner];
-          }
+          corners[i][corner] =
+              load_vector<VEC>(row_address(value, rows[i][corner], row * static_cast<int>(sizeof(T))));
         }
       }
     }
-    if (ATOMICS && sampled && live) {
-      const Four<C> weights = shared.staged.weights[slot];
 #pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        if (weights[corner] != 0) {
-          C terms[VEC];
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      const bool sampled = sample + i * op.splits() < count;
+      if (needs_dots) {
+        C dots[4];
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          C dot = 0;
 #pragma unroll
           for (int v = 0; v < VEC; ++v) {
-            terms[v] = weights[corner] * grad_output[v];
+            dot += corners[i][corner][v] * grad_output[v];
           }
-          atomic_add_vector(row_address(grad_value, rows[corner], row * static_cast<int>(sizeof(C))), terms);
+          dots[corner] = live ? dot : C(0);
+        }
+        keep_sums(op, dots, sampled, first_channels, shared.dots[slot]);
+      }
+      if (ATOMICS && sampled && live) {
+        const Four<C> weights = shared.staged.weights[slot];
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          if (weights[corner] != 0) {
+            C terms[VEC];
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) {
+              terms[v] = weights[corner] * grad_output[v];
+            }
+            atomic_add_vector(row_address(grad_value, rows[i][corner], row * static_cast<int>(sizeof(C))), terms);
+          }
         }
       }
+      slot += stride;
     }
-    slot += op.splits() * pitch;
   }
 }
 
@@ -203,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, ATOMICS ? MIN_BLOCKS : MIN_LIGHT_BLOC
       for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
         const bool live = first_channel + op.lane() * VEC < op.channels;
         const int channel = live ? first_channel + op.lane() * VEC : op.channels - VEC;
-        walk_samples<ATOMICS>(
+        walk_samples<ATOMICS, ATOMICS ? 1 : 2>(
             op, query < op.num_queries, op.value + values + channel, grad.value + values + channel,
             load_vector<VEC>(grad_output + channel), needs_dots, live, first_channel == 0, shared);
       }
