@@ -1,4 +1,5 @@
-"""Distributed training: two processes with half of the batch each get the gradients of one with the whole batch.
+"""Distributed training: two processes with half of the batch each get the gradients of one with the whole batch; and a
+process that works on a GPU which is not its current one.
 
 In float64: some gradients are small sums of large terms, whose order the number of processes changes.
 """
@@ -24,14 +25,14 @@ from tests.models.cases import MODULES, ModuleCase
 from tests.reference import TOLERANCE, relative_error
 
 WORLD_SIZE, BATCH_SIZE = 2, 4
-TWO_GPUS = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < WORLD_SIZE, reason="needs two GPUs")]
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < WORLD_SIZE, reason="needs two GPUs")
 
 
-def trained(case: ModuleCase, device: torch.device) -> nn.Module:
+def trained(case: ModuleCase, device: torch.device | str) -> nn.Module:
     return case.trained(device).double()
 
 
-def operands_on(case: ModuleCase, device: torch.device) -> list[Tensor]:
+def operands_on(case: ModuleCase, device: torch.device | str) -> list[Tensor]:
     operands = case.operands_on(device, batch_size=BATCH_SIZE)
     return [tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in operands]
 
@@ -88,7 +89,7 @@ def train(rank: int, device_type: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_two_gpus])])
 def distributed(request, tmp_path_factory) -> tuple[str, dict]:
     """The kind of device, and the gradients that two processes got on it; one pair for all, as importing takes long."""
     folder = tmp_path_factory.mktemp("distributed")
@@ -104,3 +105,14 @@ def test_gradients(case, wrapper, distributed):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert relative_error(actual[name], expected[name]) <= TOLERANCE[torch.float64], name
+
+
+@pytest.mark.cuda
+@needs_two_gpus
+def test_another_gpu_than_the_current_one(case):
+    expected = gradients_of(case, trained(case, "cpu"), operands_on(case, "cpu"))
+    with torch.cuda.device(0):
+        actual = gradients_of(case, trained(case, "cuda:1"), operands_on(case, "cuda:1"))
+    for name in expected:
+        assert actual[name].device == torch.device("cuda:1")
+        assert relative_error(actual[name].cpu(), expected[name]) <= TOLERANCE[torch.float64], name
