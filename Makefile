@@ -13,7 +13,7 @@ FUZZ := --draws $(N) --seed $(SEED) --device $(DEVICE)
 SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
 SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH)
 
-.PHONY: help demo test check build fuzz fuzz-sanitized sanitize-cuda test-huge soak install-matrix clean always
+.PHONY: help demo test test-slow check build fuzz fuzz-sanitized sanitize-cuda test-huge soak install-matrix clean always
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ demo: build  ## run the op on the built-in scene, with pictures
 
 test: build  ## run the tests; those for a GPU run where there is one
 	$(BIN)/python -m pytest
+
+test-slow: build  ## the tests that compile for long: AOTInductor, the C++ example
+	$(BIN)/python -m pytest -m slow
 
 check: build  ## lint, then test
 	$(BIN)/python -m ruff check .

@@ -36,6 +36,7 @@ def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "CASES", tiny_cases)
         patch.setattr(bench, "DEFAULT_CASES", {"cpu": list(tiny_cases), "cuda": list(tiny_cases)})
+        patch.setattr(cases, "ROTATED_BYTES", 2**16)
         patch.setattr(floor, "COPIED_BYTES", {"cpu": 2**16, "cuda": 2**16})
         patch.setattr(timing, "HOST_CALLS", 2)
         patch.setattr(timing, "WARM_UP", 1)

@@ -87,7 +87,7 @@ def describe(device: torch.device, results: list, copy_gb_per_s: float | None = 
 
 
 def read(paths: Sequence[Path]) -> list[Document]:
-    """The documents in files; those of one machine and its versions become one.
+    """The documents in files; those of one machine and its versions become one, on a GPU whatever the host's threads.
 
     Raises:
         ValueError: a file holds no results of the benchmark; the message names it.
@@ -95,7 +95,8 @@ def read(paths: Sequence[Path]) -> list[Document]:
     merged: dict[str, Document] = {}
     for path in paths:
         document = read_one(path, Result)
-        named = {key: document.machine[key] for key in ("device", "threads")}
+        on_cpu = document.machine["device"] == document.machine.get("cpu")
+        named = [document.machine["device"], document.machine["threads"] if on_cpu else None]
         same = json.dumps([named, document.versions], sort_keys=True)
         if same in merged:
             document = _joined(merged[same], document)
@@ -141,10 +142,12 @@ def _value(kind: type, value: Any, where: str) -> Any:
 
 
 def _joined(first: Document, second: Document) -> Document:
-    """Both documents' results; where both have a figure, the second's."""
+    """Both documents' results, case by case; where both have a figure, the second's."""
+    cases = list(dict.fromkeys(r.case for r in first.results + second.results))
     figures = {(r.case, r.device, r.backend, r.dtype, r.passed): r for r in first.results + second.results}
+    ordered = sorted(figures.values(), key=lambda r: cases.index(r.case))
     dates = sorted({*first.date.split(", "), second.date})
-    return Document(first.machine | second.machine, first.versions, ", ".join(dates), list(figures.values()))
+    return Document(first.machine | second.machine, first.versions, ", ".join(dates), ordered)
 
 
 def cpu_name() -> str:
