@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <climits>
+#include <cstdint>
 #include <type_traits>
 
 #include "vector.cuh"
@@ -30,6 +32,13 @@ inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   STD_TORCH_CHECK(get_current_stream(device_index, &stream) == 0, "no current CUDA stream on device ", device_index);
   return static_cast<cudaStream_t>(stream);
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "device ", device, " does not tell its sizes: ", cudaGetErrorString(error));
+  return value;
 }
 
 inline void check_launch(const char* kernel) {
@@ -83,6 +92,15 @@ inline int ceil_log2(int64_t n) {
     ++log;
   }
   return log;
+}
+
+// Of the lanes that span the channels if each holds `lane_channels`; of a warp at most.
+inline int log2_lanes(int64_t channels, int lane_channels) {
+  return std::min(ceil_log2(WARP), ceil_log2((channels + lane_channels - 1) / lane_channels));
+}
+
+inline bool is_aligned(const Tensor& tensor, int bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
 }  // namespace reimplementation::cuda

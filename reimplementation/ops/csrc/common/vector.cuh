@@ -11,6 +11,7 @@
 namespace reimplementation::cuda {
 
 constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // The type that sums run in.
 template <typename T>

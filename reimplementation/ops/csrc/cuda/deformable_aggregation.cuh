@@ -52,15 +52,14 @@ Operands<T, W> operands(
 // Makes teams that span `channels` where a lane holds `lane_channels`, or as many as a warp can.
 template <typename T, typename W>
 void set_team(Operands<T, W>& op, int channels, int lane_channels) {
-  op.log2_lanes = std::min(5, ceil_log2((channels + lane_channels - 1) / lane_channels));
+  op.log2_lanes = log2_lanes(channels, lane_channels);
   op.lanes = 1 << op.log2_lanes;
 }
 
 // Whether vectors of `vec` channels stay within a group and on their alignment.
 template <typename T>
 bool can_vectorize(const DeformableAggregationSizes& sizes, const Tensor& features, int vec) {
-  return sizes.channels / sizes.num_groups % vec == 0 &&
-      reinterpret_cast<uintptr_t>(features.const_data_ptr()) % (vec * sizeof(T)) == 0;
+  return sizes.channels / sizes.num_groups % vec == 0 && is_aligned(features, vec * sizeof(T));
 }
 
 inline unsigned query_blocks(const DeformableAggregationSizes& sizes) {
@@ -109,7 +108,7 @@ __device__ int compact_visible_pairs(
     y = location[op.location_strides[4]];
     visible = inside_unit_square(x, y);
   }
-  const unsigned seen = __ballot_sync(0xffffffffu, visible);
+  const unsigned seen = __ballot_sync(ALL_LANES, visible);
   __syncthreads();  // whoever still reads the pairs before these
   if (threadIdx.x % WARP == 0) {
     found.warp_counts[warp] = __popc(seen);

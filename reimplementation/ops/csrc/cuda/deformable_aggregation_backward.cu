@@ -118,7 +118,7 @@ struct Lane {
       int end_channel) {
     const int lanes = op.lanes;
     const int lane = threadIdx.x & (lanes - 1);
-    team_mask = lanes == WARP ? 0xffffffffu : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
+    team_mask = lanes == WARP ? ALL_LANES : ((1u << lanes) - 1) << (threadIdx.x % WARP & ~(lanes - 1));
     kept = 0;
     for (int half = 2 * NV, step = grad.group_lanes / 2; half > 0; half /= 2, step /= 2) {
       kept += lane & step ? half : 0;
@@ -280,8 +280,8 @@ __device__ void finish_samples(
     if (grad.locations != nullptr) {
 #pragma unroll
       for (int step = MAX_GROUPS / 2; step > 0; step /= 2) {
-        grad_x += __shfl_xor_sync(0xffffffffu, grad_x, step);
-        grad_y += __shfl_xor_sync(0xffffffffu, grad_y, step);
+        grad_x += __shfl_xor_sync(ALL_LANES, grad_x, step);
+        grad_y += __shfl_xor_sync(ALL_LANES, grad_y, step);
       }
       if (live && lane == 0) {
         shared.grad_x[sample] += grad_x;

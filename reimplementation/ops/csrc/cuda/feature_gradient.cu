@@ -304,12 +304,11 @@ void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
   using C = compute_t<T>;
   const auto kernel = sum_tiles<T, W, VEC, ONE_GROUP>;
   constexpr int warp_bytes = sizeof(Sums<C, VEC, ONE_GROUP>);
-  part.log2_lanes = std::clamp(ceil_log2((part.channels + VEC - 1) / VEC), ceil_log2(IN_FLIGHT), ceil_log2(WARP));
+  part.log2_lanes = std::max(log2_lanes(part.channels, VEC), ceil_log2(IN_FLIGHT));
   const int team_channels = VEC << part.log2_lanes;
   part.slices = Divisor((part.channels + team_channels - 1) / team_channels);
-  int multiprocessors = 0, most_bytes = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const int most_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int warps = std::clamp((most_bytes - 1024) / warp_bytes, 2, MOST_WARPS);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
   kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, stream>>>(part, true);
@@ -394,11 +393,9 @@ void run(
   part.num_levels = static_cast<int>(op.cams * op.levels);
   part.channels = static_cast<int>(op.channels);
   part.unit_square = op.unit_square;
-  auto on_boundary = [](const Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (VECTOR<T> * sizeof(T)) == 0;
-  };
-  const bool vectors =
-      op.channels / op.groups % VECTOR<T> == 0 && on_boundary(grad_output) && on_boundary(grad_features);
+  constexpr int vector_bytes = VECTOR<T> * sizeof(T);
+  const bool vectors = op.channels / op.groups % VECTOR<T> == 0 && is_aligned(grad_output, vector_bytes) &&
+      is_aligned(grad_features, vector_bytes);
 
   // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
   constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
@@ -418,8 +415,7 @@ void run(
   const int64_t keys_at_once = tiles_at_once * PIXELS + 1;
 
   const int device = op.locations.get_device_index();
-  int multiprocessors = 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   part.crowded_from = static_cast<unsigned>(std::clamp<int64_t>(
       samples_at_once / (multiprocessors * WARPS_AT_ONCE * 2), LEAST_CROWDED, MOST_CROWDED));
   // A tile may have each of its samples to itself, and those of three neighbours.

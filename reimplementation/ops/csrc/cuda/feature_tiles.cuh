@@ -14,7 +14,6 @@ namespace reimplementation::cuda::tiles {
 constexpr int THREADS = 128;  // of the kernels here
 constexpr int TILE_WIDTH = 4, TILE_HEIGHT = 4, PIXELS = TILE_WIDTH * TILE_HEIGHT;
 constexpr int MOST_WARPS = 8;  // that share a crowded tile
-constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // Division of numbers below 2^31 by one that the host knows: a multiplication and a shift.
 // After Granlund and Montgomery, Division by Invariant Integers using Multiplication (1994).

@@ -123,7 +123,7 @@ void launch_forward(
     cudaStream_t stream) {
   const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
   ms_deform_attn_forward<T, W, VEC, IN_FLIGHT>
-      <<<static_cast<unsigned>(op.blocks), THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
+      <<<op.blocks, THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
   check_launch("ms_deform_attn");
 }
 

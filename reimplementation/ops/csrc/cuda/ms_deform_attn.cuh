@@ -30,7 +30,6 @@ namespace reimplementation::cuda::msda {
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
-constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LINE_BYTES = 128;  // of L1
 constexpr int WARPS_WANTED = 32;  // on a multiprocessor: units are split while there are fewer warps
 constexpr int MOST_ROUNDS = 4;    // of a warp, where there are many more
@@ -41,7 +40,7 @@ struct Problem {
   int log2_lanes, log2_team, log2_heads_at_once;
   int rounds;
   int query_blocks;  // that the queries of one head take
-  int64_t blocks;
+  unsigned blocks;
 
   // Of a warp.
   __host__ __device__ int units() const {
@@ -265,15 +264,12 @@ inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes
   op.num_levels = static_cast<int>(sizes.num_levels);
   op.num_points = static_cast<int>(sizes.num_points);
 
-  op.log2_lanes = std::min(5, ceil_log2((sizes.channels + vec - 1) / vec));
-  op.log2_team = op.log2_lanes;
+  op.log2_team = op.log2_lanes = log2_lanes(sizes.channels, vec);
   while (op.queries_at_once() > 1 && sizes.channels * element_bytes << op.log2_heads_at_once <= LINE_BYTES / 2 &&
          sizes.num_heads % (2 << op.log2_heads_at_once) == 0) {
     ++op.log2_heads_at_once;
   }
-  int multiprocessors = 1;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t wanted = int64_t{WARPS_WANTED} * multiprocessors;
+  const int64_t wanted = int64_t{WARPS_WANTED} * device_attribute(cudaDevAttrMultiProcessorCount, device);
   const int64_t units = sizes.batch * sizes.num_heads * sizes.num_queries;
   int64_t samples = sizes.num_levels * sizes.num_points;  // of a split
   while (op.queries_at_once() > 1 && 2 * units / op.units() <= wanted && samples >= 4) {
@@ -283,11 +279,12 @@ inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes
   op.rounds = static_cast<int>(std::clamp<int64_t>(units / op.units() / (8 * wanted), 1, MOST_ROUNDS));
   const int64_t queries_a_block = op.queries_at_once() * WARPS * op.rounds;
   const int64_t query_blocks = (sizes.num_queries + queries_a_block - 1) / queries_a_block;
-  op.blocks = sizes.batch * (sizes.num_heads >> op.log2_heads_at_once) * query_blocks;
+  const int64_t blocks = sizes.batch * (sizes.num_heads >> op.log2_heads_at_once) * query_blocks;
   STD_TORCH_CHECK(
-      op.blocks <= INT_MAX && query_blocks * queries_a_block <= INT_MAX,
-      "batch * queries * heads is too large: it takes ", op.blocks, " blocks");
+      blocks <= INT_MAX && query_blocks * queries_a_block <= INT_MAX,
+      "batch * queries * heads is too large: it takes ", blocks, " blocks");
   op.query_blocks = static_cast<int>(query_blocks);
+  op.blocks = static_cast<unsigned>(blocks);
   return op;
 }
 
@@ -311,8 +308,7 @@ Operands<T, W> operands(
 
 template <typename T>
 bool can_vectorize(const MSDeformAttnSizes& sizes, const Tensor& tensor, int vec) {
-  return sizes.channels % vec == 0 &&
-      reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (vec * sizeof(T)) == 0;
+  return sizes.channels % vec == 0 && is_aligned(tensor, vec * sizeof(T));
 }
 
 }  // namespace reimplementation::cuda::msda

@@ -245,7 +245,7 @@ void launch_backward(
     const Gradients<T, W>& gradients,
     cudaStream_t stream) {
   const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
-  ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<static_cast<unsigned>(op.blocks), THREADS, 0, stream>>>(op, gradients);
+  ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<op.blocks, THREADS, 0, stream>>>(op, gradients);
   check_launch("ms_deform_attn_backward");
 }
 
@@ -311,11 +311,11 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     op.level_table = levels;
     op.locations = locations;
     op.weights = weights;
-    int64_t strides[6];
-    copy_strides(op.locations, strides);
-    op.location_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], strides[5]};
-    copy_strides(op.weights, strides);
-    op.weight_strides = {strides[0], strides[2], strides[1], strides[4], 0, strides[3], 0};
+    auto strides = [](const Strides& of) -> SampleStrides {
+      return {of.batch, of.head, of.query, of.point, 0, of.level, of.axis};
+    };
+    op.location_strides = strides(Strides(locations));
+    op.weight_strides = strides(Strides(weights));
     value_gradient.emplace(op, grad, grad_value, deterministic, needs_others, stream);
   }
   if (atomics || needs_others) {
