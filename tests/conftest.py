@@ -15,11 +15,12 @@ CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if "cuda" in item.keywords:
+        if gpus < 1 and "cuda" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif gpus < 2 and "two_gpus" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
 
 
 @pytest.fixture(params=[CPU, CUDA])

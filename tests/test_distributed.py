@@ -25,7 +25,6 @@ from tests.models.cases import MODULES, ModuleCase
 from tests.reference import TOLERANCE, relative_error
 
 WORLD_SIZE, BATCH_SIZE = 2, 4
-needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < WORLD_SIZE, reason="needs two GPUs")
 
 
 def trained(case: ModuleCase, device: torch.device | str) -> nn.Module:
@@ -89,7 +88,7 @@ def train(rank: int, device_type: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_two_gpus])])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.two_gpus])])
 def distributed(request, tmp_path_factory) -> tuple[str, dict]:
     """The kind of device, and the gradients that two processes got on it; one pair for all, as importing takes long."""
     folder = tmp_path_factory.mktemp("distributed")
@@ -108,7 +107,7 @@ def test_gradients(case, wrapper, distributed):
 
 
 @pytest.mark.cuda
-@needs_two_gpus
+@pytest.mark.two_gpus
 def test_another_gpu_than_the_current_one(case):
     expected = gradients_of(case, trained(case, "cpu"), operands_on(case, "cpu"))
     with torch.cuda.device(0):

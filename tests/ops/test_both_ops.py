@@ -191,7 +191,7 @@ def test_another_stream_and_metadata_on_the_cpu(op):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_tensors_on_another_gpu_than_the_current_one(op):
     inputs = op.inputs(18).to("cuda:1", torch.float64)
     with torch.cuda.device(0):
