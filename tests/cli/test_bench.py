@@ -120,6 +120,18 @@ def test_files_of_one_machine_are_merged(tmp_path):
     assert alone == other
 
 
+@pytest.mark.parametrize(("device", "documents"), [("NVIDIA H200", 1), ("a", 2)], ids=["GPU", "CPU"])
+def test_threads_of_the_host_tell_cpus_apart(tmp_path, device, documents):
+    paths = [tmp_path / "2.json", tmp_path / "16.json"]
+    for path, case in zip(paths, ("rig-bs1", "rig-bs6")):
+        both = result("module-bs1", us=1, passed=path.stem), result(case, us=2)
+        document(*both, device=device, threads=int(path.stem)).write(path)
+    read = results.read(paths)
+    assert len(read) == documents
+    cases = [r.case for r in read[0].results]
+    assert cases == sorted(cases, key=cases.index) and len(cases) == 4 / documents  # the parts of a case lie together
+
+
 def test_another_file_is_refused(tmp_path, capsys):
     file = tmp_path / "other.json"
     file.write_text('{"results": [{"case": "rig-bs1"}]}')
