@@ -5,15 +5,17 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <map>
+#include <utility>
 
 namespace reimplementation::cuda {
 
 // A stream beside `main` on the current device. When it goes out of scope, `main` waits for what was launched on it; from
 // then on, and no sooner, memory that this used may be freed as if `main` had used it. A graph that captures `main`
 // captures it too. It has the highest priority: chains of small kernels get in between the blocks of a large one.
+// Where one forks off another, they have different numbers.
 class SideStream {
  public:
-  SideStream(cudaStream_t main, int32_t device) : main_(main), resources_(of_this_thread(device)) {}
+  SideStream(cudaStream_t main, int32_t device, int number) : main_(main), resources_(of_this_thread(device, number)) {}
   ~SideStream() {
     if (cudaEventRecord(resources_.joined, resources_.stream) == cudaSuccess) {
       cudaStreamWaitEvent(main_, resources_.joined);
@@ -35,10 +37,10 @@ class SideStream {
     cudaEvent_t forked = nullptr, joined = nullptr;
   };
 
-  // One set for each thread and device: threads that capture graphs at the same time do not meet in one stream.
-  static const Resources& of_this_thread(int32_t device) {
-    thread_local std::map<int32_t, Resources> all;
-    Resources& resources = all[device];
+  // One set for each thread, device and number: threads that capture graphs at the same time do not meet in one stream.
+  static const Resources& of_this_thread(int32_t device, int number) {
+    thread_local std::map<std::pair<int32_t, int>, Resources> all;
+    Resources& resources = all[{device, number}];
     if (resources.stream == nullptr) {
       int lowest = 0, highest = 0;
       check(cudaDeviceGetStreamPriorityRange(&lowest, &highest));

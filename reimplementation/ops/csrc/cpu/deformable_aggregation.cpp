@@ -434,11 +434,6 @@ void with_operands(
   });
 }
 
-Tensor zeros_if_needed(bool needed, const Tensor& operand) {
-  Tensor zeros = empty_if_needed(needed, operand);
-  return torch::stable::zero_(zeros);
-}
-
 }  // namespace
 
 Tensor deformable_aggregation(
@@ -483,8 +478,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   Tensor grad_features = needs_feature_maps
       ? torch::stable::new_empty(feature_maps, {sizes.batch, sizes.num_rows, sizes.channels})
       : torch::stable::new_empty(feature_maps, {0});
-  Tensor grad_location = zeros_if_needed(needs_sampling_location, sampling_location);
-  Tensor grad_weights = zeros_if_needed(needs_weights, weights);
+  Tensor grad_location = zero_gradient_of(sampling_location, needs_sampling_location);
+  Tensor grad_weights = zero_gradient_of(weights, needs_weights);
   if (sizes.nothing_to_sample()) {
     torch::stable::zero_(grad_features);
     return {grad_features, grad_location, grad_weights};

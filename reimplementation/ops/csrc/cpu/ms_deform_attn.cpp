@@ -538,8 +538,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   Tensor grad_value = needs_value
       ? torch::stable::new_empty(value, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels})
       : torch::stable::new_empty(value, {0});
-  Tensor grad_location = empty_if_needed(needs_sampling_locations, sampling_locations);
-  Tensor grad_attention = empty_if_needed(needs_attention_weights, attention_weights);
+  Tensor grad_location = gradient_of(sampling_locations, needs_sampling_locations);
+  Tensor grad_attention = gradient_of(attention_weights, needs_attention_weights);
   if (sizes.nothing_to_sample()) {
     torch::stable::zero_(grad_value);
     torch::stable::zero_(grad_location);

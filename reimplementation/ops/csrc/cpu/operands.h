@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "../common/gradient.h"
 #include "../common/levels.h"
 #include "vector.h"
 
@@ -108,10 +109,6 @@ void with_types(const char* name, const Tensor& features, const Tensor& weights,
     default:
       STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
   }
-}
-
-inline Tensor empty_if_needed(bool needed, const Tensor& operand) {
-  return needed ? torch::stable::empty_like(operand) : torch::stable::new_empty(operand, {0});
 }
 
 }  // namespace reimplementation::cpu

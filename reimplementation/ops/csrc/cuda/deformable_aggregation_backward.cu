@@ -397,17 +397,12 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   check_same_device("grad_output", grad_output, feature_maps);
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
 
-  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
   const Tensor features = torch::stable::contiguous(feature_maps);
   const Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_features = needs_feature_maps ? torch::stable::empty_like(features) : none(features);
-  Tensor grad_locations = needs_sampling_location ? torch::stable::empty_like(sampling_location) : none(sampling_location);
-  Tensor grad_weights = needs_weights ? torch::stable::empty_like(weights) : none(weights);
-  torch::stable::zero_(grad_locations);  // the kernel writes those of visible pairs
-  torch::stable::zero_(grad_weights);
   if (sizes.nothing_to_sample()) {
-    torch::stable::zero_(grad_features);
-    return {grad_features, grad_locations, grad_weights};
+    return {
+        zero_gradient_of(features, needs_feature_maps), zero_gradient_of(sampling_location, needs_sampling_location),
+        zero_gradient_of(weights, needs_weights)};
   }
   const Tensor shapes = readable_metadata(spatial_shape, features);
   const Tensor starts = readable_metadata(scale_start_index, features);
@@ -436,8 +431,11 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     op.location_strides = {strides[0], 0, strides[1], strides[2], strides[3], 0, strides[4]};
     copy_strides(op.weights, strides);
     op.weight_strides = {strides[0], 0, strides[1], strides[2], strides[3], strides[4], strides[5]};
-    features_gradient.emplace(op, grad, grad_features, deterministic, needs_others, stream);
+    features_gradient.emplace(op, grad, features, deterministic, needs_others, stream);
   }
+  // The kernel writes only those of visible pairs. (After that: meanwhile they are filled.)
+  Tensor grad_locations = zero_gradient_of(sampling_location, needs_sampling_location);
+  Tensor grad_weights = zero_gradient_of(weights, needs_weights);
   if (needs_others) {
     dispatch_types(features, weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
@@ -461,7 +459,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
       }
     });
   }
-  return {grad_features, grad_locations, grad_weights};
+  return {features_gradient ? features_gradient->gradient() : gradient_of(features, false), grad_locations, grad_weights};
 }
 
 }  // namespace reimplementation::cuda

@@ -41,6 +41,7 @@ using namespace tiles;
 constexpr int ELSEWHERE = PIXELS;  // where the sums for pixels of other tiles go, and for those outside the level
 constexpr int IN_FLIGHT = 4;       // rows of the output's gradient under way together
 constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has registers for so many
+constexpr int BLOCKS_AT_ONCE = 8;  // on a multiprocessor of kernels with a fixed number of them
 constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
 constexpr int MOST_CROWDED = 256;  // the same, if there is enough
 constexpr unsigned MOST_SETTLED = 1u << 19;  // samples: up to here counting the smaller ones ends soon, wherever they fall
@@ -311,63 +312,67 @@ void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
   const int most_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int warps = std::clamp((most_bytes - 1024) / warp_bytes, 2, MOST_WARPS);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
-  kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, stream>>>(part, true);
+
+  // Side by side: the last crowded tiles keep few multiprocessors busy.
+  const SideStream beside(stream, device, 1);
+  const cudaStream_t crowded = beside.follow();
+  kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, crowded>>>(part, true);
   check_launch("sum_tiles of the crowded");
+  sum_rest<<<multiprocessors * BLOCKS_AT_ONCE, THREADS, 0, crowded>>>(part);
+  check_launch("sum_rest");
   kernel<<<multiprocessors * WARPS_AT_ONCE, WARP, warp_bytes, stream>>>(part, false);
   check_launch("sum_tiles");
 }
 
-// Launches all steps for one part of the batch. `samples` has room for four words a sample, three if not deterministic.
+// Launches steps 1 and 2 for one part of the batch: returns the part with its samples in order. `samples` has room for four
+// words a sample, three if not deterministic.
 template <typename T, typename W>
-void run_part(
-    const SampledOp& op, const Part<T, W>& part, bool vectors, bool deterministic, uint32_t* samples, Scratch scratch,
-    int device, cudaStream_t stream) {
+Part<T, W> launch_order(
+    Part<T, W> part, LevelTable levels, bool deterministic, uint32_t* samples, Scratch scratch, int device,
+    cudaStream_t stream) {
   const int64_t keys = static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
   const Pairs found = {samples, samples + part.samples};
   const Pairs spare = {samples + 2 * int64_t{part.samples}, samples + 3 * int64_t{part.samples}};
-  Part<T, W> ordered = part;
 
-  cudaMemsetAsync(part.places, 0, keys * sizeof(uint32_t), stream);
-  list_levels<<<1, WARP, 0, stream>>>(part, op.level_table);
-  check_launch("list_levels");
+  const int64_t most_blocks = int64_t{BLOCKS_AT_ONCE} * device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const unsigned blocks = 1 + static_cast<unsigned>(std::min<int64_t>(blocks_for(keys), most_blocks));
+  prepare<<<blocks, THREADS, 0, stream>>>(part, levels, keys);
+  check_launch("prepare");
   find_keys<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, found.values);
   check_launch("find_keys");
   sum_before(part.places, keys, scratch, stream);
+
+  const SideStream beside(stream, device, 1);
+  list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, beside.follow()>>>(part);
+  check_launch("list_tiles");
   if (deterministic && part.samples > MOST_SETTLED) {
     number_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part.samples, found.values);
     check_launch("number_samples");
-    ordered.sorted = sort_pairs(found, spare, part.samples, ceil_log2(keys), scratch, stream).values;
+    part.sorted = sort_pairs(found, spare, part.samples, ceil_log2(keys), scratch, stream).values;
   } else {
-    ordered.sorted = spare.keys;
-    order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, found.values);
+    part.sorted = spare.keys;
+    order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, found.values);
     check_launch("order_samples");
     if (deterministic) {
-      ordered.sorted = spare.values;
-      settle_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(ordered, found.keys, spare.keys);
+      part.sorted = spare.values;
+      settle_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, spare.keys);
       check_launch("settle_samples");
     }
   }
-  list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, stream>>>(ordered);
-  check_launch("list_tiles");
-  if (vectors && op.groups == 1) {
-    launch_sums<VECTOR<T>, true>(ordered, device, stream);
-  } else if (vectors) {
-    launch_sums<VECTOR<T>, false>(ordered, device, stream);
-  } else {
-    launch_sums<1, false>(ordered, device, stream);
-  }
+  return part;
 }
 
-// Keeps what it works in in `memory`.
+// Keeps what it works in in `memory`, and the result in `gradient`.
 template <typename T, typename W>
 void run(
     const SampledOp& op,
     const Tensor& grad_output,
-    const Tensor& grad_features,
+    const Tensor& features,
     bool deterministic,
     const SideStream* side,
     cudaStream_t main,
-    std::optional<Tensor>& memory) {
+    std::optional<Tensor>& memory,
+    std::optional<Tensor>& gradient) {
   const int64_t row = op.heads * op.channels;
   const int64_t query_samples = op.heads * op.points * op.cams * op.levels;
   const int64_t image_tiles = op.rows / TILE_HEIGHT + op.cams * op.levels;  // at most: a level has pixels / 4 + 1, or fewer
@@ -394,8 +399,7 @@ void run(
   part.channels = static_cast<int>(op.channels);
   part.unit_square = op.unit_square;
   constexpr int vector_bytes = VECTOR<T> * sizeof(T);
-  const bool vectors = op.channels / op.groups % VECTOR<T> == 0 && is_aligned(grad_output, vector_bytes) &&
-      is_aligned(grad_features, vector_bytes);
+  const bool vectors = op.channels / op.groups % VECTOR<T> == 0 && is_aligned(grad_output, vector_bytes);
 
   // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
   constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
@@ -452,7 +456,6 @@ void run(
   for (int64_t batch = 0; batch < op.batch; batch += batches_at_once) {
     part.images = static_cast<int>(std::min(batches_at_once, op.batch - batch) * op.heads);
     part.most_tiles = static_cast<unsigned>(part.images * image_tiles);
-    part.grad_features = static_cast<T*>(grad_features.mutable_data_ptr()) + batch * part.feature_strides[0];
     for (int64_t query = 0; query < op.queries; query += queries_at_once) {
       const int64_t queries = std::min(queries_at_once, op.queries - query);
       part.queries = Divisor(queries);
@@ -464,8 +467,23 @@ void run(
           batch * op.location_strides[0] + query * op.location_strides[2];
       part.weights = static_cast<const W*>(op.weights.const_data_ptr()) + batch * op.weight_strides[0] +
           query * op.weight_strides[2];
-      run_part(
-          op, part, vectors, deterministic, reinterpret_cast<uint32_t*>(first + samples_at), scratch, device, stream);
+      auto* const samples = reinterpret_cast<uint32_t*>(first + samples_at);
+      Part<T, W> ordered = launch_order(part, op.level_table, deterministic, samples, scratch, device, stream);
+      if (!gradient) {
+        // Not before the first samples are being ordered: PyTorch may fill new memory, on its own stream.
+        gradient = torch::stable::empty_like(features);
+        if (side != nullptr) {
+          side->follow();
+        }
+      }
+      ordered.grad_features = static_cast<T*>(gradient->mutable_data_ptr()) + batch * part.feature_strides[0];
+      if (vectors && op.groups == 1) {
+        launch_sums<VECTOR<T>, true>(ordered, device, stream);
+      } else if (vectors) {
+        launch_sums<VECTOR<T>, false>(ordered, device, stream);
+      } else {
+        launch_sums<1, false>(ordered, device, stream);
+      }
     }
   }
 }
@@ -475,17 +493,17 @@ void run(
 FeatureGradient::FeatureGradient(
     const SampledOp& op,
     const Tensor& grad_output,
-    const Tensor& grad_features,
+    const Tensor& features,
     bool deterministic,
     bool beside,
     cudaStream_t stream)
     : op_(op) {
   if (beside) {
-    side_.emplace(stream, grad_features.get_device_index());
+    side_.emplace(stream, features.get_device_index(), 0);
   }
-  dispatch_types(grad_features, op.weights, [&](auto* t, auto* w) {
+  dispatch_types(features, op.weights, [&](auto* t, auto* w) {
     run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
-        op_, grad_output, grad_features, deterministic, side_ ? &*side_ : nullptr, stream, memory_);
+        op_, grad_output, features, deterministic, side_ ? &*side_ : nullptr, stream, memory_, gradient_);
   });
 }
 

@@ -10,6 +10,7 @@
 #include <array>
 #include <optional>
 
+#include "../common/gradient.h"
 #include "../common/levels.h"
 #include "../common/side_stream.cuh"
 
@@ -29,8 +30,8 @@ struct SampledOp {
   SampleStrides location_strides, weight_strides;
 };
 
-// Writes all of `grad_features` (batch, rows, heads, channels) from `grad_output` (batch, queries, heads, channels), both
-// contiguous and of the features' dtype. The same bits every time, if deterministic; else faster.
+// The gradient of `features` (batch, rows, heads, channels) from `grad_output` (batch, queries, heads, channels), both
+// contiguous and of one dtype. The same bits every time, if deterministic; else faster.
 //
 // Works on `stream`, PyTorch's current one, or on a second stream beside what the caller launches there. Then it ends with
 // the object: `stream` waits for the second one, and only after that the memory that was worked in is free for others.
@@ -39,15 +40,19 @@ class FeatureGradient {
   FeatureGradient(
       const SampledOp& op,
       const torch::stable::Tensor& grad_output,
-      const torch::stable::Tensor& grad_features,
+      const torch::stable::Tensor& features,
       bool deterministic,
       bool beside,
       cudaStream_t stream);
 
+  const torch::stable::Tensor& gradient() const {
+    return *gradient_;
+  }
+
  private:
   // In this order: the streams join before the rest goes.
   SampledOp op_;
-  std::optional<torch::stable::Tensor> memory_;
+  std::optional<torch::stable::Tensor> memory_, gradient_;
   std::optional<SideStream> side_;
 };
 

@@ -184,9 +184,9 @@ __device__ __forceinline__ uint32_t first_key(const Part<T, W>& part, int image,
   return (number < part.most_tiles ? number : number % part.most_tiles) * PIXELS;
 }
 
-// One warp lists the levels and their tiles.
+// A warp lists the levels and their tiles.
 template <typename T, typename W>
-__global__ void list_levels(const Part<T, W> part, LevelTable levels) {
+__device__ void list_levels(const Part<T, W>& part, const LevelTable& levels) {
   const int lane = threadIdx.x;
   auto span_of = [&](int i) {
     const Level level = i < part.num_levels ? levels[i] : Level{0, 0, 0};
@@ -242,6 +242,19 @@ __global__ void list_levels(const Part<T, W> part, LevelTable levels) {
     part.plan->tiles = tiles;
     part.plan->overlap = overlap;
     part.plan->gaps = !overlap && pixels < part.rows;
+  }
+}
+
+// Before step 1: a warp lists the levels, and all blocks but its own set the counts of the samples of each key to zero.
+template <typename T, typename W>
+__global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Part<T, W> part, LevelTable levels, int64_t keys) {
+  if (blockIdx.x == 0 && threadIdx.x < WARP) {
+    list_levels(part, levels);
+  }
+  if (blockIdx.x > 0) {
+    for (int64_t key = int64_t{blockIdx.x - 1} * THREADS + threadIdx.x; key < keys; key += int64_t{gridDim.x - 1} * THREADS) {
+      part.places[key] = 0;
+    }
   }
 }
 
@@ -382,18 +395,22 @@ __device__ void zero_gaps(const Part<T, W>& part) {
   }
 }
 
-// Step 2. Where tiles cannot be used, and for rows outside of them, this kernel writes the gradient.
+// Step 3 for what is not tiles' own.
+template <typename T, typename W>
+__global__ void __launch_bounds__(THREADS) sum_rest(const __grid_constant__ Part<T, W> part) {
+  if (part.plan->overlap) {
+    sum_overlapping(part);
+  } else if (part.plan->gaps) {
+    zero_gaps(part);
+  }
+}
+
+// Step 2.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Part<T, W> part) {
   Plan& plan = *part.plan;
-  if (plan.overlap) {
-    return sum_overlapping(part);
-  }
-  if (plan.gaps) {
-    zero_gaps(part);
-  }
   const unsigned number = blockIdx.x * THREADS + threadIdx.x;
-  if (number >= part.images * plan.tiles) {
+  if (plan.overlap || number >= part.images * plan.tiles) {
     return;
   }
   Tile tile;

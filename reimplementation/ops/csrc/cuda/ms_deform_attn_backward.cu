@@ -269,31 +269,25 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   check_same_device("grad_output", grad_output, value);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 
-  auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  const bool atomics = needs_value && !deterministic && !sizes.nothing_to_sample();
   const Tensor values = torch::stable::contiguous(value);
   const Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_value = none(values);
-  if (needs_value) {
-    const std::initializer_list<int64_t> shape = {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels};
-    grad_value = atomics ? torch::stable::new_zeros(values, shape, compute_type(value))
-                         : torch::stable::new_empty(values, shape);
-  }
   const Tensor locations = with_short_strides(sampling_locations);
   const Tensor weights = with_short_strides(attention_weights);
-  Tensor grad_locations = needs_sampling_locations ? torch::stable::empty_like(locations) : none(locations);
-  Tensor grad_weights = needs_attention_weights ? torch::stable::empty_like(weights) : none(weights);
   if (sizes.nothing_to_sample()) {
-    torch::stable::zero_(grad_value);
-    torch::stable::zero_(grad_locations);
-    torch::stable::zero_(grad_weights);
-    return {grad_value, grad_locations, grad_weights};
+    return {
+        zero_gradient_of(values, needs_value), zero_gradient_of(locations, needs_sampling_locations),
+        zero_gradient_of(weights, needs_attention_weights)};
   }
   const Tensor shapes = readable_metadata(spatial_shapes, values);
   const Tensor starts = readable_metadata(level_start_index, values);
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const cudaStream_t stream = current_stream(values.get_device_index());
   const bool needs_others = needs_sampling_locations || needs_attention_weights;
+  const bool atomics = needs_value && !deterministic;
+  Tensor grad_value = atomics
+      ? torch::stable::new_zeros(
+            values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
+      : gradient_of(values, false);
   std::optional<FeatureGradient> value_gradient;
 
   if (needs_value && !atomics) {
@@ -316,8 +310,12 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     };
     op.location_strides = strides(Strides(locations));
     op.weight_strides = strides(Strides(weights));
-    value_gradient.emplace(op, grad, grad_value, deterministic, needs_others, stream);
+    value_gradient.emplace(op, grad, values, deterministic, needs_others, stream);
+    grad_value = value_gradient->gradient();
   }
+  // After that: PyTorch may fill them meanwhile.
+  Tensor grad_locations = gradient_of(locations, needs_sampling_locations);
+  Tensor grad_weights = gradient_of(weights, needs_attention_weights);
   if (atomics || needs_others) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
