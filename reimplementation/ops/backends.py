@@ -137,7 +137,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select_backend(device: torch.device, op: str = "Deformable aggregation") -> str:
     """The backend that runs a call of ``op`` on tensors of ``device``; warns once when a kernel is missing."""
-    if torch.onnx.is_in_onnx_export():
+    if is_traced() and torch.onnx.is_in_onnx_export():
         return "grid_sample"  # ONNX knows no kernel of ours
     forced = _forced.name or _forced_by_environment
     if forced is None:
@@ -150,6 +150,11 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation") -> 
             f"backend {forced!r} is forced, but torch.func transforms and forward-mode derivatives need grid_sample"
         )
     return forced
+
+
+def is_traced() -> bool:
+    """Whether a compiler or an exporter is recording the call."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _is_transformed() -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .backends import is_traced
 from .operands import under_autocast
 
 DIFFERENTIABLE = (0, 3, 4)  # features, locations, weights among the operands
@@ -73,7 +74,7 @@ def register(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Eager.__name__ = name
 
     def call(*operands: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced():
             return forward(*operands)
         if torch.is_grad_enabled() and any([operands[i].requires_grad for i in DIFFERENTIABLE]):
             return Eager.apply(*operands)

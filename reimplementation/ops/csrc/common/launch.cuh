@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "tensors.h"
 #include "vector.cuh"
 
 namespace reimplementation::cuda {
@@ -80,7 +81,7 @@ inline void copy_strides(const Tensor& tensor, int64_t* strides) {
 inline Tensor with_short_strides(const Tensor& tensor) {
   for (int64_t i = 1; i < tensor.dim(); ++i) {
     if (tensor.stride(i) > INT_MAX) {
-      return torch::stable::contiguous(tensor);
+      return as_contiguous(tensor);
     }
   }
   return tensor;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "platform.h"
+#include "tensors.h"
 
 namespace reimplementation {
 
@@ -56,7 +57,7 @@ inline torch::stable::Tensor readable_metadata(const torch::stable::Tensor& meta
   if (result.is_cpu() != features.is_cpu()) {
     result = torch::stable::to(result, features.device(), /*non_blocking=*/true);
   }
-  return torch::stable::contiguous(result);
+  return as_contiguous(result);
 }
 
 // The table of metadata that `readable_metadata` prepared; the tensors must outlive it.

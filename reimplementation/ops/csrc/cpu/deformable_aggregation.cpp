@@ -448,7 +448,7 @@ Tensor deformable_aggregation(
   if (sizes.nothing_to_sample()) {
     return torch::stable::new_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
   }
-  const Tensor features = torch::stable::contiguous(feature_maps);
+  const Tensor features = as_contiguous(feature_maps);
   const Tensor output = torch::stable::new_empty(features, {sizes.batch, sizes.num_queries, sizes.channels});
   with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
     forward(operands, output);
@@ -485,8 +485,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     return {grad_features, grad_location, grad_weights};
   }
 
-  const Tensor features = torch::stable::contiguous(feature_maps);
-  const Tensor grad_rows = torch::stable::contiguous(torch::stable::to(grad_output, compute_type(features)));
+  const Tensor features = as_contiguous(feature_maps);
+  const Tensor grad_rows = as_contiguous(as_type(grad_output, compute_type(features)));
   with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
     if (needs_feature_maps) {
       backward_of_features(operands, grad_rows, grad_features);

@@ -509,7 +509,7 @@ Tensor ms_deform_attn(
   if (sizes.nothing_to_sample()) {
     return torch::stable::new_zeros(value, output_size);
   }
-  const Tensor rows = torch::stable::contiguous(value);
+  const Tensor rows = as_contiguous(value);
   const Tensor output = torch::stable::new_empty(value, output_size);
   with_operands(sizes, levels, rows, sampling_locations, attention_weights, [&](const auto& operands) {
     forward(operands, output);
@@ -547,8 +547,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     return {grad_value, grad_location, grad_attention};
   }
 
-  const Tensor rows = torch::stable::contiguous(value);
-  const Tensor grad_rows = torch::stable::contiguous(torch::stable::to(grad_output, compute_type(value)));
+  const Tensor rows = as_contiguous(value);
+  const Tensor grad_rows = as_contiguous(as_type(grad_output, compute_type(value)));
   with_operands(sizes, levels, rows, sampling_locations, attention_weights, [&](const auto& operands) {
     if (needs_value) {
       backward_of_value(operands, grad_rows, grad_value);

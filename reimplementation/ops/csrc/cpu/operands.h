@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "../common/checks.h"
-#include "../common/gradient.h"
 #include "../common/levels.h"
+#include "../common/tensors.h"
 #include "vector.h"
 
 namespace reimplementation::cpu {
@@ -71,8 +71,8 @@ std::vector<Level> read_levels(
     const NameOf& name_of) {
   check_same_device(names.shapes, shapes, features);
   check_same_device(names.starts, starts, features);
-  const Tensor wide_shapes = torch::stable::contiguous(torch::stable::to(shapes, ScalarType::Long));
-  const Tensor wide_starts = torch::stable::contiguous(torch::stable::to(starts, ScalarType::Long));
+  const Tensor wide_shapes = as_contiguous(as_type(shapes, ScalarType::Long));
+  const Tensor wide_starts = as_contiguous(as_type(starts, ScalarType::Long));
   const int64_t* shape = static_cast<const int64_t*>(wide_shapes.const_data_ptr());
   const int64_t* start = static_cast<const int64_t*>(wide_starts.const_data_ptr());
 

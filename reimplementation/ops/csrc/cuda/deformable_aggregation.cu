@@ -231,7 +231,7 @@ Tensor deformable_aggregation(
   if (sizes.nothing_to_sample()) {
     return torch::stable::new_zeros(feature_maps, output_shape);
   }
-  const Tensor features = torch::stable::contiguous(feature_maps);
+  const Tensor features = as_contiguous(feature_maps);
   const Tensor shapes = readable_metadata(spatial_shape, features);
   const Tensor starts = readable_metadata(scale_start_index, features);
   const LevelTable levels = level_table(shapes, starts, sizes.num_rows);

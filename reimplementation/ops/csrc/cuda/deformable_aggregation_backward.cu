@@ -397,8 +397,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   check_same_device("grad_output", grad_output, feature_maps);
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
 
-  const Tensor features = torch::stable::contiguous(feature_maps);
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor features = as_contiguous(feature_maps);
+  const Tensor grad = as_contiguous(grad_output);
   if (sizes.nothing_to_sample()) {
     return {
         zero_gradient_of(features, needs_feature_maps), zero_gradient_of(sampling_location, needs_sampling_location),

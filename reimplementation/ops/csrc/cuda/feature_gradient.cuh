@@ -10,7 +10,6 @@
 #include <array>
 #include <optional>
 
-#include "../common/gradient.h"
 #include "../common/levels.h"
 #include "../common/side_stream.cuh"
 

@@ -143,7 +143,7 @@ Tensor ms_deform_attn(
   if (sizes.nothing_to_sample()) {
     return torch::stable::new_zeros(value, output_shape);
   }
-  const Tensor values = torch::stable::contiguous(value);
+  const Tensor values = as_contiguous(value);
   const Tensor shapes = readable_metadata(spatial_shapes, values);
   const Tensor starts = readable_metadata(level_start_index, values);
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);

@@ -269,8 +269,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   check_same_device("grad_output", grad_output, value);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
 
-  const Tensor values = torch::stable::contiguous(value);
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor values = as_contiguous(value);
+  const Tensor grad = as_contiguous(grad_output);
   const Tensor locations = with_short_strides(sampling_locations);
   const Tensor weights = with_short_strides(attention_weights);
   if (sizes.nothing_to_sample()) {
@@ -350,10 +350,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
       }
     });
   }
-  if (grad_value.scalar_type() != value.scalar_type()) {
-    grad_value = torch::stable::to(grad_value, value.scalar_type());
-  }
-  return {grad_value, grad_locations, grad_weights};
+  return {as_type(grad_value, value.scalar_type()), grad_locations, grad_weights};
 }
 
 }  // namespace reimplementation::cuda
