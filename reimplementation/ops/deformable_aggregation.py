@@ -53,7 +53,7 @@ def deformable_aggregation_function(
         ValueError: a shape or device does not fit, or levels on the CPU reach beyond the features' rows. (Levels
             on a GPU that do so contribute nothing: reading them here would wait for the GPU.)
         TypeError: an argument is no tensor or has another dtype.
-        RuntimeError: a forced backend is not available.
+        RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
     if is_autocast_enabled(feature_maps):
         sampling_location, weights = under_autocast(feature_maps, sampling_location, weights)

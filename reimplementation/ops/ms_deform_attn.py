@@ -54,7 +54,7 @@ def ms_deform_attn(
         ValueError: a shape or device does not fit, or levels on the CPU reach beyond the value's rows. (Levels on a
             GPU that do so contribute nothing: reading them here would wait for the GPU.)
         TypeError: an argument is no tensor or has another dtype.
-        RuntimeError: a forced backend is not available.
+        RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
     if is_autocast_enabled(value):
         sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)

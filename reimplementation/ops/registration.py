@@ -68,20 +68,36 @@ def register(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def backward(ctx, grad_output: Tensor):
             if torch.is_grad_enabled():  # create_graph=True: a second derivative must find its error
                 return differentiate(ctx, grad_output)
-            with torch._C._AutoDispatchBelowAutograd():
-                return differentiate(ctx, grad_output)
+            try:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return differentiate(ctx, grad_output)
+            except RuntimeError as error:
+                _raise_if_out_of_memory(error)
+                raise
 
     Eager.__name__ = name
 
     def call(*operands: Tensor) -> Tensor:
         if is_traced():
             return forward(*operands)
-        if torch.is_grad_enabled() and any([operands[i].requires_grad for i in DIFFERENTIABLE]):
-            return Eager.apply(*operands)
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward(*operands)
+        try:
+            if torch.is_grad_enabled() and any([operands[i].requires_grad for i in DIFFERENTIABLE]):
+                return Eager.apply(*operands)
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(*operands)
+        except RuntimeError as error:
+            _raise_if_out_of_memory(error)
+            raise
 
     return call
+
+
+def _raise_if_out_of_memory(error: RuntimeError) -> None:
+    """Raise PyTorch's type of error where a kernel found a GPU full: that is what callers handle."""
+    if str(error).startswith("CUDA out of memory"):
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # a launch that failed before makes allocations fail too: this raises its error
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def _must_be_deterministic() -> bool:

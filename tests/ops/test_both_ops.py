@@ -178,6 +178,41 @@ class TestOperator:
         assert output.dtype == torch.bfloat16
 
 
+class TestOutOfMemory:
+    """Queries that take no memory themselves, as all of them are one, and more output than there can be."""
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+    def device(self, request) -> torch.device:
+        if request.param not in ops.available_backends(request.param):
+            pytest.skip(f"the {request.param} kernels are not built")
+        return torch.device(request.param)
+
+    @pytest.fixture
+    def inputs(self, op, device) -> OpInputs:
+        one = op.inputs(3, batch_size=1, num_queries=1, channels=512).to(device, torch.float32)
+        features, shapes, starts, locations, weights = one
+        queries = 2**30 if device.type == "cuda" else 2**45
+        many = (t.expand(1, queries, *t.shape[2:]) for t in (locations, weights))
+        return type(one)(features, shapes, starts, *many)
+
+    @pytest.mark.parametrize("records", [False, True])
+    def test_error(self, op, device, inputs, records):
+        few = op.inputs(3).to(device, torch.float32)
+        before = op.function(*few)
+        features, *others = inputs
+        error = torch.OutOfMemoryError if device.type == "cuda" else RuntimeError
+        with pytest.raises(error, match=f"^{device.type.upper()} out of memory. Tried to allocate .* GiB"):
+            op.function(features.requires_grad_(records), *others)
+        assert torch.equal(op.function(*few), before)
+
+    def test_error_of_the_operators(self, op, inputs):
+        features, _, _, locations, _ = inputs
+        grad_output = features.new_ones(1).expand(1, locations.shape[1], features[0, 0].numel())
+        for call in (lambda: op.forward(*inputs), lambda: op.backward(grad_output, *inputs, True, True, True, False)):
+            with pytest.raises(RuntimeError, match="out of memory. Tried to allocate"):
+                call()
+
+
 @pytest.mark.cuda
 def test_another_stream_and_metadata_on_the_cpu(op):
     features, shapes, starts, locations, weights = op.inputs(16).to("cuda", torch.float64)

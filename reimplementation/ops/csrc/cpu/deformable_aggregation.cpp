@@ -446,10 +446,10 @@ Tensor deformable_aggregation(
       check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
   const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
   if (sizes.nothing_to_sample()) {
-    return torch::stable::new_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
+    return allocate_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
   }
   const Tensor features = as_contiguous(feature_maps);
-  const Tensor output = torch::stable::new_empty(features, {sizes.batch, sizes.num_queries, sizes.channels});
+  const Tensor output = allocate(features, {sizes.batch, sizes.num_queries, sizes.channels});
   with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
     forward(operands, output);
   });
@@ -476,8 +476,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
 
   Tensor grad_features = needs_feature_maps
-      ? torch::stable::new_empty(feature_maps, {sizes.batch, sizes.num_rows, sizes.channels})
-      : torch::stable::new_empty(feature_maps, {0});
+      ? allocate(feature_maps, {sizes.batch, sizes.num_rows, sizes.channels})
+      : allocate(feature_maps, {0});
   Tensor grad_location = zero_gradient_of(sampling_location, needs_sampling_location);
   Tensor grad_weights = zero_gradient_of(weights, needs_weights);
   if (sizes.nothing_to_sample()) {

@@ -507,10 +507,10 @@ Tensor ms_deform_attn(
   const std::vector<Level> levels = levels_of_value(spatial_shapes, level_start_index, value, sizes);
   const auto output_size = {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels};
   if (sizes.nothing_to_sample()) {
-    return torch::stable::new_zeros(value, output_size);
+    return allocate_zeros(value, output_size);
   }
   const Tensor rows = as_contiguous(value);
-  const Tensor output = torch::stable::new_empty(value, output_size);
+  const Tensor output = allocate(value, output_size);
   with_operands(sizes, levels, rows, sampling_locations, attention_weights, [&](const auto& operands) {
     forward(operands, output);
   });
@@ -536,8 +536,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const std::vector<Level> levels = levels_of_value(spatial_shapes, level_start_index, value, sizes);
 
   Tensor grad_value = needs_value
-      ? torch::stable::new_empty(value, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels})
-      : torch::stable::new_empty(value, {0});
+      ? allocate(value, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels})
+      : allocate(value, {0});
   Tensor grad_location = gradient_of(sampling_locations, needs_sampling_locations);
   Tensor grad_attention = gradient_of(attention_weights, needs_attention_weights);
   if (sizes.nothing_to_sample()) {

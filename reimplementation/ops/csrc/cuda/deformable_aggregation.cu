@@ -229,13 +229,13 @@ Tensor deformable_aggregation(
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
   const std::initializer_list<int64_t> output_shape = {sizes.batch, sizes.num_queries, sizes.channels};
   if (sizes.nothing_to_sample()) {
-    return torch::stable::new_zeros(feature_maps, output_shape);
+    return allocate_zeros(feature_maps, output_shape);
   }
   const Tensor features = as_contiguous(feature_maps);
   const Tensor shapes = readable_metadata(spatial_shape, features);
   const Tensor starts = readable_metadata(scale_start_index, features);
   const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
-  const Tensor output = torch::stable::new_empty(features, output_shape);
+  const Tensor output = allocate(features, output_shape);
   const cudaStream_t stream = current_stream(features.get_device_index());
 
   dispatch_types(features, weights, [&](auto* t, auto* w) {

@@ -443,7 +443,7 @@ void run(
   const int64_t spans_at = reserve(part.num_levels * sizeof(Span));
   const int64_t plan_at = reserve(sizeof(Plan));
   const int64_t scratch_at = reserve(scratch_bytes);
-  memory = torch::stable::new_empty(op.locations, {bytes}, ScalarType::Byte);
+  memory = allocate(op.locations, {bytes}, ScalarType::Byte);
   char* const first = static_cast<char*>(memory->mutable_data_ptr());
   part.places = reinterpret_cast<uint32_t*>(first + places_at);
   part.light = reinterpret_cast<Tile*>(first + light_at);
@@ -471,7 +471,7 @@ void run(
       Part<T, W> ordered = launch_order(part, op.level_table, deterministic, samples, scratch, device, stream);
       if (!gradient) {
         // Not before the first samples are being ordered: PyTorch may fill new memory, on its own stream.
-        gradient = torch::stable::empty_like(features);
+        gradient = allocate_like(features);
         if (side != nullptr) {
           side->follow();
         }

@@ -141,7 +141,7 @@ Tensor ms_deform_attn(
   const std::initializer_list<int64_t> output_shape = {
       sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels};
   if (sizes.nothing_to_sample()) {
-    return torch::stable::new_zeros(value, output_shape);
+    return allocate_zeros(value, output_shape);
   }
   const Tensor values = as_contiguous(value);
   const Tensor shapes = readable_metadata(spatial_shapes, values);
@@ -149,7 +149,7 @@ Tensor ms_deform_attn(
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const Tensor locations = with_short_strides(sampling_locations);
   const Tensor weights = with_short_strides(attention_weights);
-  const Tensor output = torch::stable::new_empty(values, output_shape);
+  const Tensor output = allocate(values, output_shape);
   const cudaStream_t stream = current_stream(values.get_device_index());
 
   dispatch_types(values, attention_weights, [&](auto* t, auto* w) {

@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const bool needs_others = needs_sampling_locations || needs_attention_weights;
   const bool atomics = needs_value && !deterministic;
   Tensor grad_value = atomics
-      ? torch::stable::new_zeros(
+      ? allocate_zeros(
             values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
       : gradient_of(values, false);
   std::optional<FeatureGradient> value_gradient;
