@@ -12,8 +12,9 @@
 //   1. one thread per sample writes its key: the tile, and the anchor's place in the tile. Places are numbered such that
 //      b, c and d are ranges: within, last column, corner, last row. Counting the samples of each key gives them
 //      ranks, and sums over the counts their order; where bits must repeat, samples of a key are ordered by number;
-//   2. one thread per tile lists it, with the four ranges. *Crowded* tiles go to a block of several warps, which share the
-//      samples out; of others each team takes one of its own (feature_tiles.cuh has both steps);
+//   2. one thread per tile lists it, with the four ranges, while samples are put in order. *Crowded* tiles go to a block of
+//      several warps, which share the samples out; of others each team takes one of its own, beside the crowded ones
+//      (feature_tiles.cuh has both steps, and what becomes of pixels that are no tile's own);
 //   3. teams walk their samples, as many at a time as they have lanes: each lane turns one location into corner weights and
 //      pixels of the tile, then all lanes read one sample's row of the output's gradient after the other. Samples with
 //      the same anchor come one after the other, and add up in registers; another anchor has its four sums fetched from
