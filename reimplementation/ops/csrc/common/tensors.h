@@ -33,12 +33,23 @@ inline double bytes_of(const torch::stable::Tensor& tensor) {
   return static_cast<double>(tensor.numel()) * static_cast<double>(tensor.element_size());
 }
 
-inline double bytes_of(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type) {
+inline int size_of(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
-  double bytes = type == ScalarType::Byte                                  ? 1
-      : type == ScalarType::Half || type == ScalarType::BFloat16 ? 2
-      : type == ScalarType::Float                                ? 4
-                                                                 : 8;
+  switch (type) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+inline double bytes_of(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type) {
+  double bytes = size_of(type);
   for (int64_t size : sizes) {
     bytes *= static_cast<double>(size);
   }
