@@ -150,14 +150,20 @@ def test_lazily_negated_operands(op, backend_device):
     assert torch.equal(op.function(lazy[0], shapes, starts, *lazy[1:]), expected)
 
 
+@pytest.fixture
+def kernels_device(device) -> torch.device:
+    """A device that the extension has kernels for."""
+    if device.type not in ops.available_backends(device):
+        pytest.skip(f"the {device.type} kernels are not built")
+    return device
+
+
 class TestOperator:
     """What torch.library promises of a registered operator."""
 
-    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-    def inputs(self, request, op) -> OpInputs:
-        if request.param not in ops.available_backends(request.param):
-            pytest.skip(f"the {request.param} kernels are not built")
-        return op.inputs(15, num_queries=3).to(request.param, torch.float32)
+    @pytest.fixture
+    def inputs(self, op, kernels_device) -> OpInputs:
+        return op.inputs(15, num_queries=3).to(kernels_device, torch.float32)
 
     @pytest.mark.parametrize("needs", [False, True])
     def test_forward(self, op, inputs, needs):
@@ -181,27 +187,21 @@ class TestOperator:
 class TestOutOfMemory:
     """Queries that take no memory themselves, as all of them are one, and more output than there can be."""
 
-    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-    def device(self, request) -> torch.device:
-        if request.param not in ops.available_backends(request.param):
-            pytest.skip(f"the {request.param} kernels are not built")
-        return torch.device(request.param)
-
     @pytest.fixture
-    def inputs(self, op, device) -> OpInputs:
-        one = op.inputs(3, batch_size=1, num_queries=1, channels=512).to(device, torch.float32)
+    def inputs(self, op, kernels_device) -> OpInputs:
+        one = op.inputs(3, batch_size=1, num_queries=1, channels=512).to(kernels_device, torch.float32)
         features, shapes, starts, locations, weights = one
-        queries = 2**30 if device.type == "cuda" else 2**45
+        queries = 2**30 if kernels_device.type == "cuda" else 2**45
         many = (t.expand(1, queries, *t.shape[2:]) for t in (locations, weights))
         return type(one)(features, shapes, starts, *many)
 
     @pytest.mark.parametrize("records", [False, True])
-    def test_error(self, op, device, inputs, records):
-        few = op.inputs(3).to(device, torch.float32)
+    def test_error(self, op, kernels_device, inputs, records):
+        few = op.inputs(3).to(kernels_device, torch.float32)
         before = op.function(*few)
         features, *others = inputs
-        error = torch.OutOfMemoryError if device.type == "cuda" else RuntimeError
-        with pytest.raises(error, match=f"^{device.type.upper()} out of memory. Tried to allocate .* GiB"):
+        error = torch.OutOfMemoryError if kernels_device.type == "cuda" else RuntimeError
+        with pytest.raises(error, match=f"^{kernels_device.type.upper()} out of memory. Tried to allocate .* GiB"):
             op.function(features.requires_grad_(records), *others)
         assert torch.equal(op.function(*few), before)
 

@@ -475,9 +475,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
       grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the dtype of feature_maps");
   const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
 
-  Tensor grad_features = needs_feature_maps
-      ? allocate(feature_maps, {sizes.batch, sizes.num_rows, sizes.channels})
-      : allocate(feature_maps, {0});
+  const Tensor features = as_contiguous(feature_maps);
+  Tensor grad_features = gradient_of(features, needs_feature_maps);
   Tensor grad_location = zero_gradient_of(sampling_location, needs_sampling_location);
   Tensor grad_weights = zero_gradient_of(weights, needs_weights);
   if (sizes.nothing_to_sample()) {
@@ -485,7 +484,6 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     return {grad_features, grad_location, grad_weights};
   }
 
-  const Tensor features = as_contiguous(feature_maps);
   const Tensor grad_rows = as_contiguous(as_type(grad_output, compute_type(features)));
   with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
     if (needs_feature_maps) {

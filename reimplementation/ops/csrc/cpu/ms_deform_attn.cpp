@@ -535,9 +535,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the dtype of value");
   const std::vector<Level> levels = levels_of_value(spatial_shapes, level_start_index, value, sizes);
 
-  Tensor grad_value = needs_value
-      ? allocate(value, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels})
-      : allocate(value, {0});
+  const Tensor rows = as_contiguous(value);
+  Tensor grad_value = gradient_of(rows, needs_value);
   Tensor grad_location = gradient_of(sampling_locations, needs_sampling_locations);
   Tensor grad_attention = gradient_of(attention_weights, needs_attention_weights);
   if (sizes.nothing_to_sample()) {
@@ -547,7 +546,6 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     return {grad_value, grad_location, grad_attention};
   }
 
-  const Tensor rows = as_contiguous(value);
   const Tensor grad_rows = as_contiguous(as_type(grad_output, compute_type(value)));
   with_operands(sizes, levels, rows, sampling_locations, attention_weights, [&](const auto& operands) {
     if (needs_value) {

@@ -34,6 +34,7 @@ struct SampledOp {
 //
 // Works on `stream`, PyTorch's current one, or on a second stream beside what the caller launches there. Then it ends with
 // the object: `stream` waits for the second one, and only after that the memory that was worked in is free for others.
+// Steps that do not need each other are on one more stream, which forks off that one and joins it again.
 class FeatureGradient {
  public:
   FeatureGradient(

@@ -1,5 +1,5 @@
 // Which samples each tile of a level's pixels takes its gradient from: steps 1 and 2 of feature_gradient.cu, whose head has
-// the terms. Everything here is found out on the device, from level shapes that the host need not know.
+// the terms; and step 3 where there are no tiles. Everything here is found out on the device, from level shapes that the host need not know.
 #pragma once
 
 #include <algorithm>
