@@ -90,6 +90,20 @@ def test_every_sample_in_one_place(op, cuda_inputs, deterministic_algorithms, pl
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("spread", [0, 0.2])
+def test_crowds_are_put_in_order(op, deterministic_algorithms, spread):
+    """Thousands of samples of one pixel, more than one block of the kernel looks at."""
+    if not ops.CUDA_EXT_AVAILABLE:
+        pytest.skip("the CUDA kernels are not built")
+    features, shapes, starts, locations, weights = op.inputs(24, num_queries=4000, channels=8).to("cuda", torch.float32)
+    crowded = type(op.small)(features, shapes, starts, 0.43 + spread * (locations - 0.5), weights)
+    deterministic_algorithms(True)
+    expected = run(op.function, crowded)
+    for _ in range(20):
+        assert_same_bits(run(op.function, crowded), expected)
+
+
+@pytest.mark.cuda
 def test_only_a_warning_asked_for(op, cuda_inputs, deterministic_algorithms):
     """The default kernels run, and agree."""
     expected = run(op.function, cuda_inputs)

@@ -70,6 +70,41 @@ def test_many_queries_are_what_few_are():
         assert relative_error(got, wanted) <= 1e-12
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_queries", "num_points", "channels"),
+    [(700, 8, 32), (1500, 3, 5), (20, 300, 4), (4300, 1, 16), (600, 8, 160), (1000, 5, 30)],
+)
+def test_many_samples_meet_in_a_row(dtype, num_queries, num_points, channels):
+    """So many that the kernel adds them up before it adds to memory; one level is larger than it looks at at a time."""
+    inputs = random_attention_inputs(
+        18,
+        batch_size=2,
+        num_queries=num_queries,
+        num_heads=2,
+        channels=channels,
+        num_points=num_points,
+        shapes=((60, 70), (5, 7)),
+    )
+    assert 4 * inputs.attention_weights[0, :, 0].numel() >= 8 * inputs.value.shape[1]
+    assert_agrees(inputs, torch.device("cuda"), dtype)
+
+
+@pytest.mark.cuda
+def test_a_gradient_that_is_not_finite_stays_where_it_belongs_among_many():
+    value, shapes, starts, locations, weights = random_attention_inputs(
+        19, batch_size=1, num_queries=500, num_heads=1, channels=8, num_points=4, shapes=((9, 9), (3, 3))
+    ).to("cuda", torch.float32)
+    grad_output = torch.ones(1, 500, 8, device="cuda")
+    grad_output[0, 7, 3] = float("inf")
+    alone = AttentionInputs(value, shapes, starts, locations[:, 7:8], weights[:, 7:8])
+    _, expected, _, _ = run(ops.ms_deform_attn, alone, grad_output[:, 7:8])
+    _, got, _, _ = run(ops.ms_deform_attn, AttentionInputs(value, shapes, starts, locations, weights), grad_output)
+    assert not expected.isfinite().all()
+    assert torch.equal(got.isfinite(), expected.isfinite())
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 65])
 @pytest.mark.parametrize("im2col_step", [1, 2, 64])
 def test_batch_need_not_be_a_multiple_of_im2col_step(backend_device, batch_size, im2col_step):

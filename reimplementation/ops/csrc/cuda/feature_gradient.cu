@@ -32,7 +32,7 @@
 #include <optional>
 
 #include "feature_tiles.cuh"
-#include "order.cuh"
+#include "prefix_sums.cuh"
 
 namespace reimplementation::cuda {
 namespace {
@@ -45,7 +45,8 @@ constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has r
 constexpr int BLOCKS_AT_ONCE = 8;  // on a multiprocessor of kernels with a fixed number of them
 constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
 constexpr int MOST_CROWDED = 256;  // the same, if there is enough
-constexpr unsigned MOST_SETTLED = 1u << 19;  // samples: up to here counting the smaller ones ends soon, wherever they fall
+constexpr unsigned FEW = 1u << 19;           // samples: counting the smaller ones ends soon, wherever they fall
+constexpr int64_t MOST_SETTLED = 1 << 23;    // samples: merging runs ends soon, wherever they fall
 constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
 
 // Channels that a lane takes where there are many.
@@ -325,40 +326,46 @@ void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
   check_launch("sum_tiles");
 }
 
-// Launches steps 1 and 2 for one part of the batch: returns the part with its samples in order. `samples` has room for four
-// words a sample, three if not deterministic.
+// Words that a number for each sample takes, such that what comes next is aligned to 16 bytes.
+int64_t words_for(int64_t samples) {
+  return (samples + 3) / 4 * 4;
+}
+
+// Launches steps 1 and 2 for one part of the batch: returns the part with its samples in order. `memory` has room for four
+// times `words_for` its samples, three if not deterministic.
 template <typename T, typename W>
 Part<T, W> launch_order(
-    Part<T, W> part, LevelTable levels, bool deterministic, uint32_t* samples, Scratch scratch, int device,
+    Part<T, W> part, LevelTable levels, bool deterministic, uint32_t* memory, Scratch scratch, int device,
     cudaStream_t stream) {
   const int64_t keys = static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
-  const Pairs found = {samples, samples + part.samples};
-  const Pairs spare = {samples + 2 * int64_t{part.samples}, samples + 3 * int64_t{part.samples}};
+  const int64_t words = words_for(part.samples);
+  uint32_t *const sample_keys = memory, *const ranks = memory + words, *const ordered = memory + 2 * words;
 
   const int64_t most_blocks = int64_t{BLOCKS_AT_ONCE} * device_attribute(cudaDevAttrMultiProcessorCount, device);
   const unsigned blocks = 1 + static_cast<unsigned>(std::min<int64_t>(blocks_for(keys), most_blocks));
   prepare<<<blocks, THREADS, 0, stream>>>(part, levels, keys);
   check_launch("prepare");
-  find_keys<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, found.values);
+  find_keys<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, sample_keys, ranks);
   check_launch("find_keys");
   sum_before(part.places, keys, scratch, stream);
 
   const SideStream beside(stream, device, 1);
   list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, beside.follow()>>>(part);
   check_launch("list_tiles");
-  if (deterministic && part.samples > MOST_SETTLED) {
-    number_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part.samples, found.values);
-    check_launch("number_samples");
-    part.sorted = sort_pairs(found, spare, part.samples, ceil_log2(keys), scratch, stream).values;
-  } else {
-    part.sorted = spare.keys;
-    order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, found.values);
-    check_launch("order_samples");
-    if (deterministic) {
-      part.sorted = spare.values;
-      settle_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, found.keys, spare.keys);
-      check_launch("settle_samples");
+  part.sorted = ordered;
+  order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, sample_keys, ranks);
+  check_launch("order_samples");
+  if (deterministic) {
+    part.sorted = memory + 3 * words;
+    const unsigned chunks = (part.samples + CHUNK - 1) / CHUNK;
+    if (part.samples <= FEW) {  // and few blocks: the more threads the sooner it ends
+      settle_chunks<<<chunks, CHUNK, 0, stream>>>(part, sample_keys, ordered, nullptr);
+    } else {  // small blocks, which find room beside the other gradients' kernel
+      settle_chunks<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, ranks);
+      check_launch("settle_chunks");
+      settle_runs<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, ranks);
     }
+    check_launch("settling samples");
   }
   return part;
 }
@@ -404,15 +411,16 @@ void run(
 
   // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
   constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
+  const int64_t wanted_samples = deterministic ? MOST_SETTLED : most_samples;
   const int64_t batch_keys = op.heads * image_tiles * PIXELS;
   const int64_t batch_units = op.heads * image_tiles * ((op.channels + WARP - 1) / WARP);
   STD_TORCH_CHECK(
       query_samples <= most_samples && batch_keys < most_keys && row <= UINT_MAX && batch_units < INT_MAX,
       "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^30");
-  const int64_t queries_at_once = std::clamp<int64_t>(most_samples / query_samples, 1, op.queries);
+  const int64_t queries_at_once = std::clamp<int64_t>(wanted_samples / query_samples, 1, op.queries);
   const int64_t batches_at_once = std::clamp<int64_t>(
       std::min(
-          {most_samples / (query_samples * op.queries), WORKSPACE / (batch_keys * int64_t{sizeof(uint32_t)}),
+          {wanted_samples / (query_samples * op.queries), WORKSPACE / (batch_keys * int64_t{sizeof(uint32_t)}),
            INT_MAX / batch_units}),
       1, op.batch);
   const int64_t samples_at_once = batches_at_once * queries_at_once * query_samples;
@@ -434,10 +442,8 @@ void run(
     bytes += (size + 255) / 256 * 256;
     return at;
   };
-  const bool sorts = deterministic && samples_at_once > MOST_SETTLED;
-  const int64_t scratch_bytes = std::max(
-      sum_before_bytes(keys_at_once), sorts ? sort_pairs_bytes(samples_at_once, ceil_log2(keys_at_once)) : 0);
-  const int64_t samples_at = reserve(samples_at_once * (deterministic ? 4 : 3) * sizeof(uint32_t));
+  const int64_t scratch_bytes = sum_before_bytes(keys_at_once);
+  const int64_t samples_at = reserve(words_for(samples_at_once) * (deterministic ? 4 : 3) * sizeof(uint32_t));
   const int64_t places_at = reserve(keys_at_once * sizeof(uint32_t));
   const int64_t light_at = reserve(tiles_at_once * sizeof(Tile));
   const int64_t crowded_at = reserve(part.most_crowded * sizeof(Tile));

@@ -288,27 +288,106 @@ __global__ void __launch_bounds__(THREADS) order_samples(
   }
 }
 
-// Puts those with the same key in the order of their numbers: each counts the smaller ones.
-template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) settle_samples(
-    const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered) {
-  const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
-  if (sample >= part.samples || keys[sample] >= part.most_tiles * PIXELS) {
-    return;
+constexpr int CHUNK = 1024;  // samples that one block settles
+
+// The samples with the key of one of them, as places in the order.
+struct Range {
+  unsigned begin, end;
+
+  template <typename T, typename W>
+  __device__ Range(const Part<T, W>& part, uint32_t key) : begin(part.places[key]), end(part.places[key + 1]) {}
+  // Of those in a chunk.
+  __device__ unsigned begin_in(unsigned chunk) const {
+    return max(begin, chunk * CHUNK);
   }
-  const unsigned begin = part.places[keys[sample]], end = part.places[keys[sample] + 1];
-  unsigned before = 0;
-#pragma unroll 4
-  for (unsigned i = begin; i < end; ++i) {
-    before += ordered[i] < sample;
+  __device__ unsigned end_in(unsigned chunk) const {
+    return min(end, (chunk + 1) * CHUNK);
   }
-  part.sorted[begin + before] = sample;
+  __device__ bool is_in(unsigned chunk) const {
+    return begin_in(chunk) == begin && end_in(chunk) == end;
+  }
+};
+
+// How many of some samples are before a number; a block's threads read much the same ones.
+__device__ __forceinline__ unsigned count_before(const uint32_t* samples, unsigned begin, unsigned end, uint32_t number) {
+  unsigned before = 0, i = begin;
+  for (; i < end && i % 4 != 0; ++i) {
+    before += samples[i] < number;
+  }
+  for (; i + 4 <= end; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(samples + i);
+    before += (four.x < number) + (four.y < number) + (four.z < number) + (four.w < number);
+  }
+  for (; i < end; ++i) {
+    before += samples[i] < number;
+  }
+  return before;
 }
 
-static __global__ void __launch_bounds__(THREADS) number_samples(unsigned samples, uint32_t* numbers) {
-  const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
-  if (sample < samples) {
-    numbers[sample] = sample;
+// Puts samples with the same key in the order of their numbers: each counts the smaller ones. Where such a range reaches
+// over the border of a chunk, each chunk's part of it becomes a run for `settle_runs`; without `runs`, where samples are
+// few, it is settled here all the same.
+template <typename T, typename W>
+__global__ void __launch_bounds__(CHUNK) settle_chunks(
+    const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, uint32_t* runs) {
+  __shared__ __align__(16) uint32_t numbers[CHUNK];
+  const unsigned samples = part.places[part.most_tiles * PIXELS];  // that count for something
+  const unsigned first = blockIdx.x * CHUNK;
+  for (unsigned i = threadIdx.x; i < CHUNK && first + i < samples; i += blockDim.x) {
+    numbers[i] = ordered[first + i];
+  }
+  __syncthreads();
+  for (unsigned i = threadIdx.x; i < CHUNK && first + i < samples; i += blockDim.x) {
+    const uint32_t number = numbers[i];
+    const Range range(part, keys[number]);
+    const bool whole = range.is_in(blockIdx.x);
+    if (whole || runs != nullptr) {
+      const unsigned begin = range.begin_in(blockIdx.x);
+      const unsigned place = begin + count_before(numbers, begin - first, range.end_in(blockIdx.x) - first, number);
+      (whole ? part.sorted : runs)[place] = number;
+    } else {
+      part.sorted[range.begin + count_before(ordered, range.begin, range.end, number)] = number;
+    }
+  }
+}
+
+// The same where they are in order.
+__device__ __forceinline__ unsigned rank_in_run(const uint32_t* samples, unsigned begin, unsigned end, uint32_t number) {
+  unsigned low = begin, high = end;
+  while (low < high) {
+    const unsigned middle = low + (high - low) / 2;
+    if (samples[middle] < number) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low - begin;
+}
+
+// Merges the runs of each range: a sample's place is how many are smaller in its own run and in the others.
+template <typename T, typename W>
+__global__ void __launch_bounds__(THREADS) settle_runs(
+    const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, const uint32_t* runs) {
+  const unsigned samples = part.places[part.most_tiles * PIXELS];
+  const unsigned chunk = blockIdx.x, first = chunk * CHUNK, end = min(first + CHUNK, samples);
+  if (first >= samples) {
+    return;
+  }
+  const Range head(part, keys[ordered[first]]), tail(part, keys[ordered[end - 1]]);
+  for (unsigned i = first + threadIdx.x; i < end; i += blockDim.x) {
+    const Range& range = i < head.end ? head : tail;
+    if (i < range.begin || range.is_in(chunk)) {
+      continue;
+    }
+    const uint32_t number = runs[i];
+    unsigned place = range.begin + (i - range.begin_in(chunk));
+    for (unsigned other = range.begin / CHUNK; other * CHUNK < range.end; ++other) {
+      if (other != chunk) {
+        place += rank_in_run(runs, range.begin_in(other), range.end_in(other), number);
+      }
+    }
+    part.sorted[place] = number;
   }
 }
 

@@ -6,8 +6,9 @@
 //   3. one thread per sample puts the gradients of its weight and location together from the four dot products, from
 //      coordinates that it computes once more: cheaper than keeping them in the shared memory that warps compete for.
 //
-// Only the atomics may change their order from run to run: the value's gradient is equal up to rounding. Where bits must
-// repeat, feature_gradient.cu has it, and this kernel has the others, as it does where the value needs none.
+// Only the atomics may change their order from run to run: the value's gradient is equal up to rounding. Where many samples
+// meet in a row, value_gradient.cu adds them up first, and where bits must repeat, feature_gradient.cu has all of it. This
+// kernel then has the other gradients, as it does where the value needs none.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,20 +17,20 @@
 
 #include "feature_gradient.cuh"
 #include "ms_deform_attn.cuh"
+#include "value_gradient.cuh"
 
 namespace reimplementation::cuda {
 namespace {
 
 using namespace msda;
 
-constexpr int SLOTS = 80;            // of footprints in a warp's shared memory: 16 samples of D = 32 channels' units
-constexpr int MIN_BLOCKS = 7;        // a multiprocessor's, with atomics
-constexpr int MIN_LIGHT_BLOCKS = 8;  // and without
+constexpr int SLOTS = 80;      // of footprints in a warp's shared memory: 16 samples of D = 32 channels' units
+constexpr int MIN_BLOCKS = 7;  // a multiprocessor's
 
 template <typename T, typename W>
 struct Gradients {
   const T* output;          // (batch, queries, heads, channels)
-  compute_t<T>* value;      // zeroed, or null where not needed; so are the others
+  compute_t<T>* value;      // zeroed; null where this kernel need not add to it, as are the others where not needed
   compute_t<T>* locations;
   W* weights;
   Strides location_strides, weight_strides;
@@ -197,7 +198,7 @@ __device__ __forceinline__ void finish_samples(
 }
 
 template <bool ATOMICS, typename T, typename W, int VEC>
-__global__ void __launch_bounds__(THREADS, ATOMICS ? MIN_BLOCKS : MIN_LIGHT_BLOCKS) ms_deform_attn_backward_kernel(
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_kernel(
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> warps[WARPS];
@@ -283,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const cudaStream_t stream = current_stream(values.get_device_index());
   const bool needs_others = needs_sampling_locations || needs_attention_weights;
-  const bool atomics = needs_value && !deterministic;
+  const bool atomics = needs_value && !deterministic, merges = atomics && rows_are_shared(sizes);
   Tensor grad_value = atomics
       ? allocate_zeros(
             values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
@@ -316,13 +317,16 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   // After that: PyTorch may fill them meanwhile.
   Tensor grad_locations = gradient_of(locations, needs_sampling_locations);
   Tensor grad_weights = gradient_of(weights, needs_attention_weights);
-  if (atomics || needs_others) {
+  if (merges) {
+    add_value_gradient(sizes, grad, levels, locations, weights, grad_value, stream);
+  }
+  if ((atomics && !merges) || needs_others) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
       Gradients<T, W> gradients = {};
       gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (atomics) {
+      if (atomics && !merges) {
         gradients.value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
       }
       if (needs_sampling_locations) {
