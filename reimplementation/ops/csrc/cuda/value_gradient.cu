@@ -12,8 +12,8 @@
 //   4. teams of lanes, which span the channels, take equal shares of the sorted entries, add weight * gradient of the
 //      query's output up in registers, and add the sum to the item's row, atomically, where an item or their share ends.
 //
-// Which entry of a row comes first changes from run to run, and so does the order of the atomics. What binds it are
-// instructions, so what is done for each corner has few branches.
+// Which entry of a row comes first changes from run to run, and so does the order of the atomics. What binds it is L1, which
+// has shared memory, the rows of the output's gradient and the atomics to serve.
 
 #include "value_gradient.cuh"
 
@@ -63,7 +63,7 @@ struct alignas(IN_FLIGHT * sizeof(Entry<C>)) Entries {
 template <typename C>
 struct Shared {
   unsigned window[WINDOW + WARP];  // a row's number of entries; from step 2 on, item << HALF_BITS | first entry
-  int rows[ENTRIES + 1];           // of the items: first those of the window; last, that of none
+  int rows[ENTRIES];               // of the items: first those of the window
   Entries<C> entries[ENTRIES / IN_FLIGHT + 1];
   int window_start;
   unsigned new_items;  // outside of the window << HALF_BITS | in it
@@ -100,13 +100,13 @@ struct Tile {
 };
 
 template <typename C>
-struct Sample {
+struct TileSample {
   int query;  // from the block's first
   C x, y, attention;
 
-  Sample() = default;
+  TileSample() = default;
   template <typename T, typename W>
-  __device__ Sample(const ValueProblem<T, W>& op, const Tile<T, W>& tile, int i) {
+  __device__ TileSample(const ValueProblem<T, W>& op, const Tile<T, W>& tile, int i) {
     const unsigned number = tile.first_point + i;
     query = number / static_cast<unsigned>(op.num_points);
     const int point = number - query * op.num_points;
@@ -122,7 +122,7 @@ struct Sample {
 
 // The first row of the window: that of a level which fits, else so that a sample's pixel is in the middle.
 template <typename C>
-__device__ __forceinline__ int window_start(const Level& level, const Sample<C>& sample) {
+__device__ __forceinline__ int window_start(const Level& level, const TileSample<C>& sample) {
   const int hidden = level.height * level.width - WINDOW;
   const int x = min(max(static_cast<int>(sample.x * level.width), 0), level.width - 1);
   const int y = min(max(static_cast<int>(sample.y * level.height), 0), level.height - 1);
@@ -143,6 +143,124 @@ __device__ __forceinline__ unsigned take(unsigned* counter, unsigned count) {
     first = atomicAdd(counter, up_to_here);
   }
   return __shfl_sync(ALL_LANES, first, WARP - 1) + up_to_here - count;
+}
+
+// What a thread has in its registers from step to step: the corners of its samples.
+template <typename C>
+struct Corners {
+  C weights[CORNERS];
+  int rows[CORNERS];
+  int queries[SAMPLES_A_THREAD];
+  int slots[CORNERS];  // in the window; WINDOW or more where there is none, and each lane has its own
+  int ranks[CORNERS];  // among the entries of the row
+  unsigned new_items;  // that it makes: outside of the window << HALF_BITS | in it
+  unsigned taken;      // the first of each, from what its warp took
+
+  __device__ bool in_window(int k) const {
+    return slots[k] < WINDOW;
+  }
+  __device__ bool is_outside(int k) const {
+    return slots[k] >= WINDOW && weights[k] != 0;
+  }
+};
+
+// Step 1: the footprints. One thread has the middle sample, and places the window.
+template <typename C>
+__device__ __forceinline__ void find_corners(
+    const TileSample<C> (&samples)[SAMPLES_A_THREAD],
+    int count,
+    const Level& level,
+    Corners<C>& corners,
+    Shared<C>& shared) {
+#pragma unroll
+  for (int i = 0; i < SAMPLES_A_THREAD; ++i) {
+    const TileSample<C>& sample = samples[i];
+    const int number = static_cast<int>(threadIdx.x) + i * THREADS;
+    const C x = pixel_position(sample.x, level.width), y = pixel_position(sample.y, level.height);
+    Four<C> corner_weight = {};
+    Four<int> corner_row = {};
+    if (number < count && touches_level(x, y, level.width, level.height)) {
+      const Axis<C> x_axis = bilinear_axis(x, level.width), y_axis = bilinear_axis(y, level.height);
+      corner_weight = corner_weights(x_axis, y_axis);
+      corner_row = corner_rows(level, x_axis, y_axis);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        corner_weight[corner] *= sample.attention;  // only here: it may be NaN
+      }
+    }
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      corners.weights[4 * i + corner] = corner_weight[corner];
+      corners.rows[4 * i + corner] = corner_row[corner];
+    }
+    corners.queries[i] = sample.query;
+    if (number == count / 2) {
+      shared.window_start = window_start(level, sample);
+    }
+  }
+}
+
+// Step 1: the ranks, and the items. Corners that weigh nothing are no entries.
+template <typename C>
+__device__ __forceinline__ void count_entries(int start, Corners<C>& corners, Shared<C>& shared) {
+#pragma unroll
+  for (int k = 0; k < CORNERS; ++k) {
+    const unsigned slot = corners.rows[k] - start;
+    corners.slots[k] = corners.weights[k] != 0 && slot < WINDOW ? slot : WINDOW + threadIdx.x % WARP;
+    corners.ranks[k] = static_cast<int>(atomicAdd(&shared.window[corners.slots[k]], 1u));
+  }
+  corners.new_items = 0;
+#pragma unroll
+  for (int k = 0; k < CORNERS; ++k) {
+    corners.new_items += corners.in_window(k) ? corners.ranks[k] == 0 : (corners.weights[k] != 0) << HALF_BITS;
+  }
+  corners.taken = take(&shared.new_items, corners.new_items);
+  int* new_row = shared.rows + (corners.taken & HALF);
+#pragma unroll
+  for (int k = 0; k < CORNERS; ++k) {
+    if (corners.in_window(k) && corners.ranks[k] == 0) {
+      *new_row++ = corners.rows[k];
+    }
+  }
+}
+
+// Step 2.
+template <typename C>
+__device__ __forceinline__ void place_items(int start, int items, Shared<C>& shared) {
+#pragma unroll 1
+  for (int item = threadIdx.x; item - threadIdx.x % WARP < items; item += THREADS) {
+    unsigned* slot = shared.window + (item < items ? shared.rows[item] - start : 0);
+    const unsigned first = take(&shared.entries_in_window, item < items ? *slot : 0);
+    if (item < items) {
+      *slot = static_cast<unsigned>(item) << HALF_BITS | first;
+    }
+  }
+}
+
+// Step 3: those outside of the window come last.
+template <typename C>
+__device__ __forceinline__ void sort_entries(int items, int in_window, const Corners<C>& corners, Shared<C>& shared) {
+  Entry<C>* const entries = shared.entries[0].values;
+#pragma unroll
+  for (int k = 0; k < CORNERS; ++k) {
+    const unsigned place = shared.window[corners.slots[k]];
+    if (corners.in_window(k)) {
+      const unsigned item = place >> HALF_BITS;
+      entries[(place & HALF) + corners.ranks[k]] = {
+          corners.weights[k], static_cast<int>(item << QUERY_BITS | corners.queries[k / 4])};
+    }
+  }
+  if (corners.new_items >> HALF_BITS != 0) {
+    int number = corners.taken >> HALF_BITS;
+#pragma unroll
+    for (int k = 0; k < CORNERS; ++k) {
+      if (corners.is_outside(k)) {
+        shared.rows[items + number] = corners.rows[k];
+        entries[in_window + number] = {corners.weights[k], (items + number) << QUERY_BITS | corners.queries[k / 4]};
+        ++number;
+      }
+    }
+  }
 }
 
 // Step 4 for one vector of channels a lane: a team's entries, from number `begin` of `IN_FLIGHT` each to `end`.
@@ -185,13 +303,11 @@ template <typename T, typename W, int VEC>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) value_gradient_kernel(const ValueProblem<T, W> op) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
-
-  // 1.
   const Tile<T, W> tile(op);
-  Sample<C> samples[SAMPLES_A_THREAD];
+  TileSample<C> samples[SAMPLES_A_THREAD];
 #pragma unroll
   for (int i = 0; i < SAMPLES_A_THREAD; ++i) {
-    samples[i] = Sample<C>(op, tile, min(static_cast<int>(threadIdx.x) + i * THREADS, tile.count - 1));
+    samples[i] = TileSample<C>(op, tile, min(static_cast<int>(threadIdx.x) + i * THREADS, tile.count - 1));
   }
   const Level level = op.levels[tile.level];
   if (level.empty()) {
@@ -204,100 +320,24 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) value_gradient_kernel(con
     shared.new_items = 0;
     shared.entries_in_window = 0;
   }
-  C weights[CORNERS];
-  int rows[CORNERS];
-#pragma unroll
-  for (int i = 0; i < SAMPLES_A_THREAD; ++i) {
-    const Sample<C>& sample = samples[i];
-    const int number = static_cast<int>(threadIdx.x) + i * THREADS;
-    const C x = pixel_position(sample.x, level.width), y = pixel_position(sample.y, level.height);
-    Four<C> corner_weight = {};
-    Four<int> corner_row = {};
-    if (number < tile.count && touches_level(x, y, level.width, level.height)) {
-      const Axis<C> x_axis = bilinear_axis(x, level.width), y_axis = bilinear_axis(y, level.height);
-      corner_weight = corner_weights(x_axis, y_axis);
-      corner_row = corner_rows(level, x_axis, y_axis);
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        corner_weight[corner] *= sample.attention;  // only here: it may be NaN
-      }
-    }
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      weights[4 * i + corner] = corner_weight[corner];
-      rows[4 * i + corner] = corner_row[corner];
-    }
-    if (number == tile.count / 2) {
-      shared.window_start = window_start(level, sample);
-    }
-  }
+  Corners<C> corners;
+  find_corners(samples, tile.count, level, corners, shared);
   __syncthreads();
   const int start = shared.window_start;
-  int slots[CORNERS];  // in the window; WINDOW or more where there is none, and each lane has its own
-  int ranks[CORNERS];
-#pragma unroll
-  for (int k = 0; k < CORNERS; ++k) {
-    const unsigned slot = rows[k] - start;
-    slots[k] = weights[k] != 0 && slot < WINDOW ? slot : WINDOW + threadIdx.x % WARP;
-    ranks[k] = static_cast<int>(atomicAdd(&shared.window[slots[k]], 1u));
-  }
-  unsigned firsts = 0;
-#pragma unroll
-  for (int k = 0; k < CORNERS; ++k) {
-    firsts += slots[k] < WINDOW ? ranks[k] == 0 : (weights[k] != 0) << HALF_BITS;
-  }
-  const unsigned taken = take(&shared.new_items, firsts);
-  int* new_row = shared.rows + (taken & HALF);
-#pragma unroll
-  for (int k = 0; k < CORNERS; ++k) {
-    if (slots[k] < WINDOW && ranks[k] == 0) {
-      *new_row++ = rows[k];
-    }
-  }
+  count_entries(start, corners, shared);
   __syncthreads();
-
-  // 2.
   const int items = static_cast<int>(shared.new_items & HALF);
   const int items_outside = static_cast<int>(shared.new_items >> HALF_BITS);
-#pragma unroll 1
-  for (int item = threadIdx.x; item - threadIdx.x % WARP < items; item += THREADS) {
-    unsigned* slot = shared.window + (item < items ? shared.rows[item] - start : 0);
-    const unsigned first = take(&shared.entries_in_window, item < items ? *slot : 0);
-    if (item < items) {
-      *slot = static_cast<unsigned>(item) << HALF_BITS | first;
-    }
-  }
+  place_items(start, items, shared);
   __syncthreads();
-
-  // 3.
-  const int sorted = shared.entries_in_window;
-  Entry<C>* const entries = shared.entries[0].values;
-#pragma unroll
-  for (int k = 0; k < CORNERS; ++k) {
-    const unsigned place = shared.window[slots[k]];
-    if (slots[k] < WINDOW) {
-      const unsigned item = place >> HALF_BITS;
-      entries[(place & HALF) + ranks[k]] = {weights[k], static_cast<int>(item << QUERY_BITS | samples[k / 4].query)};
-    }
-  }
-  if (firsts >> HALF_BITS != 0) {
-    int number = taken >> HALF_BITS;
-#pragma unroll
-    for (int k = 0; k < CORNERS; ++k) {
-      if (slots[k] >= WINDOW && weights[k] != 0) {
-        shared.rows[items + number] = rows[k];
-        entries[sorted + number] = {weights[k], (items + number) << QUERY_BITS | samples[k / 4].query};
-        ++number;
-      }
-    }
-  }
-  const int count = sorted + items_outside;
+  const int in_window = shared.entries_in_window, count = in_window + items_outside;
+  sort_entries(items, in_window, corners, shared);
   if (threadIdx.x < IN_FLIGHT) {
-    entries[count + threadIdx.x] = {0, NO_ITEM << QUERY_BITS};
+    shared.entries[0].values[count + threadIdx.x] = {0, NO_ITEM << QUERY_BITS};
   }
   __syncthreads();
 
-  // 4. A share is an odd number of steps: what the teams of a warp read at a time lies on different banks.
+  // A share is an odd number of steps: what the teams of a warp read at a time lies on different banks.
   const int steps = (count + IN_FLIGHT - 1) / IN_FLIGHT;
   const int share = ((steps << op.log2_lanes) + THREADS - 1) / THREADS | 1;
   const int begin = (static_cast<int>(threadIdx.x) >> op.log2_lanes) * share, end = min(begin + share, steps);
