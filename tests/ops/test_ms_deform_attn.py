@@ -71,24 +71,31 @@ def test_many_queries_are_what_few_are():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("num_queries", "num_points", "channels"),
-    [(700, 8, 32), (1500, 3, 5), (20, 300, 4), (4300, 1, 16), (600, 8, 160), (1000, 5, 30)],
+    ("num_queries", "num_points", "channels", "dtypes"),
+    [
+        (810, 8, 32, DTYPES),
+        (2140, 3, 5, DTYPES[:1]),
+        (22, 300, 4, DTYPES[1:2]),
+        (6410, 1, 16, DTYPES[1:2]),
+        (810, 8, 160, DTYPES[1:2]),
+        (1290, 5, 30, DTYPES[2:3]),
+    ],
 )
-def test_many_samples_meet_in_a_row(dtype, num_queries, num_points, channels):
+def test_many_samples_meet_in_a_row(num_queries, num_points, channels, dtypes):
     """So many that the kernel adds them up before it adds to memory; one level is larger than it looks at at a time."""
     inputs = random_attention_inputs(
         18,
-        batch_size=2,
+        batch_size=1,
         num_queries=num_queries,
         num_heads=2,
         channels=channels,
         num_points=num_points,
-        shapes=((60, 70), (5, 7)),
+        shapes=((50, 42), (5, 7)),
     )
-    assert 4 * inputs.attention_weights[0, :, 0].numel() >= 8 * inputs.value.shape[1]
-    assert_agrees(inputs, torch.device("cuda"), dtype)
+    assert 4 * inputs.attention_weights[0, :, 0].numel() >= 24 * inputs.value.shape[1]
+    for dtype in dtypes:
+        assert_agrees(inputs, torch.device("cuda"), dtype)
 
 
 @pytest.mark.cuda
