@@ -45,8 +45,8 @@ constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has r
 constexpr int BLOCKS_AT_ONCE = 8;  // on a multiprocessor of kernels with a fixed number of them
 constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
 constexpr int MOST_CROWDED = 256;  // the same, if there is enough
-constexpr unsigned FEW = 1u << 19;           // samples: counting the smaller ones ends soon, wherever they fall
-constexpr int64_t MOST_SETTLED = 1 << 23;    // samples: merging runs ends soon, wherever they fall
+constexpr unsigned MOST_COUNTED = 1u << 19;      // samples: counting the smaller ones ends soon, wherever they fall
+constexpr int64_t MOST_MERGED = int64_t{1} << 23;  // samples of several batch elements: merging runs ends soon too
 constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
 
 // Channels that a lane takes where there are many.
@@ -358,7 +358,7 @@ Part<T, W> launch_order(
   if (deterministic) {
     part.sorted = memory + 3 * words;
     const unsigned chunks = (part.samples + CHUNK - 1) / CHUNK;
-    if (part.samples <= FEW) {  // and few blocks: the more threads the sooner it ends
+    if (part.samples <= MOST_COUNTED) {  // and few blocks: the more threads the sooner it ends
       settle_chunks<<<chunks, CHUNK, 0, stream>>>(part, sample_keys, ordered, nullptr);
     } else {  // small blocks, which find room beside the other gradients' kernel
       settle_chunks<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, ranks);
@@ -411,13 +411,13 @@ void run(
 
   // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
   constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
-  const int64_t wanted_samples = deterministic ? MOST_SETTLED : most_samples;
+  const int64_t wanted_samples = deterministic ? MOST_MERGED : most_samples;
   const int64_t batch_keys = op.heads * image_tiles * PIXELS;
   const int64_t batch_units = op.heads * image_tiles * ((op.channels + WARP - 1) / WARP);
   STD_TORCH_CHECK(
       query_samples <= most_samples && batch_keys < most_keys && row <= UINT_MAX && batch_units < INT_MAX,
       "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^30");
-  const int64_t queries_at_once = std::clamp<int64_t>(wanted_samples / query_samples, 1, op.queries);
+  const int64_t queries_at_once = std::clamp<int64_t>(most_samples / query_samples, 1, op.queries);
   const int64_t batches_at_once = std::clamp<int64_t>(
       std::min(
           {wanted_samples / (query_samples * op.queries), WORKSPACE / (batch_keys * int64_t{sizeof(uint32_t)}),
