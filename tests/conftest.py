@@ -47,6 +47,13 @@ def backend_device(request):
         yield torch.device(device)
 
 
+@pytest.fixture
+def cuda_kernels() -> None:
+    """Skips a test of a GPU where the extension holds no kernels for it."""
+    if not ops.CUDA_EXT_AVAILABLE:
+        pytest.skip("the CUDA kernels are not built")
+
+
 @pytest.fixture(params=OPS, ids=lambda op: op.name)
 def op(request) -> Op:
     return request.param

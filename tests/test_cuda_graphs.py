@@ -8,19 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from reimplementation import ops
 from tests.models.cases import trainable
 from tests.reference import TOLERANCE, relative_error
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
 
 LONG = 500_000_000  # clock cycles: some tenths of a second, in which everything else that is queued starts
-
-
-@pytest.fixture(autouse=True)
-def cuda_kernels():
-    if not ops.CUDA_EXT_AVAILABLE:
-        pytest.skip("the CUDA kernels are not built")
 
 
 def forward_and_gradients(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:

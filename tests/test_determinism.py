@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 
-from reimplementation import ops
 from tests.ops.agreement import run
 from tests.reference import TOLERANCE, relative_error
 
@@ -23,9 +22,7 @@ def inputs(request, op):
 
 
 @pytest.fixture
-def cuda_inputs(inputs):
-    if not ops.CUDA_EXT_AVAILABLE:
-        pytest.skip("the CUDA kernels are not built")
+def cuda_inputs(inputs, cuda_kernels):
     return type(inputs)(*(operand.cuda() for operand in inputs))
 
 
@@ -90,13 +87,14 @@ def test_every_sample_in_one_place(op, cuda_inputs, deterministic_algorithms, pl
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("num_points", [3, 24])
 @pytest.mark.parametrize("spread", [0, 0.2])
-def test_crowds_are_put_in_order(op, deterministic_algorithms, spread):
-    """Thousands of samples of one pixel, more than one block of the kernel looks at."""
-    if not ops.CUDA_EXT_AVAILABLE:
-        pytest.skip("the CUDA kernels are not built")
-    features, shapes, starts, locations, weights = op.inputs(24, num_queries=4000, channels=8).to("cuda", torch.float32)
-    crowded = type(op.small)(features, shapes, starts, 0.43 + spread * (locations - 0.5), weights)
+def test_crowds_are_put_in_order(op, deterministic_algorithms, num_points, spread):
+    """Thousands of samples of one pixel, more than a block looks at; and so many that blocks merge theirs."""
+    inputs = op.inputs(24, num_queries=4000, num_points=num_points, channels=8).to("cuda", torch.float32)
+    features, shapes, starts, locations, weights = inputs
+    crowded = type(inputs)(features, shapes, starts, 0.43 + spread * (locations - 0.5), weights)
     deterministic_algorithms(True)
     expected = run(op.function, crowded)
     for _ in range(20):
