@@ -13,6 +13,16 @@ namespace reimplementation::cuda {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+// The sum of the lanes' values up to this one's.
+__device__ __forceinline__ unsigned sum_up_to_lane(unsigned value) {
+#pragma unroll
+  for (int step = 1; step < WARP; step *= 2) {
+    const unsigned before = __shfl_up_sync(ALL_LANES, value, step);
+    value += threadIdx.x % WARP >= step ? before : 0;
+  }
+  return value;
+}
+
 // The type that sums run in.
 template <typename T>
 struct Compute {

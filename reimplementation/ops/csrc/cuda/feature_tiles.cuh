@@ -1,5 +1,6 @@
 // Which samples each tile of a level's pixels takes its gradient from: steps 1 and 2 of feature_gradient.cu, whose head has
-// the terms; and step 3 where there are no tiles. Everything here is found out on the device, from level shapes that the host need not know.
+// the terms; and step 3 where there are no tiles. Everything here is found out on the device, from level shapes that the
+// host need not know.
 #pragma once
 
 #include <algorithm>
@@ -216,11 +217,7 @@ __device__ void list_levels(const Part<T, W>& part, const LevelTable& levels) {
     }
     const bool is_new = twin == first + lane;
     const unsigned own_tiles = is_new ? span.tiles() : 0;
-    unsigned last = own_tiles;
-    for (int step = 1; step < WARP; step *= 2) {
-      const unsigned before = __shfl_up_sync(ALL_LANES, last, step);
-      last += lane >= step ? before : 0;
-    }
+    const unsigned last = sum_up_to_lane(own_tiles);
     span.first_tile = tiles + last - own_tiles;
     tiles += __shfl_sync(ALL_LANES, last, WARP - 1);
     pixels += is_new ? span.height * span.width : 0;

@@ -254,16 +254,30 @@ __device__ __forceinline__ void stage(
   __syncwarp();
 }
 
-// For lanes of `vec` channels of so many bytes each.
-inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes, int32_t device) {
+// Fill in what the kernels' operands have in common: sizes; where samples lie, and what they weigh.
+template <typename Operands>
+void set_sizes(Operands& op, const MSDeformAttnSizes& sizes) {
   STD_TORCH_CHECK(sizes.num_queries <= INT_MAX, "Lq must be below 2^31, got ", sizes.num_queries);
-  Problem op = {};
   op.num_queries = static_cast<int>(sizes.num_queries);
   op.num_heads = static_cast<int>(sizes.num_heads);
   op.channels = static_cast<int>(sizes.channels);
   op.num_levels = static_cast<int>(sizes.num_levels);
   op.num_points = static_cast<int>(sizes.num_points);
+}
 
+template <typename Operands>
+void set_samples(Operands& op, const LevelTable& levels, const Tensor& locations, const Tensor& weights) {
+  op.locations = static_cast<decltype(op.locations)>(locations.const_data_ptr());
+  op.weights = static_cast<decltype(op.weights)>(weights.const_data_ptr());
+  op.levels = levels;
+  op.location_strides = Strides(locations);
+  op.weight_strides = Strides(weights);
+}
+
+// For lanes of `vec` channels of so many bytes each.
+inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes, int32_t device) {
+  Problem op = {};
+  set_sizes(op, sizes);
   op.log2_team = op.log2_lanes = log2_lanes(sizes.channels, vec);
   while (op.queries_at_once() > 1 && sizes.channels * element_bytes << op.log2_heads_at_once <= LINE_BYTES / 2 &&
          sizes.num_heads % (2 << op.log2_heads_at_once) == 0) {
@@ -298,11 +312,7 @@ Operands<T, W> operands(
     int vec) {
   Operands<T, W> op = {divide(sizes, vec, sizeof(T), value.get_device_index())};
   op.value = static_cast<const T*>(value.const_data_ptr());
-  op.locations = static_cast<const compute_t<T>*>(locations.const_data_ptr());
-  op.weights = static_cast<const W*>(weights.const_data_ptr());
-  op.levels = levels;
-  op.location_strides = Strides(locations);
-  op.weight_strides = Strides(weights);
+  set_samples(op, levels, locations, weights);
   return op;
 }
 

@@ -131,15 +131,9 @@ __device__ __forceinline__ int window_start(const Level& level, const TileSample
 
 // Takes `count` numbers off a counter for each lane; returns the first.
 __device__ __forceinline__ unsigned take(unsigned* counter, unsigned count) {
-  const int lane = threadIdx.x % WARP;
-  unsigned up_to_here = count;
-#pragma unroll
-  for (int step = 1; step < WARP; step *= 2) {
-    const unsigned before = __shfl_up_sync(ALL_LANES, up_to_here, step);
-    up_to_here += lane >= step ? before : 0;
-  }
+  const unsigned up_to_here = sum_up_to_lane(count);
   unsigned first = 0;
-  if (lane == WARP - 1) {
+  if (threadIdx.x % WARP == WARP - 1) {
     first = atomicAdd(counter, up_to_here);
   }
   return __shfl_sync(ALL_LANES, first, WARP - 1) + up_to_here - count;
@@ -364,7 +358,6 @@ void add_value_gradient(
     const Tensor& weights,
     const Tensor& grad_value,
     cudaStream_t stream) {
-  STD_TORCH_CHECK(sizes.num_queries <= INT_MAX, "Lq must be below 2^31, got ", sizes.num_queries);
   const int64_t tiles = (sizes.num_queries * sizes.num_points + SAMPLES - 1) / SAMPLES;
   const int64_t blocks = sizes.batch * tiles * sizes.num_heads * sizes.num_levels;
   STD_TORCH_CHECK(blocks <= INT_MAX, "batch * queries * samples is too large: it takes ", blocks, " blocks");
@@ -373,18 +366,10 @@ void add_value_gradient(
     using T = std::remove_pointer_t<decltype(t)>;
     using W = std::remove_pointer_t<decltype(w)>;
     ValueProblem<T, W> op = {};
+    set_sizes(op, sizes);
+    set_samples(op, levels, locations, weights);
     op.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
     op.grad_value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
-    op.locations = static_cast<const compute_t<T>*>(locations.const_data_ptr());
-    op.weights = static_cast<const W*>(weights.const_data_ptr());
-    op.levels = levels;
-    op.location_strides = Strides(locations);
-    op.weight_strides = Strides(weights);
-    op.num_queries = static_cast<int>(sizes.num_queries);
-    op.num_heads = static_cast<int>(sizes.num_heads);
-    op.channels = static_cast<int>(sizes.channels);
-    op.num_levels = static_cast<int>(sizes.num_levels);
-    op.num_points = static_cast<int>(sizes.num_points);
     op.tiles = static_cast<int>(tiles);
     const auto grid = static_cast<unsigned>(blocks);
     constexpr int VEC = 16 / sizeof(compute_t<T>);  // so that the atomics of neighbouring lanes are neighbours
