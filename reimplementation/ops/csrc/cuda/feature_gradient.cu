@@ -45,7 +45,7 @@ constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has r
 constexpr int BLOCKS_AT_ONCE = 8;  // on a multiprocessor of kernels with a fixed number of them
 constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
 constexpr int MOST_CROWDED = 256;  // the same, if there is enough
-constexpr unsigned MOST_COUNTED = 1u << 19;      // samples: counting the smaller ones ends soon, wherever they fall
+constexpr unsigned MOST_COUNTED = 1u << 19;        // samples: counting the smaller ones ends soon, wherever they fall
 constexpr int64_t MOST_MERGED = int64_t{1} << 23;  // samples of several batch elements: merging runs ends soon too
 constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
 
@@ -358,14 +358,15 @@ Part<T, W> launch_order(
   if (deterministic) {
     part.sorted = memory + 3 * words;
     const unsigned chunks = (part.samples + CHUNK - 1) / CHUNK;
-    if (part.samples <= MOST_COUNTED) {  // and few blocks: the more threads the sooner it ends
-      settle_chunks<<<chunks, CHUNK, 0, stream>>>(part, sample_keys, ordered, nullptr);
-    } else {  // small blocks, which find room beside the other gradients' kernel
-      settle_chunks<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, ranks);
-      check_launch("settle_chunks");
-      settle_runs<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, ranks);
+    const bool few = part.samples <= MOST_COUNTED;
+    uint32_t* const runs = few ? nullptr : ranks;
+    // Of few blocks the larger end sooner; of many the smaller find room beside the other gradients' kernel.
+    settle_chunks<<<chunks, few ? CHUNK : THREADS, 0, stream>>>(part, sample_keys, ordered, runs);
+    check_launch("settle_chunks");
+    if (!few) {
+      settle_runs<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, runs);
+      check_launch("settle_runs");
     }
-    check_launch("settling samples");
   }
   return part;
 }

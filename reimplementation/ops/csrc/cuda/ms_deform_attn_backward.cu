@@ -284,14 +284,17 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const cudaStream_t stream = current_stream(values.get_device_index());
   const bool needs_others = needs_sampling_locations || needs_attention_weights;
-  const bool atomics = needs_value && !deterministic, merges = atomics && rows_are_shared(sizes);
-  Tensor grad_value = atomics
+  // The value's gradient comes from tiles, from a kernel that adds rows up first, or from this file's along with the others.
+  const bool tiles = needs_value && deterministic;
+  const bool rows_first = needs_value && !deterministic && rows_are_shared(sizes);
+  const bool atomics = needs_value && !tiles && !rows_first;
+  Tensor grad_value = atomics || rows_first
       ? allocate_zeros(
             values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
       : gradient_of(values, false);
   std::optional<FeatureGradient> value_gradient;
 
-  if (needs_value && !atomics) {
+  if (tiles) {
     SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = sizes.num_heads;
@@ -317,16 +320,16 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   // After that: PyTorch may fill them meanwhile.
   Tensor grad_locations = gradient_of(locations, needs_sampling_locations);
   Tensor grad_weights = gradient_of(weights, needs_attention_weights);
-  if (merges) {
+  if (rows_first) {
     add_value_gradient(sizes, grad, levels, locations, weights, grad_value, stream);
   }
-  if ((atomics && !merges) || needs_others) {
+  if (atomics || needs_others) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
       Gradients<T, W> gradients = {};
       gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (atomics && !merges) {
+      if (atomics) {
         gradients.value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
       }
       if (needs_sampling_locations) {
