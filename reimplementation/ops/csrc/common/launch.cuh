@@ -34,6 +34,8 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+constexpr int64_t MOST_BLOCKS = 65535;  // of a grid, along y and along z
+
 inline int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);

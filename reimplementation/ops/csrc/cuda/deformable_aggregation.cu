@@ -23,7 +23,7 @@ namespace reimplementation::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int MIN_BLOCKS = 8;        // a multiprocessor's: 64 registers, enough for two samples in flight
+constexpr int MIN_BLOCKS = 7;        // a multiprocessor's: 72 registers, enough for two samples in flight
 constexpr int STAGED_SAMPLES = 256;  // footprints in shared memory at a time
 constexpr int STAGED_LEVELS = 8;     // levels of a pair staged together
 
@@ -39,28 +39,35 @@ union Shared {
   struct {
     VisiblePairs<compute_t<T>, THREADS> pairs;
     Samples<compute_t<T>> samples;
+    Level levels[THREADS];  // of all cameras, where they are so few
   };
   compute_t<T> team_sums[THREADS * NV * VEC];
 
   __device__ Shared() {}
 };
 
-template <typename T, typename W>
-__device__ void stage(
+// Returns whether one of them lies in an empty level.
+template <typename T, typename W, int VEC, int NV>
+__device__ __forceinline__ bool stage(
     const Operands<T, W>& op,
-    const VisiblePairs<compute_t<T>, THREADS>& pairs,
     int first_pair,
-    int num_pairs,
+    unsigned num_pairs,
     int first_level,
-    int num_levels,
-    Samples<compute_t<T>>& samples) {
-  for (int i = threadIdx.x; i < num_pairs * num_levels; i += THREADS) {
-    const int level_number = first_level + i / num_pairs;
-    const int entry = first_pair + i % num_pairs;
-    const Pair pair(pairs.number[entry], op.num_points);
-    const Level level = op.levels[static_cast<int64_t>(pair.cam) * op.num_levels + level_number];
+    unsigned num_levels,
+    Shared<T, VEC, NV>& shared) {
+  const auto& pairs = shared.pairs;
+  auto& samples = shared.samples;
+  bool any_empty = false;
+  for (unsigned i = threadIdx.x; i < num_pairs * num_levels; i += THREADS) {
+    const unsigned staged_level = i / num_pairs;
+    const int level_number = first_level + staged_level;
+    const int entry = first_pair + i - staged_level * num_pairs;
+    const Pair pair(pairs.number[entry], op.points);
+    const int64_t number = static_cast<int64_t>(pair.cam) * op.num_levels + level_number;
+    const Level level = op.has_few_levels(THREADS) ? shared.levels[number] : op.levels[number];
     if (level.empty()) {
       samples.rows[i] = {-1, -1, -1, -1};
+      any_empty = true;
       continue;
     }
     const auto x = bilinear_axis(pixel_position(pairs.x[entry], level.width), level.width);
@@ -69,6 +76,7 @@ __device__ void stage(
     samples.rows[i] = corner_rows(level, x, y);
     samples.weights[i] = pair.weights(op.weight_strides, level_number);
   }
+  return any_empty;
 }
 
 // Gathers `COUNT` samples, `stride` apart, all loads before the first sum.
@@ -81,22 +89,6 @@ __device__ __forceinline__ void gather(
     const W* const (&weights)[NV],
     int row_bytes,
     compute_t<T> (&sums)[NV][VEC]) {
-  if constexpr (COUNT > 1) {
-    bool any_empty = false;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      any_empty |= samples.rows[sample + i * stride][0] < 0;
-    }
-    if (any_empty) {
-      for (int i = 0; i < COUNT; ++i) {
-        gather<1, T, W, VEC, NV>(samples, sample + i * stride, stride, features, weights, row_bytes, sums);
-      }
-      return;
-    }
-  } else if (samples.rows[sample][0] < 0) {
-    return;
-  }
-
   Vector<T, VEC> corners[COUNT][NV][4];
   compute_t<T> group_weights[COUNT][NV];
 #pragma unroll
@@ -130,10 +122,11 @@ __device__ __forceinline__ void gather(
 }
 
 template <typename T, typename W, int VEC, int NV, int IN_FLIGHT>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_forward(const Operands<T, W> op, T* __restrict__ output) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    deformable_aggregation_forward(const Operands<T, W> op, T* __restrict__ output) {
   __shared__ Shared<T, VEC, NV> shared;
-  const int64_t batch = static_cast<int>(blockIdx.x) / op.num_queries;  // 32 bits: a 64-bit division is slow
-  const int64_t query = blockIdx.x - batch * op.num_queries;
+  unsigned batch = blockIdx.x;
+  const int query = op.queries.split(batch);
   const int first_channel = (blockIdx.z * gridDim.y + blockIdx.y) * (op.lanes * NV * VEC);
   const int lane = threadIdx.x & (op.lanes - 1);
   const int team = threadIdx.x >> op.log2_lanes;
@@ -152,25 +145,32 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_fo
         (channel / op.group_channels) * op.weight_strides[5];
   }
 
+  // While the first warps, which are first to find pairs, wait for their locations.
+  const int last = THREADS - 1 - static_cast<int>(threadIdx.x);
+  if (op.has_few_levels(THREADS) && last < op.num_cams * op.num_levels) {
+    shared.levels[last] = op.levels[last];
+  }
+
   const int row_bytes = op.channels * static_cast<int>(sizeof(T));
   compute_t<T> sums[NV][VEC] = {};
-  const int num_pairs = op.num_points * op.num_cams;
+  const int num_pairs = op.points.divisor * op.num_cams;
   for (int first = 0; first < num_pairs; first += THREADS) {
     const int visible = compact_visible_pairs(op, locations, first, shared.pairs);
     for (int level = 0; level < op.num_levels; level += STAGED_LEVELS) {
       const int levels = min(STAGED_LEVELS, op.num_levels - level);
       for (int pair = 0; pair < visible; pair += STAGED_SAMPLES / levels) {
         const int pairs = min(STAGED_SAMPLES / levels, visible - pair);
-        stage(op, shared.pairs, pair, pairs, level, levels, shared.samples);
-        __syncthreads();
+        const bool any_empty = __syncthreads_or(stage(op, pair, pairs, level, levels, shared));
         const int samples = pairs * levels;
         int sample = team;
-        for (; sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
+        for (; !any_empty && sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
           gather<IN_FLIGHT, T, W, VEC, NV>(
               shared.samples, sample, teams, features, weights, row_bytes, sums);
         }
         for (; sample < samples; sample += teams) {
-          gather<1, T, W, VEC, NV>(shared.samples, sample, teams, features, weights, row_bytes, sums);
+          if (!any_empty || shared.samples.rows[sample][0] >= 0) {
+            gather<1, T, W, VEC, NV>(shared.samples, sample, teams, features, weights, row_bytes, sums);
+          }
         }
         __syncthreads();
       }
@@ -208,9 +208,9 @@ void launch_forward(
   auto op = operands<T, W>(sizes, features, levels, locations, weights);
   set_team(op, op.channels, VEC * NV);
   const int block_channels = op.lanes * NV * VEC;
-  const unsigned channel_blocks = (op.channels + block_channels - 1) / block_channels;
-  const unsigned most = 65535;  // blocks along y, and along z
-  const dim3 grid(query_blocks(sizes), std::min(channel_blocks, most), (channel_blocks + most - 1) / most);
+  const int64_t channel_blocks = (op.channels + block_channels - 1) / block_channels;
+  const dim3 grid(
+      query_blocks(sizes), std::min(channel_blocks, MOST_BLOCKS), (channel_blocks + MOST_BLOCKS - 1) / MOST_BLOCKS);
   deformable_aggregation_forward<T, W, VEC, NV, IN_FLIGHT>
       <<<grid, THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
   check_launch("deformable_aggregation");

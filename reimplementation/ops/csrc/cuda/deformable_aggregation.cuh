@@ -8,6 +8,7 @@
 
 #include "../common/corners.cuh"
 #include "../common/deformable_aggregation.h"
+#include "../common/divisor.cuh"
 #include "../common/launch.cuh"
 #include "../common/vector.cuh"
 
@@ -21,9 +22,14 @@ struct Operands {
   LevelTable levels;
   int64_t location_strides[5];
   int64_t weight_strides[6];
-  int num_queries, num_points, num_cams, num_levels;
+  Divisor queries, points;  // their numbers
+  int num_cams, num_levels;
   int channels, group_channels;  // channels of a group share a weight
   int lanes, log2_lanes;         // of a team; a power of two
+
+  __device__ __forceinline__ bool has_few_levels(int most) const {
+    return static_cast<int64_t>(num_cams) * num_levels <= most;
+  }
 };
 
 template <typename T, typename W>
@@ -40,8 +46,8 @@ Operands<T, W> operands(
   op.levels = levels;
   copy_strides(locations, op.location_strides);
   copy_strides(weights, op.weight_strides);
-  op.num_queries = static_cast<int>(sizes.num_queries);
-  op.num_points = static_cast<int>(sizes.num_points);
+  op.queries = Divisor(sizes.num_queries);
+  op.points = Divisor(sizes.num_points);
   op.num_cams = static_cast<int>(sizes.num_cams);
   op.num_levels = static_cast<int>(sizes.num_levels);
   op.channels = static_cast<int>(sizes.channels);
@@ -73,7 +79,10 @@ inline unsigned query_blocks(const DeformableAggregationSizes& sizes) {
 struct Pair {
   int cam, point;
 
-  __device__ __forceinline__ Pair(int number, int num_points) : cam(number / num_points), point(number - cam * num_points) {}
+  __device__ __forceinline__ Pair(unsigned number, const Divisor& points) {
+    point = points.split(number);
+    cam = static_cast<int>(number);
+  }
 
   // Where its location (or the location's gradient) begins, seen from the query.
   __device__ __forceinline__ int64_t location(const int64_t* strides) const {
@@ -102,8 +111,8 @@ __device__ int compact_visible_pairs(
   const int warp = threadIdx.x / WARP;
   compute_t<T> x = 0, y = 0;
   bool visible = false;
-  if (number < op.num_points * op.num_cams) {
-    const compute_t<T>* location = locations + Pair(number, op.num_points).location(op.location_strides);
+  if (number < op.points.divisor * op.num_cams) {
+    const compute_t<T>* location = locations + Pair(number, op.points).location(op.location_strides);
     x = location[0];
     y = location[op.location_strides[4]];
     visible = inside_unit_square(x, y);

@@ -78,7 +78,7 @@ __device__ void stage(
   using C = compute_t<T>;
   for (int i = threadIdx.x; i < num_pairs * num_levels; i += THREADS) {
     const int entry = first_pair + i % num_pairs;
-    const Pair pair(shared.pairs.number[entry], op.num_points);
+    const Pair pair(shared.pairs.number[entry], op.points);
     const Level level =
         op.levels[static_cast<int64_t>(pair.cam) * op.num_levels + first_level + i / num_pairs];
     Axis<C> x = {}, y = {};
@@ -254,7 +254,7 @@ __device__ void finish_samples(
       const Four<C> slopes = shared.axis_slopes[sample], axes = shared.axis_weights[sample];
       const Four<C> products = shared.products[sample * grad.pass_groups + lane];
       const int level = sample / num_pairs;
-      const Pair pair(shared.pairs.number[first_pair + sample - level * num_pairs], op.num_points);
+      const Pair pair(shared.pairs.number[first_pair + sample - level * num_pairs], op.points);
       C dots[4], grad_weight = 0;
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
@@ -296,8 +296,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
-  const int64_t batch = static_cast<int>(blockIdx.x) / op.num_queries;  // 32 bits: a 64-bit division is slow
-  const int64_t query = blockIdx.x - batch * op.num_queries;
+  unsigned batch = blockIdx.x;
+  const int query = op.queries.split(batch);
   const C* locations = op.locations + batch * op.location_strides[0] + query * op.location_strides[1];
   const W* weights = op.weights + batch * op.weight_strides[0] + query * op.weight_strides[1];
   const T* features = op.features + batch * op.levels.num_rows * op.channels;
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
   const int team = threadIdx.x >> op.log2_lanes;
   const int teams = THREADS >> op.log2_lanes;
 
-  for (int first = 0; first < op.num_points * op.num_cams; first += THREADS) {
+  for (int first = 0; first < op.points.divisor * op.num_cams; first += THREADS) {
     const int visible = compact_visible_pairs(op, locations, first, shared.pairs);
     for (int level = 0; level < op.num_levels; level += STAGED_LEVELS) {
       const int levels = min(STAGED_LEVELS, op.num_levels - level);
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
             y += shared.grad_y[i * pairs + threadIdx.x];
           }
           C* location =
-              grad_locations + Pair(shared.pairs.number[pair + threadIdx.x], op.num_points).location(grad.location_strides);
+              grad_locations + Pair(shared.pairs.number[pair + threadIdx.x], op.points).location(grad.location_strides);
           const int64_t next = grad.location_strides[4];
           location[0] = level == 0 ? x : location[0] + x;
           location[next] = level == 0 ? y : location[next] + y;

@@ -7,6 +7,7 @@
 #include <climits>
 
 #include "../common/corners.cuh"
+#include "../common/divisor.cuh"
 #include "../common/launch.cuh"
 #include "feature_gradient.cuh"
 
@@ -15,23 +16,6 @@ namespace reimplementation::cuda::tiles {
 constexpr int THREADS = 128;  // of the kernels here
 constexpr int TILE_WIDTH = 4, TILE_HEIGHT = 4, PIXELS = TILE_WIDTH * TILE_HEIGHT;
 constexpr int MOST_WARPS = 8;  // that share a crowded tile
-
-// Division of numbers below 2^31 by one that the host knows: a multiplication and a shift.
-// After Granlund and Montgomery, Division by Invariant Integers using Multiplication (1994).
-struct Divisor {
-  unsigned divisor, factor, shift;
-
-  Divisor() = default;
-  explicit Divisor(int64_t d) : divisor(static_cast<unsigned>(d)), shift(ceil_log2(d)) {
-    factor = static_cast<unsigned>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
-  }
-  // Leaves the quotient in `number` and returns the remainder.
-  __device__ __forceinline__ int split(unsigned& number) const {
-    const unsigned whole = number;
-    number = (__umulhi(whole, factor) + whole) >> shift;
-    return static_cast<int>(whole - number * divisor);
-  }
-};
 
 // A level's pixels, and the first of its tiles within an image. Levels on the very same pixels share their tiles.
 struct alignas(16) Span {
