@@ -8,8 +8,9 @@
 namespace reimplementation::cuda {
 
 template <typename T>
-__device__ __forceinline__ Four<T> corner_weights(const Axis<T>& x, const Axis<T>& y) {
-  return {y.weight[0] * x.weight[0], y.weight[0] * x.weight[1], y.weight[1] * x.weight[0], y.weight[1] * x.weight[1]};
+__device__ __forceinline__ Four<T> corner_weights(const Axis<T>& x, const Axis<T>& y, T factor = 1) {
+  const T top = factor * y.weight[0], bottom = factor * y.weight[1];
+  return {top * x.weight[0], top * x.weight[1], bottom * x.weight[0], bottom * x.weight[1]};
 }
 
 template <typename T>
@@ -17,6 +18,22 @@ __device__ __forceinline__ Four<int> corner_rows(const Level& level, const Axis<
   const int top = level.start + y.index[0] * level.width;
   const int bottom = level.start + y.index[1] * level.width;
   return {top + x.index[0], top + x.index[1], bottom + x.index[0], bottom + x.index[1]};
+}
+
+// The same in two words: reading four from shared memory takes longer, adding them up more instructions.
+struct alignas(8) PackedRows {
+  int first;
+  unsigned steps;  // to the one below << 1 | to the one on the right
+
+  __device__ __forceinline__ int operator[](int corner) const {
+    return first + static_cast<int>((corner & 1 ? steps & 1 : 0) + (corner & 2 ? steps >> 1 : 0));
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ PackedRows packed_rows(const Level& level, const Axis<T>& x, const Axis<T>& y) {
+  const unsigned right = x.index[1] - x.index[0], below = (y.index[1] - y.index[0]) * level.width;
+  return {level.start + y.index[0] * level.width + x.index[0], below << 1 | right};
 }
 
 // The location's gradient, from what each corner's weight would add to the loss.

@@ -111,6 +111,25 @@ __device__ __forceinline__ T* row_address(T* first, int row, int row_bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + offset);
 }
 
+// The same number, or pointer to global or to shared memory, which the compiler then keeps in a register, where it would rather
+// work it out again at each use, or keep much of what it is made of.
+__device__ __forceinline__ unsigned keep(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+template <typename T>
+__device__ __forceinline__ T* keep_global(T* pointer) {
+  size_t address = __cvta_generic_to_global(pointer);
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
+template <typename T>
+__device__ __forceinline__ T* keep_shared(T* pointer) {
+  return static_cast<T*>(__cvta_shared_to_generic(keep(static_cast<unsigned>(__cvta_generic_to_shared(pointer)))));
+}
+
 // Adds N sums to memory: 16-byte reductions where the GPU has them, which lets L2 take four channels per request.
 template <int N>
 __device__ __forceinline__ void atomic_add_vector(float* address, const float (&values)[N]) {

@@ -32,7 +32,7 @@ __device__ __forceinline__ void gather(
   Vector<T, VEC> corners[COUNT][4];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const Four<int> rows = staged.rows[slot + i * stride];
+    const PackedRows rows = staged.rows[slot + i * stride];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       corners[i][corner] = load_vector<VEC>(row_address(value, rows[corner], row_bytes));
@@ -56,58 +56,52 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_forward(
     const Operands<T, W> op, T* __restrict__ output) {
   using C = compute_t<T>;
   __shared__ Footprints<C, SLOTS<T>> footprints[WARPS];
-  auto& staged = footprints[threadIdx.x / WARP];
+  auto& staged = *keep_shared(&footprints[threadIdx.x / WARP]);
   const Place place(op);
   const int row = op.num_heads * op.channels;
-  const int samples = op.num_levels * op.num_points;
-  const int samples_at_once = staged.samples_at_once(op);
-  const int pitch = staged.pitch(op);
   const int head = place.head(op, op.unit()) * op.channels;
   const T* values = op.value + place.batch * op.levels.num_rows * row + head;
   T* outputs = output + static_cast<int64_t>(place.batch) * op.num_queries * row + head;
 
-  Sampler<T, W> sampler(op, place, 0, samples_at_once);
-  for (int round = 0; place.has(op, round); ++round) {
-    const int query = place.query(op, round, op.unit());
-    for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
-      const int channel = first_channel + op.lane() * VEC;
-      // Lanes beyond the last channel read it once more and write nothing.
-      const T* value = values + min(channel, op.channels - VEC);
-      C sums[VEC] = {};
-      for (int first = 0; first < samples; first += samples_at_once) {
-        if (samples > samples_at_once) {
-          sampler = Sampler<T, W>(op, place, first, min(samples_at_once, samples - first));
-        }
-        if (first_channel == 0 || samples > samples_at_once) {
-          stage(op, place, round, sampler, staged);
-        }
-        const int count = query < op.num_queries ? staged.count[op.unit()] : 0;
-        const int row_bytes = row * static_cast<int>(sizeof(T));
-        int slot = op.split() * pitch + op.unit();
-        int sample = op.split();
-        for (; sample + (IN_FLIGHT - 1) * op.splits() < count; sample += IN_FLIGHT * op.splits()) {
-          gather<IN_FLIGHT>(staged, slot, op.splits() * pitch, value, row_bytes, sums);
-          slot += IN_FLIGHT * op.splits() * pitch;
-        }
-        for (; sample < count; sample += op.splits()) {
-          gather<1>(staged, slot, op.splits() * pitch, value, row_bytes, sums);
-          slot += op.splits() * pitch;
-        }
+  if (place.first_query >= op.num_queries) {
+    return;
+  }
+  const int query = place.query(op, op.unit());
+  for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
+    const int channel = first_channel + op.lane() * VEC;
+    // Lanes beyond the last channel read it once more and write nothing.
+    const T* value = values + min(channel, op.channels - VEC);
+    C sums[VEC] = {};
+    for (int first = 0; first < op.samples; first += op.samples_at_once.divisor) {
+      if (first_channel == 0 || op.samples > op.samples_at_once.divisor) {
+        stage(op, place, Sampler<T, W>(op, place, first), staged);
       }
-      for (int step = op.lanes(); step < op.lanes() * op.splits(); step *= 2) {
+      const int count = query < op.num_queries ? staged.count[op.unit()] : 0;
+      const int row_bytes = row * static_cast<int>(sizeof(T));
+      int slot = op.split() * op.pitch() + op.unit();
+      int sample = op.split();
+      for (; sample + (IN_FLIGHT - 1) * op.splits() < count; sample += IN_FLIGHT * op.splits()) {
+        gather<IN_FLIGHT>(staged, slot, op.splits() * op.pitch(), value, row_bytes, sums);
+        slot += IN_FLIGHT * op.splits() * op.pitch();
+      }
+      for (; sample < count; sample += op.splits()) {
+        gather<1>(staged, slot, op.splits() * op.pitch(), value, row_bytes, sums);
+        slot += op.splits() * op.pitch();
+      }
+    }
+    for (int step = op.lanes(); step < op.lanes() * op.splits(); step *= 2) {
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          sums[v] += __shfl_xor_sync(ALL_LANES, sums[v], step);
-        }
+      for (int v = 0; v < VEC; ++v) {
+        sums[v] += __shfl_xor_sync(ALL_LANES, sums[v], step);
       }
-      if (query < op.num_queries && op.split() == 0 && channel < op.channels) {
-        Vector<T, VEC> rounded;
+    }
+    if (query < op.num_queries && op.split() == 0 && channel < op.channels) {
+      Vector<T, VEC> rounded;
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          rounded.values[v] = from_compute<T>(sums[v]);
-        }
-        *reinterpret_cast<Vector<T, VEC>*>(outputs + static_cast<int64_t>(query) * row + channel) = rounded;
+      for (int v = 0; v < VEC; ++v) {
+        rounded.values[v] = from_compute<T>(sums[v]);
       }
+      *reinterpret_cast<Vector<T, VEC>*>(outputs + static_cast<int64_t>(query) * row + channel) = rounded;
     }
   }
 }
@@ -121,10 +115,12 @@ void launch_forward(
     const Tensor& weights,
     const Tensor& output,
     cudaStream_t stream) {
-  const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
-  ms_deform_attn_forward<T, W, VEC, IN_FLIGHT>
-      <<<op.blocks, THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
-  check_launch("ms_deform_attn");
+  const auto all = operands<T, W>(sizes, value, levels, locations, weights, VEC, SLOTS<T>);
+  launch_parts(all, sizes.batch, [&](const Operands<T, W>& op, dim3 grid) {
+    ms_deform_attn_forward<T, W, VEC, IN_FLIGHT>
+        <<<grid, THREADS, 0, stream>>>(op, static_cast<T*>(output.mutable_data_ptr()));
+    check_launch("ms_deform_attn");
+  });
 }
 
 }  // namespace

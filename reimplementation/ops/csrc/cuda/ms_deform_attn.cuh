@@ -16,12 +16,13 @@
 // One thread per sample turns a location into a footprint in shared memory, and the unit's team then walks those that
 // touch their level. So coordinates are computed once per sample and not once per lane; locations and weights are read
 // coalesced; the queries of a block, being neighbours with like reference points, find each other's pixels of the head in
-// L1; and no warp waits for another. When its units are done a warp goes on to the next ones, `rounds` times.
+// L1; and no warp waits for another.
 #pragma once
 
 #include <type_traits>
 
 #include "../common/corners.cuh"
+#include "../common/divisor.cuh"
 #include "../common/launch.cuh"
 #include "../common/ms_deform_attn.h"
 #include "../common/vector.cuh"
@@ -32,15 +33,16 @@ constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
 constexpr int LINE_BYTES = 128;  // of L1
 constexpr int WARPS_WANTED = 32;  // on a multiprocessor: units are split while there are fewer warps
-constexpr int MOST_ROUNDS = 4;    // of a warp, where there are many more
 
 // The sizes, and how the work is divided.
 struct Problem {
   int num_queries, num_heads, channels, num_levels, num_points;
   int log2_lanes, log2_team, log2_heads_at_once;
-  int rounds;
-  int query_blocks;  // that the queries of one head take
-  unsigned blocks;
+  int samples;                  // of a unit
+  Divisor samples_at_once;      // staged together
+  int units_at_once;            // whose staged samples are as many as the threads of a warp, or fewer
+  Divisor points;               // num_points
+  int first_image, first_head;  // of a launch
 
   // Of a warp.
   __host__ __device__ int units() const {
@@ -48,6 +50,11 @@ struct Problem {
   }
   __host__ __device__ int queries_at_once() const {
     return units() >> log2_heads_at_once;
+  }
+
+  // Between the staged samples of a unit.
+  __host__ __device__ int pitch() const {
+    return units() + 1;
   }
 
   // Of a unit.
@@ -100,27 +107,19 @@ struct Operands : Problem {
   Strides location_strides, weight_strides;
 };
 
-// Which units a warp owns. In each round the warps of a block own neighbours.
+// Which units a warp owns. The warps of a block own neighbours.
 struct Place {
-  int batch, first_head, first_query;  // first_query: of the first round
+  int batch, first_head, first_query;
 
   __device__ explicit Place(const Problem& op) {
-    const int head_blocks = op.num_heads >> op.log2_heads_at_once;
-    const int image_block = static_cast<int>(blockIdx.x) / head_blocks;
-    first_head = (static_cast<int>(blockIdx.x) - image_block * head_blocks) << op.log2_heads_at_once;
-    batch = image_block / op.query_blocks;
-    const int first_warp = (image_block - batch * op.query_blocks) * op.rounds * WARPS;
-    first_query = (first_warp + static_cast<int>(threadIdx.x) / WARP) * op.queries_at_once();
+    batch = op.first_image + static_cast<int>(blockIdx.z);
+    first_head = op.first_head + (static_cast<int>(blockIdx.y) << op.log2_heads_at_once);
+    first_query = (static_cast<int>(blockIdx.x) * WARPS + static_cast<int>(threadIdx.x) / WARP) * op.queries_at_once();
   }
 
-  // Whether the warp owns units in a round.
-  __device__ bool has(const Problem& op, int round) const {
-    return round < op.rounds && query(op, round, 0) < op.num_queries;
-  }
-
-  // Of a unit in a round; beyond the last where there is no such unit.
-  __device__ int query(const Problem& op, int round, int unit) const {
-    return first_query + round * WARPS * op.queries_at_once() + (unit >> op.log2_heads_at_once);
+  // Of a unit; beyond the last where there is no such unit.
+  __device__ int query(const Problem& op, int unit) const {
+    return first_query + (unit >> op.log2_heads_at_once);
   }
 
   __device__ int head(const Problem& op, int unit) const {
@@ -128,36 +127,48 @@ struct Place {
   }
 };
 
-// Where one sample of a unit falls, and what it weighs there.
+// Where one sample of a unit falls, and what it weighs there. Its axes are for those to compute who need them: a variable
+// that is set for some samples alone keeps its registers as long as the kernel runs.
 template <typename T>
 struct Sample {
   Level level;
-  Axis<T> x, y;
+  T x, y;  // in pixels
   T attention;
-  bool inside;  // its footprint touches the level; only then is the above set
+  bool inside;  // its footprint touches the level
   int number;   // of those visited of its unit
   int rank;     // how many of those come before it and are inside
+
+  __device__ __forceinline__ Axis<T> x_axis() const {
+    return bilinear_axis(x, level.width);
+  }
+  __device__ __forceinline__ Axis<T> y_axis() const {
+    return bilinear_axis(y, level.height);
+  }
 };
 
-// Visits samples first, ..., first + count - 1 (at most `WARP`) of each unit. Neighbouring threads take neighbouring
-// samples of one unit: their locations are neighbours in memory. A thread keeps to one number, so what depends on the
-// level is looked up once, for all units and rounds.
+// Visits `samples_at_once` samples of each unit, from `first` on. Neighbouring threads take neighbouring samples of one
+// unit: their locations are neighbours in memory. A thread keeps to one number, so what depends on the level is looked up
+// once, for all units.
 template <typename T, typename W>
 class Sampler {
  public:
   using C = compute_t<T>;
 
-  __device__ Sampler(const Operands<T, W>& op, const Place& place, int first, int count) : count_(count) {
-    const int thread = threadIdx.x % WARP;
-    units_at_once_ = WARP / count;
-    first_unit_ = thread / count;
-    first_lane_ = first_unit_ * count;
-    number_ = thread - first_lane_;
-    level_number_ = (first + number_) / op.num_points;
-    point_ = first + number_ - level_number_ * op.num_points;
-    level_ = op.levels[level_number_];
-    locations_ = op.locations + offset(op.location_strides, place.batch);
-    weights_ = op.weights + offset(op.weight_strides, place.batch);
+  __device__ Sampler(const Operands<T, W>& op, const Place& place, int first) {
+    const unsigned thread = keep(threadIdx.x % WARP);
+    unsigned unit = thread;
+    number_ = op.samples_at_once.split(unit);
+    const unsigned lanes = ALL_LANES >> (WARP - op.samples_at_once.divisor) << (thread - number_);
+    lanes_ = keep(lanes);
+    lanes_before_ = keep(lanes & ((1u << thread) - 1));
+    units_ = min(op.num_queries - place.first_query, op.queries_at_once()) << op.log2_heads_at_once;
+    first_unit_ = (unit < op.units_at_once) & (first + number_ < op.samples) ? unit : WARP;
+    unsigned level = min(first + number_, op.samples - 1);
+    point_ = op.points.split(level);
+    level_number_ = level;
+    level_ = op.levels[level];
+    locations_ = keep_global(op.locations + offset(op.location_strides, place.batch));
+    weights_ = keep_global(op.weights + offset(op.weight_strides, place.batch));
   }
 
   // Where this thread's samples of a batch begin in a tensor.
@@ -166,41 +177,51 @@ class Sampler {
         static_cast<int64_t>(point_) * strides.point;
   }
 
-  // Calls `visit(unit, query, head, sample, inside)` for the units of a round; `inside` counts the samples of the unit
-  // that are.
+  // Calls `visit(unit, query, head, sample, inside)` for the units; `inside` counts the samples of the unit that are.
   template <typename Visit>
-  __device__ __forceinline__ void for_each(const Operands<T, W>& op, const Place& place, int round, Visit visit) const {
-    for (int before = 0; before < op.units(); before += units_at_once_) {
+  __device__ __forceinline__ void for_each(const Operands<T, W>& op, const Place& place, Visit visit) const {
+    Operand next = load(op, place, first_unit_);  // under way while the one before is visited
+    int before = 0;
+    do {
       const int unit = before + first_unit_;
-      const int query = place.query(op, round, unit);
-      const int head = place.head(op, unit);
-      const bool exists = (first_unit_ < units_at_once_) & (unit < op.units()) & (query < op.num_queries);
+      before += op.units_at_once;
       Sample<C> sample;
-      sample.inside = false;
+      sample.level = level_;
+      sample.x = pixel_position(next.x, level_.width);
+      sample.y = pixel_position(next.y, level_.height);
+      sample.attention = to_compute(next.attention);
+      if (before < op.units()) {
+        next = load(op, place, before + first_unit_);
+      }
+      const bool exists = unit < units_;
+      sample.inside = exists & !level_.empty() & touches_level(sample.x, sample.y, level_.width, level_.height);
       sample.number = number_;
+      const unsigned inside = __ballot_sync(ALL_LANES, sample.inside);
+      sample.rank = __popc(inside & lanes_before_);
       if (exists) {
-        const C* location = locations_ + op.location_strides.offset(query, head);
-        sample.attention = to_compute(weights_[op.weight_strides.offset(query, head)]);
-        const C x = pixel_position(location[0], level_.width);
-        const C y = pixel_position(location[op.location_strides.axis], level_.height);
-        sample.inside = !level_.empty() & touches_level(x, y, level_.width, level_.height);
-        if (sample.inside) {
-          sample.level = level_;
-          sample.x = bilinear_axis(x, level_.width);
-          sample.y = bilinear_axis(y, level_.height);
-        }
+        visit(unit, place.query(op, unit), place.head(op, unit), sample, __popc(inside & lanes_));
       }
-      const unsigned inside = __ballot_sync(ALL_LANES, sample.inside) >> first_lane_ & (ALL_LANES >> (WARP - count_));
-      sample.rank = __popc(inside & ((1u << number_) - 1));
-      if (exists) {
-        visit(unit, query, head, sample, __popc(inside));
-      }
-    }
+    } while (before < op.units());
   }
 
  private:
-  int count_, units_at_once_;
-  int first_unit_, first_lane_, number_, level_number_, point_;
+  struct Operand {
+    C x, y;
+    W attention;
+  };
+
+  // Where there is no such unit, the first one's.
+  __device__ __forceinline__ Operand load(const Operands<T, W>& op, const Place& place, int unit) const {
+    unit = unit < units_ ? unit : 0;
+    const int query = place.query(op, unit), head = place.head(op, unit);
+    const C* location = locations_ + op.location_strides.offset(query, head);
+    return {location[0], location[op.location_strides.axis], weights_[op.weight_strides.offset(query, head)]};
+  }
+
+  unsigned lanes_, lanes_before_;  // of the warp, that visit samples of the same unit; those of them before this one
+  int units_;                      // of the warp, that exist
+  int first_unit_;                 // that this thread visits; beyond the last if none
+  int number_, level_number_, point_;
   Level level_;
   const C* locations_;
   const W* weights_;
@@ -212,17 +233,8 @@ class Sampler {
 template <typename T, int SLOTS>
 struct Footprints {
   Four<T> weights[SLOTS];  // of the corners, times the attention weight
-  Four<int> rows[SLOTS];
+  PackedRows rows[SLOTS];
   int count[WARP];         // of each unit
-
-  // Between the samples of a unit.
-  __device__ static int pitch(const Problem& op) {
-    return op.units() + 1;
-  }
-
-  __device__ static int samples_at_once(const Problem& op) {
-    return min(min(SLOTS / pitch(op), WARP), op.num_levels * op.num_points);
-  }
 };
 
 // Stages what a sampler visits.
@@ -230,22 +242,17 @@ template <typename T, typename W, int SLOTS>
 __device__ __forceinline__ void stage(
     const Operands<T, W>& op,
     const Place& place,
-    int round,
     const Sampler<T, W>& sampler,
     Footprints<compute_t<T>, SLOTS>& staged) {
   using C = compute_t<T>;
   __syncwarp();  // whoever still reads the samples before these
-  const int pitch = staged.pitch(op);
-  sampler.for_each(op, place, round, [&](int unit, int, int, const Sample<C>& sample, int inside) {
+  const int pitch = op.pitch();
+  sampler.for_each(op, place, [&](int unit, int, int, const Sample<C>& sample, int inside) {
     if (sample.inside) {
       const int slot = sample.rank * pitch + unit;
-      Four<C> weights = corner_weights(sample.x, sample.y);
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        weights[corner] *= sample.attention;
-      }
-      staged.weights[slot] = weights;
-      staged.rows[slot] = corner_rows(sample.level, sample.x, sample.y);
+      const Axis<C> x = sample.x_axis(), y = sample.y_axis();
+      staged.weights[slot] = corner_weights(x, y, sample.attention);
+      staged.rows[slot] = packed_rows(sample.level, x, y);
     }
     if (sample.number == 0) {
       staged.count[unit] = inside;
@@ -257,7 +264,7 @@ __device__ __forceinline__ void stage(
 // Fill in what the kernels' operands have in common: sizes; where samples lie, and what they weigh.
 template <typename Operands>
 void set_sizes(Operands& op, const MSDeformAttnSizes& sizes) {
-  STD_TORCH_CHECK(sizes.num_queries <= INT_MAX, "Lq must be below 2^31, got ", sizes.num_queries);
+  STD_TORCH_CHECK(sizes.num_queries <= INT_MAX - 256, "Lq must be below 2^31 - 256, got ", sizes.num_queries);
   op.num_queries = static_cast<int>(sizes.num_queries);
   op.num_heads = static_cast<int>(sizes.num_heads);
   op.channels = static_cast<int>(sizes.channels);
@@ -274,10 +281,11 @@ void set_samples(Operands& op, const LevelTable& levels, const Tensor& locations
   op.weight_strides = Strides(weights);
 }
 
-// For lanes of `vec` channels of so many bytes each.
-inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes, int32_t device) {
+// For lanes of `vec` channels of so many bytes each, and warps that stage `slots` samples.
+inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes, int slots, int32_t device) {
   Problem op = {};
   set_sizes(op, sizes);
+  op.samples = op.num_levels * op.num_points;
   op.log2_team = op.log2_lanes = log2_lanes(sizes.channels, vec);
   while (op.queries_at_once() > 1 && sizes.channels * element_bytes << op.log2_heads_at_once <= LINE_BYTES / 2 &&
          sizes.num_heads % (2 << op.log2_heads_at_once) == 0) {
@@ -290,15 +298,9 @@ inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes
     ++op.log2_team;
     samples /= 2;
   }
-  op.rounds = static_cast<int>(std::clamp<int64_t>(units / op.units() / (8 * wanted), 1, MOST_ROUNDS));
-  const int64_t queries_a_block = op.queries_at_once() * WARPS * op.rounds;
-  const int64_t query_blocks = (sizes.num_queries + queries_a_block - 1) / queries_a_block;
-  const int64_t blocks = sizes.batch * (sizes.num_heads >> op.log2_heads_at_once) * query_blocks;
-  STD_TORCH_CHECK(
-      blocks <= INT_MAX && query_blocks * queries_a_block <= INT_MAX,
-      "batch * queries * heads is too large: it takes ", blocks, " blocks");
-  op.query_blocks = static_cast<int>(query_blocks);
-  op.blocks = static_cast<unsigned>(blocks);
+  op.samples_at_once = Divisor(std::min({slots / op.pitch(), WARP, op.samples}));
+  op.units_at_once = WARP / op.samples_at_once.divisor;
+  op.points = Divisor(op.num_points);
   return op;
 }
 
@@ -309,11 +311,28 @@ Operands<T, W> operands(
     const LevelTable& levels,
     const Tensor& locations,
     const Tensor& weights,
-    int vec) {
-  Operands<T, W> op = {divide(sizes, vec, sizeof(T), value.get_device_index())};
+    int vec,
+    int slots) {
+  Operands<T, W> op = {divide(sizes, vec, sizeof(T), slots, value.get_device_index())};
   op.value = static_cast<const T*>(value.const_data_ptr());
   set_samples(op, levels, locations, weights);
   return op;
+}
+
+// Calls `launch(op, grid)` until all images and heads have had their turn: a grid takes so many of them.
+template <typename Op, typename Launch>
+void launch_parts(Op op, int64_t num_images, Launch launch) {
+  const int queries = op.queries_at_once() * WARPS;  // of a block
+  const unsigned query_blocks = (op.num_queries + queries - 1) / queries;
+  const int64_t heads = MOST_BLOCKS << op.log2_heads_at_once;
+  for (int64_t image = 0; image < num_images; image += MOST_BLOCKS) {
+    for (int64_t head = 0; head < op.num_heads; head += heads) {
+      op.first_image = static_cast<int>(image);
+      op.first_head = static_cast<int>(head);
+      const int64_t head_blocks = std::min(op.num_heads - head, heads) >> op.log2_heads_at_once;
+      launch(op, dim3(query_blocks, head_blocks, std::min(num_images - image, MOST_BLOCKS)));
+    }
+  }
 }
 
 template <typename T>

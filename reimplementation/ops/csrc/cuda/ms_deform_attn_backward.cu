@@ -25,7 +25,7 @@ namespace {
 using namespace msda;
 
 constexpr int SLOTS = 80;      // of footprints in a warp's shared memory: 16 samples of D = 32 channels' units
-constexpr int MIN_BLOCKS = 7;  // a multiprocessor's
+constexpr int MIN_BLOCKS = 8;  // a multiprocessor's
 
 template <typename T, typename W>
 struct Gradients {
@@ -100,17 +100,17 @@ __device__ __forceinline__ void walk_samples(
     Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
   const int row = op.num_heads * op.channels;
-  const int pitch = shared.staged.pitch(op);
+  const int pitch = op.pitch();
   const int count = exists ? shared.staged.count[op.unit()] : 0;
   const int stride = op.splits() * pitch;
   int slot = op.split() * pitch + op.unit();
   // The teams of a warp go in step, so that their sums over lanes are one; what one without samples reads goes nowhere.
   for (int sample = op.split(); __any_sync(ALL_LANES, sample < count); sample += IN_FLIGHT * op.splits()) {
-    Four<int> rows[IN_FLIGHT];
+    PackedRows rows[IN_FLIGHT];
     Vector<T, VEC> corners[IN_FLIGHT][4];
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
-      rows[i] = sample + i * op.splits() < count ? shared.staged.rows[slot + i * stride] : Four<int>{};
+      rows[i] = sample + i * op.splits() < count ? shared.staged.rows[slot + i * stride] : PackedRows{};
       if (needs_dots) {
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
@@ -160,23 +160,23 @@ __device__ __forceinline__ void finish_samples(
     const Operands<T, W>& op,
     const Gradients<T, W>& grad,
     const Place& place,
-    int round,
     const Sampler<T, W>& sampler,
     const Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  const int pitch = shared.staged.pitch(op);
-  sampler.for_each(op, place, round, [&](int unit, int query, int head, const Sample<C>& sample, int) {
+  const int pitch = op.pitch();
+  sampler.for_each(op, place, [&](int unit, int query, int head, const Sample<C>& sample, int) {
     C grad_weight = 0, grad_x = 0, grad_y = 0;
     if (sample.inside) {
       const Four<C> dots = shared.dots[sample.rank * pitch + unit];
-      const Four<C> weights = corner_weights(sample.x, sample.y);
+      const Axis<C> x = sample.x_axis(), y = sample.y_axis();
+      const Four<C> weights = corner_weights(x, y);
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
         grad_weight += weights[corner] * dots[corner];
       }
       location_gradient(
-          {sample.x.weight[0], sample.x.weight[1], sample.y.weight[0], sample.y.weight[1]},
-          {sample.x.slope[0], sample.x.slope[1], sample.y.slope[0], sample.y.slope[1]},
+          {x.weight[0], x.weight[1], y.weight[0], y.weight[1]},
+          {x.slope[0], x.slope[1], y.slope[0], y.slope[1]},
           dots.values,
           grad_x,
           grad_y);
@@ -202,36 +202,32 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
     const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> warps[WARPS];
-  Shared<C>& shared = warps[threadIdx.x / WARP];
+  Shared<C>& shared = *keep_shared(&warps[threadIdx.x / WARP]);
   const Place place(op);
   const int row = op.num_heads * op.channels;
-  const int samples = op.num_levels * op.num_points;
-  const int samples_at_once = shared.staged.samples_at_once(op);
   const int head = place.head(op, op.unit()) * op.channels;
   const int64_t values = place.batch * op.levels.num_rows * row + head;
   const T* grad_outputs = grad.output + static_cast<int64_t>(place.batch) * op.num_queries * row + head;
   const bool needs_dots = !ATOMICS || grad.locations != nullptr || grad.weights != nullptr;
 
-  Sampler<T, W> sampler(op, place, 0, samples_at_once);
-  for (int round = 0; place.has(op, round); ++round) {
-    const int query = place.query(op, round, op.unit());
-    const T* grad_output = grad_outputs + static_cast<int64_t>(min(query, op.num_queries - 1)) * row;
-    for (int first = 0; first < samples; first += samples_at_once) {
-      if (samples > samples_at_once) {
-        sampler = Sampler<T, W>(op, place, first, min(samples_at_once, samples - first));
-      }
-      stage(op, place, round, sampler, shared.staged);
-      for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
-        const bool live = first_channel + op.lane() * VEC < op.channels;
-        const int channel = live ? first_channel + op.lane() * VEC : op.channels - VEC;
-        walk_samples<ATOMICS, ATOMICS ? 1 : 2>(
-            op, query < op.num_queries, op.value + values + channel, grad.value + values + channel,
-            load_vector<VEC>(grad_output + channel), needs_dots, live, first_channel == 0, shared);
-      }
-      if (needs_dots) {
-        __syncwarp();
-        finish_samples(op, grad, place, round, sampler, shared);
-      }
+  if (place.first_query >= op.num_queries) {
+    return;
+  }
+  const int query = place.query(op, op.unit());
+  const T* grad_output = grad_outputs + static_cast<int64_t>(min(query, op.num_queries - 1)) * row;
+  for (int first = 0; first < op.samples; first += op.samples_at_once.divisor) {
+    const Sampler<T, W> sampler(op, place, first);
+    stage(op, place, sampler, shared.staged);
+    for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
+      const bool live = first_channel + op.lane() * VEC < op.channels;
+      const int channel = live ? first_channel + op.lane() * VEC : op.channels - VEC;
+      walk_samples<ATOMICS, ATOMICS ? 1 : 2>(
+          op, query < op.num_queries, op.value + values + channel, grad.value + values + channel,
+          load_vector<VEC>(grad_output + channel), needs_dots, live, first_channel == 0, shared);
+    }
+    if (needs_dots) {
+      __syncwarp();
+      finish_samples(op, grad, place, sampler, shared);
     }
   }
 }
@@ -245,9 +241,11 @@ void launch_backward(
     const Tensor& weights,
     const Gradients<T, W>& gradients,
     cudaStream_t stream) {
-  const auto op = operands<T, W>(sizes, value, levels, locations, weights, VEC);
-  ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<op.blocks, THREADS, 0, stream>>>(op, gradients);
-  check_launch("ms_deform_attn_backward");
+  const auto all = operands<T, W>(sizes, value, levels, locations, weights, VEC, SLOTS);
+  launch_parts(all, sizes.batch, [&](const Operands<T, W>& op, dim3 grid) {
+    ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<grid, THREADS, 0, stream>>>(op, gradients);
+    check_launch("ms_deform_attn_backward");
+  });
 }
 
 }  // namespace
