@@ -2,7 +2,7 @@
 //
 // Atomics are dear: each sends a corner's D channels through the links of L2, four times a sample. But neighbouring queries
 // sample like places: in an encoder, the corners of 64 queries in one level lie on a tenth to a third as many rows. So a block
-// takes `SAMPLES` samples of neighbouring queries in one head and level, and adds to each row once:
+// takes some hundred samples of neighbouring queries in one head and level, and adds to each row once:
 //
 //   1. each thread computes the footprints of its samples. A corner is an *entry*: a weight, a row, and a query. Entries of
 //      one row count each other, in a window of the level's rows around the middle sample's; the first of a row makes it
@@ -18,23 +18,30 @@
 #include "value_gradient.cuh"
 
 #include "../common/corners.cuh"
+#include "../common/divisor.cuh"
 #include "../common/vector.cuh"
 
 namespace reimplementation::cuda::msda {
 namespace {
 
-constexpr int SAMPLES = 256;  // of a block
-constexpr int SAMPLES_A_THREAD = SAMPLES / THREADS;
-constexpr int ENTRIES = 4 * SAMPLES;
+constexpr int SAMPLES_A_THREAD = 2;
 constexpr int CORNERS = 4 * SAMPLES_A_THREAD;  // of a thread
-constexpr int WINDOW = 2048;                   // rows
-constexpr int MIN_BLOCKS = 8;                  // a multiprocessor's
 constexpr int IN_FLIGHT = 2;                   // entries of a team
-constexpr int NO_ITEM = ENTRIES;               // the item of entries that fill up the last share
-constexpr int QUERY_BITS = 8;
-constexpr int HALF_BITS = 16;  // two numbers up to ENTRIES in one word
+constexpr int NO_ITEM = 1 << 20;               // the item of entries that fill up the last share
+constexpr int QUERY_BITS = 9;
+constexpr int HALF_BITS = 16;  // two numbers of entries, or of items, in one word
 constexpr unsigned HALF = (1u << HALF_BITS) - 1;
-static_assert(SAMPLES <= 1 << QUERY_BITS && ENTRIES < 1 << HALF_BITS && WINDOW % (4 * THREADS) == 0);
+
+// As large as shared memory lets it be: the more samples, the fewer atomics.
+template <typename C>
+struct Block {
+  static constexpr int THREADS = sizeof(C) == 8 ? 128 : 256;
+  static constexpr int SAMPLES = SAMPLES_A_THREAD * THREADS;
+  static constexpr int ENTRIES = 4 * SAMPLES;
+  static constexpr int WINDOW = 8 * SAMPLES;  // rows
+  static constexpr int ON_A_MULTIPROCESSOR = 1024 / THREADS;
+  static_assert(SAMPLES <= 1 << QUERY_BITS && ENTRIES < 1 << HALF_BITS && ENTRIES < NO_ITEM);
+};
 
 template <typename T, typename W>
 struct ValueProblem {
@@ -46,7 +53,8 @@ struct ValueProblem {
   Strides location_strides, weight_strides;
   int num_queries, num_heads, channels, num_levels, num_points;
   int log2_lanes;
-  int tiles;  // blocks that the samples of a head and level take
+  Divisor tiles;  // blocks that the samples of a head and level take
+  Divisor heads_and_levels, levels_of_a_head, points;
 };
 
 template <typename C>
@@ -62,9 +70,9 @@ struct alignas(IN_FLIGHT * sizeof(Entry<C>)) Entries {
 
 template <typename C>
 struct Shared {
-  unsigned window[WINDOW + WARP];  // a row's number of entries; from step 2 on, item << HALF_BITS | first entry
-  int rows[ENTRIES];               // of the items: first those of the window
-  Entries<C> entries[ENTRIES / IN_FLIGHT + 1];
+  unsigned window[Block<C>::WINDOW + WARP];  // a row's number of entries; after step 1 item << HALF_BITS | first entry
+  int rows[Block<C>::ENTRIES];               // of the items: first those of the window
+  Entries<C> entries[Block<C>::ENTRIES / IN_FLIGHT + 1];
   int window_start;
   unsigned new_items;  // outside of the window << HALF_BITS | in it
   unsigned entries_in_window;
@@ -79,16 +87,16 @@ struct Tile {
   const W* weights;
 
   __device__ explicit Tile(const ValueProblem<T, W>& op) {
-    const unsigned units = op.num_heads * op.num_levels;
-    const unsigned tile_of_all = blockIdx.x / units, unit = blockIdx.x - tile_of_all * units;
-    head = unit / static_cast<unsigned>(op.num_levels);
-    level = unit - head * op.num_levels;
-    batch = tile_of_all / static_cast<unsigned>(op.tiles);
-    const int64_t first = static_cast<int64_t>(tile_of_all - batch * op.tiles) * SAMPLES;
-    const int64_t rest = static_cast<int64_t>(op.num_queries) * op.num_points - first;
-    first_query = static_cast<int>(first / op.num_points);
-    first_point = static_cast<int>(first - static_cast<int64_t>(first_query) * op.num_points);
-    count = static_cast<int>(rest < SAMPLES ? rest : SAMPLES);
+    unsigned tile = blockIdx.x;
+    unsigned unit = op.heads_and_levels.split(tile);
+    level = op.levels_of_a_head.split(unit);
+    head = static_cast<int>(unit);
+    const int first = op.tiles.split(tile) * Block<compute_t<T>>::SAMPLES;
+    batch = static_cast<int>(tile);
+    unsigned query = first;
+    first_point = op.points.split(query);
+    first_query = static_cast<int>(query);
+    count = min(op.num_queries * op.num_points - first, Block<compute_t<T>>::SAMPLES);
     locations = op.locations + offset(op.location_strides);
     weights = op.weights + offset(op.weight_strides);
   }
@@ -107,9 +115,9 @@ struct TileSample {
   TileSample() = default;
   template <typename T, typename W>
   __device__ TileSample(const ValueProblem<T, W>& op, const Tile<T, W>& tile, int i) {
-    const unsigned number = tile.first_point + i;
-    query = number / static_cast<unsigned>(op.num_points);
-    const int point = number - query * op.num_points;
+    unsigned number = tile.first_point + i;
+    const int point = op.points.split(number);
+    query = static_cast<int>(number);
     auto offset = [&](const Strides& strides) {
       return static_cast<int64_t>(query) * strides.query + static_cast<int64_t>(point) * strides.point;
     };
@@ -123,6 +131,7 @@ struct TileSample {
 // The first row of the window: that of a level which fits, else so that a sample's pixel is in the middle.
 template <typename C>
 __device__ __forceinline__ int window_start(const Level& level, const TileSample<C>& sample) {
+  constexpr int WINDOW = Block<C>::WINDOW;
   const int hidden = level.height * level.width - WINDOW;
   const int x = min(max(static_cast<int>(sample.x * level.width), 0), level.width - 1);
   const int y = min(max(static_cast<int>(sample.y * level.height), 0), level.height - 1);
@@ -151,10 +160,10 @@ struct Corners {
   unsigned taken;      // the first of each, from what its warp took
 
   __device__ bool in_window(int k) const {
-    return slots[k] < WINDOW;
+    return slots[k] < Block<C>::WINDOW;
   }
   __device__ bool is_outside(int k) const {
-    return slots[k] >= WINDOW && weights[k] != 0;
+    return !in_window(k) && weights[k] != 0;
   }
 };
 
@@ -169,7 +178,7 @@ __device__ __forceinline__ void find_corners(
 #pragma unroll
   for (int i = 0; i < SAMPLES_A_THREAD; ++i) {
     const TileSample<C>& sample = samples[i];
-    const int number = static_cast<int>(threadIdx.x) + i * THREADS;
+    const int number = static_cast<int>(threadIdx.x) + i * Block<C>::THREADS;
     const C x = pixel_position(sample.x, level.width), y = pixel_position(sample.y, level.height);
     Four<C> corner_weight = {};
     Four<int> corner_row = {};
@@ -197,6 +206,7 @@ __device__ __forceinline__ void find_corners(
 // Step 1: the ranks, and the items. Corners that weigh nothing are no entries.
 template <typename C>
 __device__ __forceinline__ void count_entries(int start, Corners<C>& corners, Shared<C>& shared) {
+  constexpr int WINDOW = Block<C>::WINDOW;
 #pragma unroll
   for (int k = 0; k < CORNERS; ++k) {
     const unsigned slot = corners.rows[k] - start;
@@ -222,7 +232,7 @@ __device__ __forceinline__ void count_entries(int start, Corners<C>& corners, Sh
 template <typename C>
 __device__ __forceinline__ void place_items(int start, int items, Shared<C>& shared) {
 #pragma unroll 1
-  for (int item = threadIdx.x; item - threadIdx.x % WARP < items; item += THREADS) {
+  for (int item = threadIdx.x; item - threadIdx.x % WARP < items; item += Block<C>::THREADS) {
     unsigned* slot = shared.window + (item < items ? shared.rows[item] - start : 0);
     const unsigned first = take(&shared.entries_in_window, item < items ? *slot : 0);
     if (item < items) {
@@ -294,8 +304,10 @@ __device__ __forceinline__ void add_entries(
 }
 
 template <typename T, typename W, int VEC>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) value_gradient_kernel(const ValueProblem<T, W> op) {
+__global__ void __launch_bounds__(Block<compute_t<T>>::THREADS, Block<compute_t<T>>::ON_A_MULTIPROCESSOR)
+    value_gradient_kernel(const ValueProblem<T, W> op) {
   using C = compute_t<T>;
+  constexpr int THREADS = Block<C>::THREADS;
   __shared__ Shared<C> shared;
   const Tile<T, W> tile(op);
   TileSample<C> samples[SAMPLES_A_THREAD];
@@ -307,7 +319,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) value_gradient_kernel(con
   if (level.empty()) {
     return;
   }
-  for (int i = threadIdx.x; 4 * i < min(WINDOW, level.height * level.width); i += THREADS) {
+  for (int i = threadIdx.x; 4 * i < min(Block<C>::WINDOW, level.height * level.width); i += THREADS) {
     reinterpret_cast<uint4*>(shared.window)[i] = {};
   }
   if (threadIdx.x == 0) {
@@ -358,27 +370,30 @@ void add_value_gradient(
     const Tensor& weights,
     const Tensor& grad_value,
     cudaStream_t stream) {
-  const int64_t tiles = (sizes.num_queries * sizes.num_points + SAMPLES - 1) / SAMPLES;
-  const int64_t blocks = sizes.batch * tiles * sizes.num_heads * sizes.num_levels;
-  STD_TORCH_CHECK(blocks <= INT_MAX, "batch * queries * samples is too large: it takes ", blocks, " blocks");
-
   dispatch_types(grad_output, weights, [&](auto* t, auto* w) {
     using T = std::remove_pointer_t<decltype(t)>;
     using W = std::remove_pointer_t<decltype(w)>;
+    using Block = Block<compute_t<T>>;
+    const int64_t tiles = (sizes.num_queries * sizes.num_points + Block::SAMPLES - 1) / Block::SAMPLES;
+    const int64_t blocks = sizes.batch * tiles * sizes.num_heads * sizes.num_levels;
+    STD_TORCH_CHECK(blocks <= INT_MAX, "batch * queries * samples is too large: it takes ", blocks, " blocks");
     ValueProblem<T, W> op = {};
     set_sizes(op, sizes);
     set_samples(op, levels, locations, weights);
     op.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
     op.grad_value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
-    op.tiles = static_cast<int>(tiles);
+    op.tiles = Divisor(tiles);
+    op.heads_and_levels = Divisor(sizes.num_heads * sizes.num_levels);
+    op.levels_of_a_head = Divisor(sizes.num_levels);
+    op.points = Divisor(sizes.num_points);
     const auto grid = static_cast<unsigned>(blocks);
     constexpr int VEC = 16 / sizeof(compute_t<T>);  // so that the atomics of neighbouring lanes are neighbours
     const bool vectorizes = can_vectorize<T>(sizes, grad_output, VEC);
     op.log2_lanes = log2_lanes(sizes.channels, vectorizes ? VEC : 1);
     if (vectorizes) {
-      value_gradient_kernel<T, W, VEC><<<grid, THREADS, 0, stream>>>(op);
+      value_gradient_kernel<T, W, VEC><<<grid, Block::THREADS, 0, stream>>>(op);
     } else {
-      value_gradient_kernel<T, W, 1><<<grid, THREADS, 0, stream>>>(op);
+      value_gradient_kernel<T, W, 1><<<grid, Block::THREADS, 0, stream>>>(op);
     }
     check_launch("ms_deform_attn_backward");
   });

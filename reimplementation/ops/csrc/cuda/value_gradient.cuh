@@ -9,7 +9,8 @@ namespace reimplementation::cuda::msda {
 // Whether it is worth while: a row is added to `SHARED` times on average. Of an encoder's it is 64 times, of 900 queries' 3.
 inline bool rows_are_shared(const MSDeformAttnSizes& sizes) {
   constexpr int64_t SHARED = 24;
-  return 4 * sizes.num_queries * sizes.num_levels * sizes.num_points >= SHARED * sizes.num_values;
+  return 4 * sizes.num_queries * sizes.num_levels * sizes.num_points >= SHARED * sizes.num_values &&
+      sizes.num_queries * sizes.num_points <= INT_MAX - 512;
 }
 
 // Adds the gradient to `grad_value` (batch, values, heads, channels), which is contiguous, aligned to 16 bytes, and of the
