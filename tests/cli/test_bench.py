@@ -90,6 +90,15 @@ def test_every_pass_on_cuda(tiny, tmp_path):
     assert all(r["extra_bytes"] > 0 for r in timed if not r["passed"].startswith("call"))
 
 
+def test_a_warm_pass_keeps_to_one_set_of_inputs(tiny, monkeypatch):
+    timed = {}
+    prepared = cases.PreparedOp([tiny["aggregation"].make_inputs(seed=seed) for seed in range(3)])
+    for passed in ("forward", "forward warm"):
+        monkeypatch.setattr(cases, "measure", lambda steps, *_, passed=passed: timed.update({passed: len(steps)}))
+        prepared.measure("grid_sample", passed, 1)
+    assert timed == {"forward": 3, "forward warm": 1}
+
+
 def test_passes_and_cases_can_be_chosen(tmp_path):
     file = tmp_path / "figures.json"
     chosen = ["--cases", "attention", "module", "--passes", "forward", "--backends", "grid_sample"]
