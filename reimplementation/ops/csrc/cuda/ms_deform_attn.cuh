@@ -180,7 +180,7 @@ class Sampler {
   // Calls `visit(unit, query, head, sample, inside)` for the units; `inside` counts the samples of the unit that are.
   template <typename Visit>
   __device__ __forceinline__ void for_each(const Operands<T, W>& op, const Place& place, Visit visit) const {
-    Operand next = load(op, place, first_unit_);  // under way while the one before is visited
+    Loaded next = load(op, place, first_unit_);  // under way while the one before is visited
     int before = 0;
     do {
       const int unit = before + first_unit_;
@@ -205,13 +205,13 @@ class Sampler {
   }
 
  private:
-  struct Operand {
+  struct Loaded {
     C x, y;
     W attention;
   };
 
   // Where there is no such unit, the first one's.
-  __device__ __forceinline__ Operand load(const Operands<T, W>& op, const Place& place, int unit) const {
+  __device__ __forceinline__ Loaded load(const Operands<T, W>& op, const Place& place, int unit) const {
     unit = unit < units_ ? unit : 0;
     const int query = place.query(op, unit), head = place.head(op, unit);
     const C* location = locations_ + op.location_strides.offset(query, head);
