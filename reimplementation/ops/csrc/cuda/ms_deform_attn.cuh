@@ -264,6 +264,7 @@ __device__ __forceinline__ void stage(
 // Fill in what the kernels' operands have in common: sizes; where samples lie, and what they weigh.
 template <typename Operands>
 void set_sizes(Operands& op, const MSDeformAttnSizes& sizes) {
+  // The last block numbers queries beyond the last one, and must not run out of numbers.
   STD_TORCH_CHECK(sizes.num_queries <= INT_MAX - 256, "Lq must be below 2^31 - 256, got ", sizes.num_queries);
   op.num_queries = static_cast<int>(sizes.num_queries);
   op.num_heads = static_cast<int>(sizes.num_heads);
