@@ -48,7 +48,10 @@ def ms_deform_attn(
         value keeps its dtype, and half-precision locations are read as float32.
 
     Gradients flow to value, sampling_locations and attention_weights. The kernels have no second derivatives and say
-    so; grid_sample has PyTorch's.
+    so; grid_sample has PyTorch's. Gradients are summed as the output is, and rounded once, with one exception: where
+    few samples meet in a row of a half-precision value, on a GPU, up to 128 float16 (16 bfloat16) terms of its gradient
+    are added up in its own dtype. They may then be off by 1/16 of the sum of the terms' magnitudes; the gradient of a
+    decoder with 900 queries is off by 6.9e-4 (2.5e-3) of its norm, where one rounding makes 2.1e-4 (1.7e-3).
 
     Raises:
         ValueError: a shape or device does not fit, or levels on the CPU reach beyond the value's rows. (Levels on a

@@ -204,5 +204,5 @@ def rounding(expected: Expected, compute: torch.dtype, stored: Iterable[torch.dt
     largest = expected.magnitude * partial_sums if partial_sums else expected.value.abs()
     for dtype in stored:
         unit = torch.finfo(dtype).eps
-        tolerance = tolerance + unit * largest + unit * torch.finfo(dtype).tiny
+        tolerance = tolerance + unit * largest + max(partial_sums, 1) * unit * torch.finfo(dtype).tiny
     return tolerance

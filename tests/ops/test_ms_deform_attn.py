@@ -99,10 +99,61 @@ def test_many_samples_meet_in_a_row(num_queries, num_points, channels, dtypes):
 
 
 @pytest.mark.cuda
-def test_a_gradient_that_is_not_finite_stays_where_it_belongs_among_many():
+@pytest.mark.parametrize("places", [600, 12, 1])
+@pytest.mark.parametrize(("num_points", "channels"), [(4, 32), (3, 8), (8, 160), (2, 40), (4, 264)])
+def test_few_samples_for_so_many_rows(num_points, channels, places):
+    """So few that half precision adds up in half precision, but where many are in one place."""
+    shapes = ((70, 60), (19, 17))
+    inputs = random_attention_inputs(
+        20, batch_size=2, num_queries=600, num_heads=2, channels=channels, num_points=num_points, shapes=shapes
+    )
+    inputs.sampling_locations[:] = inputs.sampling_locations[:, torch.arange(600) % places]
+    for dtype in DTYPES[2:]:
+        assert_agrees(inputs, torch.device("cuda"), dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("a_pixel", [1, 4, 5, 32, 33, 1000])
+def test_sums_of_half_precision_do_not_stand_still(dtype, a_pixel):
+    """Equal terms around one pixel: in half precision alone, their sum ends where a term is half a last digit of it."""
+    fractions = torch.tensor([[x, y] for x in (-0.4, 0.4) for y in (-0.4, 0.4)])  # of a pixel, in four footprints
+    locations = ((50.5 + fractions) / 100).repeat(a_pixel, 1).to("cuda")
+    value = torch.zeros(1, 100 * 100, 1, 8, dtype=dtype, device="cuda")
+    inputs = AttentionInputs(
+        value, torch.tensor([[100, 100]]), torch.tensor([0]), locations.view(1, -1, 1, 1, 1, 2),
+        torch.full((1, len(locations), 1, 1, 1), 1.2, dtype=dtype, device="cuda"),
+    )  # fmt: skip
+    _, got, _, _ = run(ops.ms_deform_attn, inputs, torch.ones(1, len(locations), 8))
+    _, wanted, _, _ = run(ops.ms_deform_attn, inputs.to("cuda", torch.float64), torch.ones(1, len(locations), 8))
+    # One rounding of a term and one of a sum each, in half precision where the pixel is not crowded.
+    at_once = 4 * a_pixel if a_pixel <= (32 if dtype == torch.float16 else 4) else 1
+    assert relative_error(got, wanted) <= at_once * torch.finfo(dtype).eps
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("places", [600, 12])
+def test_half_precision_where_levels_overlap(places):
+    inputs = random_attention_inputs(
+        21, batch_size=2, num_queries=600, num_heads=2, channels=16, shapes=((60, 50), (50, 60), (9, 7))
+    )
+    starts = torch.tensor([200, 0, 100])
+    locations = inputs.sampling_locations[:, torch.arange(600) % places]
+    for dtype in DTYPES[2:]:
+        assert_agrees(
+            AttentionInputs(inputs.value, inputs.spatial_shapes, starts, locations, inputs.attention_weights),
+            torch.device("cuda"),
+            dtype,
+        )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shapes", [((9, 9), (3, 3)), ((99, 99), (33, 33))], ids=["many", "few"])
+def test_a_gradient_that_is_not_finite_stays_where_it_belongs(shapes, dtype):
     value, shapes, starts, locations, weights = random_attention_inputs(
-        19, batch_size=1, num_queries=500, num_heads=1, channels=8, num_points=4, shapes=((9, 9), (3, 3))
-    ).to("cuda", torch.float32)
+        19, batch_size=1, num_queries=500, num_heads=1, channels=8, num_points=4, shapes=shapes
+    ).to("cuda", dtype)
     grad_output = torch.ones(1, 500, 8, device="cuda")
     grad_output[0, 7, 3] = float("inf")
     alone = AttentionInputs(value, shapes, starts, locations[:, 7:8], weights[:, 7:8])

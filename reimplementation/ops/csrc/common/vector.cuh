@@ -101,6 +101,14 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* address) {
   return vector;
 }
 
+template <typename T, int N>
+__device__ __forceinline__ void product(compute_t<T> factor, const Vector<T, N>& vector, compute_t<T> (&terms)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    terms[i] = factor * vector[i];
+  }
+}
+
 // The address of a row. The product is in PTX because the compiler, if it knows that a row has few bytes, makes five
 // instructions of it; the sum is not, so that it sees whose memory this is.
 template <typename T>
@@ -153,6 +161,33 @@ __device__ __forceinline__ void atomic_add_vector(double* address, const double 
   for (int i = 0; i < N; ++i) {
     atomicAdd(address + i, values[i]);
   }
+}
+
+// Rounds eight sums and adds them to memory by one reduction of 16 bytes, on GPUs that have it: compute capability 9.
+template <typename T, std::enable_if_t<sizeof(T) == 2, int> = 0>
+__device__ __forceinline__ void atomic_add_vector(T* address, const float (&values)[8]) {
+#if __CUDA_ARCH__ >= 900
+  Vector<T, 8> rounded;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    rounded.values[i] = from_compute<T>(values[i]);
+  }
+  uint4 words;
+  memcpy(&words, &rounded, sizeof(words));
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(address), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(address), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  }
+#else
+  __trap();
+#endif
 }
 
 // Four numbers that shared memory hands out in one read: a footprint's weights, or its rows.

@@ -2,7 +2,8 @@
 //
 //   1. a warp's samples are staged as in the forward: corner weights times the attention weight, and rows;
 //   2. a unit's lanes walk its samples: gather the four corners, dot them with the gradient of the unit's output, and
-//      add weight * gradient to each corner's row, atomically and in vectors of 16 bytes where the GPU can;
+//      add weight * gradient to each corner's row, atomically and in vectors of 16 bytes where the GPU can: in float32, or
+//      in half precision after half_gradient.cu has looked at who adds where;
 //   3. one thread per sample puts the gradients of its weight and location together from the four dot products, from
 //      coordinates that it computes once more: cheaper than keeping them in the shared memory that warps compete for.
 //
@@ -16,6 +17,7 @@
 #include <optional>
 
 #include "feature_gradient.cuh"
+#include "half_gradient.cuh"
 #include "ms_deform_attn.cuh"
 #include "value_gradient.cuh"
 
@@ -30,10 +32,56 @@ constexpr int MIN_BLOCKS = 8;  // a multiprocessor's
 template <typename T, typename W>
 struct Gradients {
   const T* output;          // (batch, queries, heads, channels)
-  compute_t<T>* value;      // zeroed; null where this kernel need not add to it, as are the others where not needed
-  compute_t<T>* locations;
+  compute_t<T>* locations;  // null where not needed, as is that of the weights
   W* weights;
   Strides location_strides, weight_strides;
+};
+
+// What becomes of the value's gradient: another kernel has it, or there is none.
+struct NoSums {
+  static constexpr bool EXIST = false;
+  struct Anchor {};
+
+  template <typename Op>
+  __device__ NoSums at(const Op&, int64_t, int, int) const {
+    return {};
+  }
+  __device__ Anchor anchor(int) const {
+    return {};
+  }
+  template <typename... Args>
+  __device__ void add(const Args&...) const {}
+};
+
+// Or sums of the type that they run in. HalfSums are the third.
+template <typename C>
+struct WideSums {
+  static constexpr bool EXIST = true;
+  struct Anchor {};  // there is nothing to know about a sample's first row
+
+  C* gradient;  // (batch, values, heads, channels), zeroed
+
+  // For a thread's channels, from `channel` of a head on.
+  template <typename Op>
+  __device__ __forceinline__ WideSums at(const Op& op, int64_t batch, int head, int channel) const {
+    return {gradient + (batch * op.levels.num_rows * op.num_heads + head) * op.channels + channel};
+  }
+  __device__ __forceinline__ Anchor anchor(int) const {
+    return {};
+  }
+  template <typename T, int VEC>
+  __device__ __forceinline__ void add(
+      const Problem& op, const PackedRows& rows, Anchor, const Four<C>& weights, const Vector<T, VEC>& grad_output) const {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      if (weights[corner] != 0) {
+        C terms[VEC];
+        product(weights[corner], grad_output, terms);
+        const int row_bytes = op.num_heads * op.channels * static_cast<int>(sizeof(C));
+        atomic_add_vector(row_address(gradient, rows[corner], row_bytes), terms);
+      }
+    }
+  }
 };
 
 template <typename T>
@@ -87,12 +135,12 @@ __device__ __forceinline__ void keep_sums(
 }
 
 // Step 2 for one vector of channels a lane.
-template <bool ATOMICS, int IN_FLIGHT, typename T, typename W, int VEC>
+template <int IN_FLIGHT, typename Sums, typename T, typename W, int VEC>
 __device__ __forceinline__ void walk_samples(
     const Operands<T, W>& op,
     bool exists,
     const T* value,
-    compute_t<T>* grad_value,
+    const Sums& sums,
     const Vector<T, VEC>& grad_output,
     bool needs_dots,
     bool live,
@@ -108,9 +156,11 @@ __device__ __forceinline__ void walk_samples(
   for (int sample = op.split(); __any_sync(ALL_LANES, sample < count); sample += IN_FLIGHT * op.splits()) {
     PackedRows rows[IN_FLIGHT];
     Vector<T, VEC> corners[IN_FLIGHT][4];
+    typename Sums::Anchor anchors[IN_FLIGHT];
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
       rows[i] = sample + i * op.splits() < count ? shared.staged.rows[slot + i * stride] : PackedRows{};
+      anchors[i] = sums.anchor(rows[i][0]);
       if (needs_dots) {
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
@@ -135,19 +185,8 @@ __device__ __forceinline__ void walk_samples(
         }
         keep_sums(op, dots, sampled, first_channels, shared.dots[slot]);
       }
-      if (ATOMICS && sampled && live) {
-        const Four<C> weights = shared.staged.weights[slot];
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          if (weights[corner] != 0) {
-            C terms[VEC];
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) {
-              terms[v] = weights[corner] * grad_output[v];
-            }
-            atomic_add_vector(row_address(grad_value, rows[i][corner], row * static_cast<int>(sizeof(C))), terms);
-          }
-        }
+      if (Sums::EXIST && sampled && live) {
+        sums.add(op, rows[i], anchors[i], shared.staged.weights[slot], grad_output);
       }
       slot += stride;
     }
@@ -197,18 +236,18 @@ __device__ __forceinline__ void finish_samples(
   });
 }
 
-template <bool ATOMICS, typename T, typename W, int VEC>
+template <typename T, typename W, int VEC, typename Sums>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_kernel(
-    const Operands<T, W> op, const Gradients<T, W> grad) {
+    const Operands<T, W> op, const Gradients<T, W> grad, const Sums all_sums) {
   using C = compute_t<T>;
   __shared__ Shared<C> warps[WARPS];
   Shared<C>& shared = *keep_shared(&warps[threadIdx.x / WARP]);
   const Place place(op);
   const int row = op.num_heads * op.channels;
-  const int head = place.head(op, op.unit()) * op.channels;
-  const int64_t values = place.batch * op.levels.num_rows * row + head;
-  const T* grad_outputs = grad.output + static_cast<int64_t>(place.batch) * op.num_queries * row + head;
-  const bool needs_dots = !ATOMICS || grad.locations != nullptr || grad.weights != nullptr;
+  const int head = place.head(op, op.unit());
+  const T* values = op.value + (place.batch * op.levels.num_rows * op.num_heads + head) * op.channels;
+  const T* grad_outputs = grad.output + static_cast<int64_t>(place.batch) * op.num_queries * row + head * op.channels;
+  const bool needs_dots = !Sums::EXIST || grad.locations != nullptr || grad.weights != nullptr;
 
   if (place.first_query >= op.num_queries) {
     return;
@@ -221,8 +260,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
     for (int first_channel = 0; first_channel < op.channels; first_channel += op.lanes() * VEC) {
       const bool live = first_channel + op.lane() * VEC < op.channels;
       const int channel = live ? first_channel + op.lane() * VEC : op.channels - VEC;
-      walk_samples<ATOMICS, ATOMICS ? 1 : 2>(
-          op, query < op.num_queries, op.value + values + channel, grad.value + values + channel,
+      walk_samples<Sums::EXIST ? 1 : 2>(
+          op, query < op.num_queries, values + channel, all_sums.at(op, place.batch, head, channel),
           load_vector<VEC>(grad_output + channel), needs_dots, live, first_channel == 0, shared);
     }
     if (needs_dots) {
@@ -232,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
   }
 }
 
-template <bool ATOMICS, int VEC, typename T, typename W>
+template <int VEC, typename Sums, typename T, typename W>
 void launch_backward(
     const MSDeformAttnSizes& sizes,
     const Tensor& value,
@@ -240,10 +279,11 @@ void launch_backward(
     const Tensor& locations,
     const Tensor& weights,
     const Gradients<T, W>& gradients,
+    const Sums& sums,
     cudaStream_t stream) {
   const auto all = operands<T, W>(sizes, value, levels, locations, weights, VEC, SLOTS);
   launch_parts(all, sizes.batch, [&](const Operands<T, W>& op, dim3 grid) {
-    ms_deform_attn_backward_kernel<ATOMICS, T, W, VEC><<<grid, THREADS, 0, stream>>>(op, gradients);
+    ms_deform_attn_backward_kernel<T, W, VEC><<<grid, THREADS, 0, stream>>>(op, gradients, sums);
     check_launch("ms_deform_attn_backward");
   });
 }
@@ -282,15 +322,18 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const LevelTable levels = level_table(shapes, starts, sizes.num_values);
   const cudaStream_t stream = current_stream(values.get_device_index());
   const bool needs_others = needs_sampling_locations || needs_attention_weights;
-  // The value's gradient comes from tiles, from a kernel that adds rows up first, or from this file's along with the others.
+  // The value's gradient comes from tiles, from a kernel that adds rows up first, or from this file's along with the others:
+  // in half precision, or in wide sums.
   const bool tiles = needs_value && deterministic;
   const bool rows_first = needs_value && !deterministic && rows_are_shared(sizes);
-  const bool atomics = needs_value && !tiles && !rows_first;
-  Tensor grad_value = atomics || rows_first
+  const bool half_sums = needs_value && !deterministic && !rows_first && half_sums_suffice(sizes, values, grad);
+  const bool wide_sums = needs_value && !tiles && !rows_first && !half_sums;
+  Tensor grad_value = wide_sums || rows_first
       ? allocate_zeros(
             values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
       : gradient_of(values, false);
   std::optional<FeatureGradient> value_gradient;
+  std::optional<HalfGradient> half_gradient;
 
   if (tiles) {
     SampledOp op = {};
@@ -315,21 +358,21 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     value_gradient.emplace(op, grad, values, deterministic, needs_others, stream);
     grad_value = value_gradient->gradient();
   }
+  if (half_sums) {
+    half_gradient.emplace(sizes, values, levels, locations, weights, stream);
+  }
   // After that: PyTorch may fill them meanwhile.
   Tensor grad_locations = gradient_of(locations, needs_sampling_locations);
   Tensor grad_weights = gradient_of(weights, needs_attention_weights);
   if (rows_first) {
     add_value_gradient(sizes, grad, levels, locations, weights, grad_value, stream);
   }
-  if (atomics || needs_others) {
+  if (wide_sums || half_sums || needs_others) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
       Gradients<T, W> gradients = {};
       gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (atomics) {
-        gradients.value = static_cast<compute_t<T>*>(grad_value.mutable_data_ptr());
-      }
       if (needs_sampling_locations) {
         gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());
         gradients.location_strides = Strides(grad_locations);
@@ -338,20 +381,30 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
         gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
         gradients.weight_strides = Strides(grad_weights);
       }
-      auto launch_with = [&](auto with_atomics, auto vec) {
-        constexpr bool ATOMICS = decltype(with_atomics)::value;
+      auto launch_with = [&](auto vec, const auto& sums) {
         constexpr int VEC = decltype(vec)::value;
         if (can_vectorize<T>(sizes, values, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
-          launch_backward<ATOMICS, VEC>(sizes, values, levels, locations, weights, gradients, stream);
+          launch_backward<VEC>(sizes, values, levels, locations, weights, gradients, sums, stream);
         } else {
-          launch_backward<ATOMICS, 1>(sizes, values, levels, locations, weights, gradients, stream);
+          launch_backward<1>(sizes, values, levels, locations, weights, gradients, sums, stream);
         }
       };
-      if (gradients.value != nullptr) {
+      if constexpr (IS_HALF<T>) {
+        if (half_sums) {
+          launch_backward<HALF_VEC>(
+              sizes, values, levels, locations, weights, gradients, half_gradient->sums<T>(), stream);
+          grad_value = half_gradient->finish(stream);
+          return;
+        }
+      }
+      if (wide_sums) {
         // Half values come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
-        launch_with(std::true_type(), std::integral_constant<int, sizeof(T) == 8 ? 2 : 4>());
+        using C = compute_t<T>;
+        launch_with(
+            std::integral_constant<int, sizeof(T) == 8 ? 2 : 4>(),
+            WideSums<C>{static_cast<C*>(grad_value.mutable_data_ptr())});
       } else {
-        launch_with(std::false_type(), std::integral_constant<int, 16 / sizeof(T)>());
+        launch_with(std::integral_constant<int, 16 / sizeof(T)>(), NoSums());
       }
     });
   }
