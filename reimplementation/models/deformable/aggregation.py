@@ -188,7 +188,9 @@ class DeformableFeatureAggregation(nn.Module):
         """
         bs, num_anchor = feature.shape[:2]
         if self.camera_encoder is not None:
-            camera_embed = self.camera_encoder(projection_mat[:, :, :3].flatten(2).to(feature.dtype))
+            # As one matrix: where more dimensions are not contiguous, a linear layer adds its bias in another kernel.
+            matrices = projection_mat[:, :, :3].flatten(2).flatten(0, 1).to(feature.dtype)
+            camera_embed = self.camera_encoder(matrices).unflatten(0, (bs, self.num_cams))
             feature = feature[:, :, None] + camera_embed[:, None]
         num_samples = self.num_cams * self.num_levels * self.num_pts
         logits = self.weights_fc(feature).reshape(bs, num_anchor, num_samples, self.num_groups)

@@ -109,13 +109,13 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         """
         _check_box_anchor(anchor)
         anchor = at_least_float32(anchor)
-        size = anchor[..., None, LOG_SIZE].exp()
-        offset = self.fix_scale.to(anchor.dtype) * size
+        scale = self.fix_scale.to(anchor.dtype)
         if self.num_learnable_pts > 0 and instance_feature is not None:
             _check_feature(instance_feature, anchor, self.embed_dims)
             logits = self.learnable_fc(instance_feature).to(anchor.dtype)
-            scale = logits.unflatten(-1, (self.num_learnable_pts, 3)).sigmoid() - 0.5
-            offset = torch.cat([offset, scale * size], dim=-2)
+            learned = logits.unflatten(-1, (self.num_learnable_pts, 3)).sigmoid() - 0.5
+            scale = torch.cat([scale.expand(*anchor.shape[:2], -1, -1), learned], dim=-2)
+        offset = scale * anchor[..., None, LOG_SIZE].exp()
 
         sin, cos = anchor[..., SIN_COS_YAW].split(1, dim=-1)
         x, y, z = offset.unbind(-1)
