@@ -19,7 +19,7 @@ GROUP_WIDTH = 0.8
 
 
 def draw(path: Path, documents: list[Document]) -> None:
-    """Write the picture; its format follows the file's name. What the host takes for a call is not in it.
+    """Write the picture; its format follows the file's name. Host times of a call and warm passes are not in it.
 
     Raises:
         ValueError: there is nothing to draw, or the format is unknown.
@@ -27,7 +27,7 @@ def draw(path: Path, documents: list[Document]) -> None:
     panels = [
         (document, kind, [r for r in timed if r.passed.split()[0] == kind])
         for document in documents
-        if (timed := [r for r in document.results if r.timing.method != "host"])
+        if (timed := [r for r in document.results if r.timing.method != "host" and not r.passed.endswith("warm")])
         for kind in dict.fromkeys(r.passed.split()[0] for r in timed)
     ]
     if not panels:
