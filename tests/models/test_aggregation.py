@@ -243,6 +243,14 @@ def sampling_weights(module, arguments, monkeypatch):
     return handed[0]
 
 
+def test_a_layer_in_place_of_the_weights_one_gets_every_pair():
+    """Quantised or adapted, it has no weight that it is the product with."""
+    module, arguments = build(use_camera_embed=True), scene()
+    expected = module(*arguments)
+    module.weights_fc = nn.Sequential(module.weights_fc)
+    torch.testing.assert_close(module(*arguments), expected)
+
+
 @pytest.mark.parametrize("use_camera_embed", [False, True])
 def test_weights_add_up_to_one_per_group(use_camera_embed, monkeypatch):
     module = build(use_camera_embed=use_camera_embed)

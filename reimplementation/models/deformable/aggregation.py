@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reimplementation import ops
 from reimplementation.ops.checks import check_shape
@@ -187,14 +188,19 @@ class DeformableFeatureAggregation(nn.Module):
         They add up to 1 over cameras, levels and points. A view: in memory the points come after the levels.
         """
         bs, num_anchor = feature.shape[:2]
-        if self.camera_encoder is not None:
+        if self.camera_encoder is None:
+            logits = self.weights_fc(feature)
+        else:
             # As one matrix: where more dimensions are not contiguous, a linear layer adds its bias in another kernel.
             matrices = projection_mat[:, :, :3].flatten(2).flatten(0, 1).to(feature.dtype)
             camera_embed = self.camera_encoder(matrices).unflatten(0, (bs, self.num_cams))
-            feature = feature[:, :, None] + camera_embed[:, None]
+            if type(self.weights_fc) is nn.Linear:  # of a sum: once a query, once a camera, and not once a pair
+                logits = self.weights_fc(feature)[:, :, None] + F.linear(camera_embed, self.weights_fc.weight)[:, None]
+            else:  # quantised, say, or adapted
+                logits = self.weights_fc(feature[:, :, None] + camera_embed[:, None])
         num_samples = self.num_cams * self.num_levels * self.num_pts
-        logits = self.weights_fc(feature).reshape(bs, num_anchor, num_samples, self.num_groups)
-        weights = logits.softmax(dim=2).unflatten(2, (self.num_cams, self.num_levels, self.num_pts))
+        weights = logits.reshape(bs, num_anchor, num_samples, self.num_groups).softmax(dim=2)
+        weights = weights.unflatten(2, (self.num_cams, self.num_levels, self.num_pts))
         if self.training and self.attn_drop > 0:
             # One draw for all levels and groups of a pair, so that a dropped point is unseen by that camera.
             draw = torch.rand(bs, num_anchor, self.num_cams, 1, self.num_pts, 1, device=weights.device)
