@@ -137,8 +137,6 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select_backend(device: torch.device, op: str = "Deformable aggregation") -> str:
     """The backend that runs a call of ``op`` on tensors of ``device``; warns once when a kernel is missing."""
-    if is_traced() and torch.onnx.is_in_onnx_export():
-        return "grid_sample"  # ONNX knows no kernel of ours
     forced = _forced.name or _forced_by_environment
     if forced is None:
         return "grid_sample" if _is_transformed() else _best_backend(device)
@@ -183,7 +181,7 @@ def _choose(device: torch.device) -> str:
     message = f"running on grid_sample, which is slower: no {device.type} kernels: {missing}"
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where the op was called
+        warnings.warn(message, RuntimeWarning, stacklevel=7)  # where the op was called
     return "grid_sample"
 
 

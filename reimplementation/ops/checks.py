@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-
 import torch
 from torch import Tensor
 
-MOST_REMEMBERED = 1024
-
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
-    """A check of tensors' shapes, dtypes, layouts and devices that runs once for each combination of them.
-
-    Checking costs more host time than launching a small op; looking the combination up costs a tenth of it.
-    """
-    passed: set[tuple] = set()
-
-    @wraps(check)
-    def checked(*tensors: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return check(*tensors)
-        try:
-            signature = tuple([(t.shape, t.dtype, t.layout, t.device) for t in tensors])
-            if signature in passed:
-                return None
-        except (AttributeError, TypeError):  # no tensor, or sizes that are symbols
-            return check(*tensors)
-        check(*tensors)
-        if len(passed) >= MOST_REMEMBERED:
-            passed.clear()
-        passed.add(signature)
-        return None
-
-    return checked
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], advice: str = "") -> None:

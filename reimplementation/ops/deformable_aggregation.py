@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import grid_sample
-from .backends import EXTENSION_AVAILABLE, select_backend
-from .checks import check_levels_fit, check_shape, once_a_signature
-from .operands import as_kernels_read, check_operands, is_autocast_enabled, under_autocast
+from .backends import EXTENSION_AVAILABLE
+from .calls import Op, run
+from .checks import check_shape
+from .operands import check_operands
 from .registration import register
 
 __all__ = ["deformable_aggregation_function"]
 
 NAMES = ("feature_maps", "spatial_shape", "scale_start_index", "sampling_location", "weights")
-LEVEL_NAMES = ("spatial_shape", "scale_start_index", "num_feat")
 
 
 def deformable_aggregation_function(
@@ -55,19 +55,9 @@ def deformable_aggregation_function(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    if is_autocast_enabled(feature_maps):
-        sampling_location, weights = under_autocast(feature_maps, sampling_location, weights)
-    _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
-    check_levels_fit(spatial_shape, scale_start_index, feature_maps.shape[1], LEVEL_NAMES)
-
-    sampling_location, weights = as_kernels_read(feature_maps, sampling_location, weights)
-    arguments = (feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
-    if select_backend(feature_maps.device) == "grid_sample":
-        return grid_sample.deformable_aggregation(*arguments)
-    return _kernel(*arguments)
+    return run(_OP, feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
 
 
-@once_a_signature
 def _check(
     feature_maps: Tensor,
     spatial_shape: Tensor,
@@ -88,8 +78,14 @@ def _check(
 
 
 def _fake(feature_maps, spatial_shape, scale_start_index, sampling_location, weights):
+    _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
     return feature_maps.new_empty(feature_maps.shape[0], sampling_location.shape[1], feature_maps.shape[2])
 
 
-if EXTENSION_AVAILABLE:
-    _kernel = register("deformable_aggregation", _fake)
+_OP = Op(
+    title="Deformable aggregation",
+    level_names=("spatial_shape", "scale_start_index", "num_feat"),
+    check=_check,
+    formula=grid_sample.deformable_aggregation,
+    kernel=register("deformable_aggregation", _fake) if EXTENSION_AVAILABLE else None,
+)

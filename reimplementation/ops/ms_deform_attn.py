@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import grid_sample
-from .backends import EXTENSION_AVAILABLE, select_backend
-from .checks import check_levels_fit, check_shape, once_a_signature
-from .operands import as_kernels_read, check_operands, is_autocast_enabled, under_autocast
+from .backends import EXTENSION_AVAILABLE
+from .calls import Op, run
+from .checks import check_shape
+from .operands import check_operands
 from .registration import register
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
 
 NAMES = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
-LEVEL_NAMES = ("spatial_shapes", "level_start_index", "S")
 
 
 def ms_deform_attn(
@@ -59,16 +59,7 @@ def ms_deform_attn(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    if is_autocast_enabled(value):
-        sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
-    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    check_levels_fit(spatial_shapes, level_start_index, value.shape[1], LEVEL_NAMES)
-
-    sampling_locations, attention_weights = as_kernels_read(value, sampling_locations, attention_weights)
-    arguments = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if select_backend(value.device, "Multi-scale deformable attention") == "grid_sample":
-        return grid_sample.ms_deform_attn(*arguments)
-    return _kernel(*arguments)
+    return run(_OP, value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
 class MSDeformAttnFunction:
@@ -80,7 +71,6 @@ class MSDeformAttnFunction:
     apply = staticmethod(ms_deform_attn)
 
 
-@once_a_signature
 def _check(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -99,8 +89,14 @@ def _check(
 
 
 def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 
-if EXTENSION_AVAILABLE:
-    _kernel = register("ms_deform_attn", _fake)
+_OP = Op(
+    title="Multi-scale deformable attention",
+    level_names=("spatial_shapes", "level_start_index", "S"),
+    check=_check,
+    formula=grid_sample.ms_deform_attn,
+    kernel=register("ms_deform_attn", _fake) if EXTENSION_AVAILABLE else None,
+)

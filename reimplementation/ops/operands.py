@@ -58,6 +58,12 @@ def under_autocast(features: Tensor, locations: Tensor, weights: Tensor) -> tupl
     return locations, weights
 
 
+def are_as_kernels_read(features: Tensor, locations: Tensor, weights: Tensor) -> bool:
+    """Whether `as_kernels_read` would return what it got."""
+    wide = compute_dtype(features)
+    return locations.dtype == wide and (wide == torch.float32 or weights.dtype == wide)
+
+
 def as_kernels_read(features: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Locations and weights that passed the checks, in the dtypes that the kernels know beside these features."""
     wide = compute_dtype(features)

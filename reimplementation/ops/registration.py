@@ -8,27 +8,36 @@ returns three gradients; one that is not needed has no elements.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backends import is_traced
 from .operands import under_autocast
 
 DIFFERENTIABLE = (0, 3, 4)  # features, locations, weights among the operands
 
 
-def register(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class Kernel:
+    """An op of the extension as Python code should call it.
+
+    ``traced`` is ``torch.ops.reimplementation.NAME``. Where nothing traces the call, ``eager`` goes past the
+    dispatcher's Python wrappers of registered formulas, which take longer than the rest of a small call.
+    """
+
+    traced: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+
+
+def register(name: str, fake: Callable[..., Tensor]) -> Kernel:
     """Give the op ``reimplementation::name`` and its backward what PyTorch needs.
 
     Args:
         name: the op's name.
         fake: from the five operands, an empty tensor like the op's output.
 
-    Returns:
-        The op as Python code should call it. It is ``torch.ops.reimplementation.name``, but where nothing traces the
-        call, it goes past the dispatcher's Python wrappers of registered formulas, which take longer than the rest of a
-        small call.
+        It checks the operands too: no kernel sees them.
     """
     forward = getattr(torch.ops.reimplementation, name).default
     backward = getattr(torch.ops.reimplementation, f"{name}_backward").default
@@ -72,27 +81,21 @@ def register(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 with torch._C._AutoDispatchBelowAutograd():
                     return differentiate(ctx, grad_output)
             except RuntimeError as error:
-                _raise_if_out_of_memory(error)
+                raise_if_out_of_memory(error)
                 raise
 
     Eager.__name__ = name
 
-    def call(*operands: Tensor) -> Tensor:
-        if is_traced():
+    def eager(*operands: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any([operands[i].requires_grad for i in DIFFERENTIABLE]):
+            return Eager.apply(*operands)
+        with torch._C._AutoDispatchBelowAutograd():
             return forward(*operands)
-        try:
-            if torch.is_grad_enabled() and any([operands[i].requires_grad for i in DIFFERENTIABLE]):
-                return Eager.apply(*operands)
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(*operands)
-        except RuntimeError as error:
-            _raise_if_out_of_memory(error)
-            raise
 
-    return call
+    return Kernel(forward, eager)
 
 
-def _raise_if_out_of_memory(error: RuntimeError) -> None:
+def raise_if_out_of_memory(error: Exception) -> None:
     """Raise PyTorch's type of error where a kernel found a GPU full: that is what callers handle."""
     if str(error).startswith("CUDA out of memory"):
         if not torch.cuda.is_current_stream_capturing():

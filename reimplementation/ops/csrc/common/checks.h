@@ -1,5 +1,5 @@
-// Argument checks of the C++ entry points. The Python functions check first and speak better; these keep a direct call
-// of torch.ops from reading out of bounds.
+// Argument checks of the C++ entry points: all that keeps a kernel from reading out of bounds. Where they refuse a call of the
+// Python functions, these look at the arguments too, and speak better.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -43,21 +43,33 @@ inline void check_dim(const char* name, const torch::stable::Tensor& tensor, int
   STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions; got shape ", shape_text(tensor));
 }
 
-inline void check_same_device(
-    const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
-  STD_TORCH_CHECK(
-      tensor.is_cpu() == features.is_cpu() && tensor.is_cuda() == features.is_cuda() &&
-          tensor.get_device_index() == features.get_device_index(),
-      name, " must be on the features' device");
+inline bool on_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-inline void check_integer(const char* name, const torch::stable::Tensor& tensor) {
+inline void check_same_device(
+    const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
+  STD_TORCH_CHECK(on_same_device(tensor, features), name, " must be on the features' device");
+}
+
+inline void check_features(const char* name, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+      name, " must be float64, float32, float16 or bfloat16");
+}
+
+// Shapes and first rows of levels.
+inline void check_metadata(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
   using torch::headeronly::ScalarType;
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Short || type == ScalarType::Char ||
           type == ScalarType::Byte,
       name, " must be an integer tensor");
+  STD_TORCH_CHECK(
+      tensor.is_cpu() || on_same_device(tensor, features), name, " must be on the CPU or the features' device");
 }
 
 // The type of locations and sums.

@@ -57,8 +57,9 @@ inline DeformableAggregationSizes check_deformable_aggregation(
       sizes.num_groups > 0 && sizes.channels % sizes.num_groups == 0,
       "weights: num_groups must divide the ", sizes.channels, " channels; got num_groups=", sizes.num_groups);
 
-  check_integer("spatial_shape", spatial_shape);
-  check_integer("scale_start_index", scale_start_index);
+  check_features("feature_maps", feature_maps);
+  check_metadata("spatial_shape", spatial_shape, feature_maps);
+  check_metadata("scale_start_index", scale_start_index, feature_maps);
   STD_TORCH_CHECK(
       sampling_location.scalar_type() == compute_type(feature_maps),
       "sampling_location must be float64 for float64 features, else float32");

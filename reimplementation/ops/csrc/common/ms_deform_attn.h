@@ -54,8 +54,9 @@ inline MSDeformAttnSizes check_ms_deform_attn(
       attention_weights,
       {sizes.batch, sizes.num_queries, sizes.num_heads, sizes.num_levels, sizes.num_points});
 
-  check_integer("spatial_shapes", spatial_shapes);
-  check_integer("level_start_index", level_start_index);
+  check_features("value", value);
+  check_metadata("spatial_shapes", spatial_shapes, value);
+  check_metadata("level_start_index", level_start_index, value);
   STD_TORCH_CHECK(
       sampling_locations.scalar_type() == compute_type(value),
       "sampling_locations must be float64 for a float64 value, else float32");

@@ -1,0 +1,60 @@
+"""From an op's Python function to its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import is_traced, select_backend
+from .checks import check_levels_fit
+from .operands import are_as_kernels_read, as_kernels_read, is_autocast_enabled, under_autocast
+from .registration import Kernel, raise_if_out_of_memory
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of five operands: features, shapes and first rows of their levels, sampling locations, weights."""
+
+    title: str
+    level_names: tuple[str, str, str]  # of shapes, first rows, and the features' rows
+    check: Callable[..., None]  # raises where an operand is not what the op takes
+    formula: Callable[..., Tensor]  # plain PyTorch
+    kernel: Kernel | None  # of the extension
+
+
+def run(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Run the op on the best backend for the features' device.
+
+    The kernels refuse what `Op.check` refuses. It runs where they did, and says why in better words: beforehand it
+    would cost more of the host's time than launching a small op. A call that is traced it checks beforehand, as
+    nothing else would, and so it does where the formula runs.
+    """
+    if is_autocast_enabled(features):
+        locations, weights = under_autocast(features, locations, weights)
+    operands = (features, shapes, starts, locations, weights)
+    if is_traced():
+        op.check(*operands)
+        # ONNX knows no kernel of ours.
+        return _run(op, op.formula if torch.onnx.is_in_onnx_export() else op.kernel and op.kernel.traced, *operands)
+    try:
+        return _run(op, op.kernel and op.kernel.eager, *operands)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        try:
+            op.check(*operands)
+        except (ValueError, TypeError) as better:
+            raise better from None
+        raise_if_out_of_memory(error)
+        raise
+
+
+def _run(op: Op, kernel: Callable[..., Tensor], features, shapes, starts, locations, weights) -> Tensor:
+    check_levels_fit(shapes, starts, features.shape[1], op.level_names)
+    if kernel is not op.formula and select_backend(features.device, op.title) == "grid_sample":
+        kernel = op.formula
+    if kernel is op.formula or not are_as_kernels_read(features, locations, weights):
+        op.check(features, shapes, starts, locations, weights)
+        locations, weights = as_kernels_read(features, locations, weights)
+    return kernel(features, shapes, starts, locations, weights)
