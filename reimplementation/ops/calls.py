@@ -29,8 +29,8 @@ def run(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Ten
     """Run the op on the best backend for the features' device.
 
     The kernels refuse what `Op.check` refuses. It runs where they did, and says why in better words: beforehand it
-    would cost more of the host's time than launching a small op. A call that is traced it checks beforehand, as
-    nothing else would, and so it does where the formula runs.
+    would cost more of the host's time than launching a small op. Beforehand it runs where the formula does, which
+    refuses little, and where a call is traced, as a compiler would hide the error of a fake kernel in its own.
     """
     if is_autocast_enabled(features):
         locations, weights = under_autocast(features, locations, weights)
