@@ -67,7 +67,14 @@ struct alignas(sizeof(T) * N) Vector {
   T values[N];
 
   __device__ __forceinline__ compute_t<T> operator[](int i) const {
-    return to_compute(values[i]);
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+      // Of a pair in a word, one instruction each; the compiler would take the upper one out of the word first.
+      unsigned pair;
+      memcpy(&pair, values + (i & ~1), sizeof(pair));
+      return __uint_as_float(i & 1 ? pair & 0xffff0000u : pair << 16);
+    } else {
+      return to_compute(values[i]);
+    }
   }
 };
 
