@@ -152,7 +152,7 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation") -> 
 
 def is_traced() -> bool:
     """Whether a compiler or an exporter is recording the call."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def _is_transformed() -> bool:

@@ -28,7 +28,7 @@ class Op:
 def run(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """Run the op on the best backend for the features' device.
 
-    The kernels refuse what `Op.check` refuses. It runs where they did, and says why in better words: beforehand it
+    The kernels refuse what `_check` refuses. It runs where they did, and says why in better words: beforehand it
     would cost more of the host's time than launching a small op. Beforehand it runs where the formula does, which
     refuses little, and where a call is traced, as a compiler would hide the error of a fake kernel in its own.
     """
@@ -36,14 +36,14 @@ def run(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Ten
         locations, weights = under_autocast(features, locations, weights)
     operands = (features, shapes, starts, locations, weights)
     if is_traced():
-        op.check(*operands)
+        _check(op, *operands)
         # ONNX knows no kernel of ours.
         return _run(op, op.formula if torch.onnx.is_in_onnx_export() else op.kernel and op.kernel.traced, *operands)
     try:
         return _run(op, op.kernel and op.kernel.eager, *operands)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         try:
-            op.check(*operands)
+            _check(op, *operands)
         except (ValueError, TypeError) as better:
             raise better from None
         raise_if_out_of_memory(error)
@@ -51,10 +51,14 @@ def run(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Ten
 
 
 def _run(op: Op, kernel: Callable[..., Tensor], features, shapes, starts, locations, weights) -> Tensor:
-    check_levels_fit(shapes, starts, features.shape[1], op.level_names)
     if kernel is not op.formula and select_backend(features.device, op.title) == "grid_sample":
         kernel = op.formula
     if kernel is op.formula or not are_as_kernels_read(features, locations, weights):
-        op.check(features, shapes, starts, locations, weights)
+        _check(op, features, shapes, starts, locations, weights)
         locations, weights = as_kernels_read(features, locations, weights)
     return kernel(features, shapes, starts, locations, weights)
+
+
+def _check(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> None:
+    op.check(features, shapes, starts, locations, weights)
+    check_levels_fit(shapes, starts, features.shape[1], op.level_names)

@@ -119,8 +119,6 @@ class _Drawing:
             self.poison(grad_output)
         result.grad_output = self.lay_out(grad_output.to(self.dtype).to(self.device), "grad_output")
         levels_are_read = all(t.device.type == "cpu" for t in operands[1:3])
-        if result.direct:  # by the kernels alone
-            levels_are_read = self.device.type == "cpu"
         if levels_are_read and not levels_fit:
             result.error = ValueError
         if self.chance(0.2):

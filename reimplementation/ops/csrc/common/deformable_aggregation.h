@@ -72,6 +72,7 @@ inline DeformableAggregationSizes check_deformable_aggregation(
       sizes.num_rows <= INT_MAX && sizes.num_cams * sizes.num_points <= INT_MAX / 2 &&
           sizes.num_levels * sizes.num_groups <= INT_MAX / 2 && sizes.channels <= INT_MAX / 8,
       "num_feat must be below 2^31, num_cams * num_pts and num_levels * num_groups below 2^30, C below 2^28");
+  check_levels_fit(spatial_shape, scale_start_index, sizes.num_rows, {"spatial_shape", "scale_start_index", "num_feat"});
   return sizes;
 }
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <climits>
 #include <cstdint>
@@ -47,6 +48,39 @@ struct LevelTable {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
+
+// What the metadata of an op is called in errors.
+struct LevelNames {
+  const char* shapes;
+  const char* starts;
+  const char* rows;
+};
+
+// Refuses a level that reaches beyond the rows. Metadata on a GPU is not looked at, that would wait for it: kernels take such a
+// level for an empty one.
+inline void check_levels_fit(
+    const torch::stable::Tensor& shapes,
+    const torch::stable::Tensor& starts,
+    int64_t num_rows,
+    const LevelNames& names) {
+  using torch::headeronly::ScalarType;
+  if (!shapes.is_cpu() || !starts.is_cpu()) {
+    return;
+  }
+  const torch::stable::Tensor wide_shapes = as_contiguous(as_type(shapes, ScalarType::Long));
+  const torch::stable::Tensor wide_starts = as_contiguous(as_type(starts, ScalarType::Long));
+  const int64_t* shape = static_cast<const int64_t*>(wide_shapes.const_data_ptr());
+  const int64_t* start = static_cast<const int64_t*>(wide_starts.const_data_ptr());
+  for (int64_t left = starts.numel(); left > 0; --left, shape += 2, ++start) {
+    const int64_t height = shape[0], width = shape[1];
+    const bool empty = height == 0 || width == 0;
+    const bool fits = height >= 0 && width >= 0 && *start >= 0 && *start <= num_rows &&
+        (empty || (height <= num_rows && width <= num_rows && height * width <= num_rows - *start));
+    STD_TORCH_CHECK(
+        fits, names.shapes, " and ", names.starts, " must stay within ", names.rows, "=", num_rows,
+        " rows; got a level of ", height, " x ", width, " that starts at row ", *start);
+  }
+}
 
 // Integer metadata where the kernel can read it: contiguous, int32 or int64, on the features' device.
 inline torch::stable::Tensor readable_metadata(const torch::stable::Tensor& metadata, const torch::stable::Tensor& features) {

@@ -70,6 +70,7 @@ inline MSDeformAttnSizes check_ms_deform_attn(
       sizes.num_values <= INT_MAX && sizes.num_heads * sizes.channels <= INT_MAX / 8 &&
           sizes.num_levels * sizes.num_points <= INT_MAX / 2,
       "S must be below 2^31, L * P below 2^30, M * D below 2^28");
+  check_levels_fit(spatial_shapes, level_start_index, sizes.num_values, {"spatial_shapes", "level_start_index", "S"});
   return sizes;
 }
 

@@ -1,20 +1,29 @@
 // PyTorch's tensor functions as the ops need them.
 //
 // - Where memory runs out they say so: libtorch's stable ABI of 2.10 drops the message of an error.
-// - They ask whether there is anything to do before they take the way through the dispatcher, which takes as long as
-//   launching a kernel.
+// - The way through the dispatcher, boxed, takes as long as launching a kernel. They ask whether there is anything to do
+//   before they take it, and new memory comes straight from the C functions under the stable ABI.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 
 namespace reimplementation {
+
+[[noreturn]] inline void throw_out_of_memory(const torch::stable::Tensor& like, double bytes) {
+  std::ostringstream text;
+  text << (like.is_cuda() ? "CUDA" : "CPU") << " out of memory. Tried to allocate " << bytes / (1 << 30)
+       << " GiB in an op of reimplementation";
+  throw std::runtime_error(text.str());  // begins as PyTorch's does, which callers look for
+}
 
 // What `function` returns, for which PyTorch takes memory on the device of `like`.
 template <typename Function>
@@ -22,10 +31,7 @@ torch::stable::Tensor allocated(const torch::stable::Tensor& like, double bytes,
   try {
     return function();
   } catch (const std::exception&) {
-    std::ostringstream text;
-    text << (like.is_cuda() ? "CUDA" : "CPU") << " out of memory. Tried to allocate " << bytes / (1 << 30)
-         << " GiB in an op of reimplementation";
-    throw std::runtime_error(text.str());  // begins as PyTorch's does, which callers look for
+    throw_out_of_memory(like, bytes);
   }
 }
 
@@ -33,49 +39,51 @@ inline double bytes_of(const torch::stable::Tensor& tensor) {
   return static_cast<double>(tensor.numel()) * static_cast<double>(tensor.element_size());
 }
 
-inline int size_of(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
-  switch (type) {
-    case ScalarType::Byte:
-      return 1;
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Float:
-      return 4;
-    default:
-      return 8;
-  }
-}
-
-inline double bytes_of(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type) {
-  double bytes = size_of(type);
-  for (int64_t size : sizes) {
-    bytes *= static_cast<double>(size);
-  }
-  return bytes;
-}
-
+// Uninitialised, contiguous, on the device of `like`; of its type where none is given.
 inline torch::stable::Tensor allocate(
     const torch::stable::Tensor& like,
-    std::initializer_list<int64_t> sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef sizes,
     std::optional<torch::headeronly::ScalarType> type = {}) {
-  return allocated(like, bytes_of(sizes, type.value_or(like.scalar_type())), [&] {
-    return torch::stable::new_empty(like, sizes, type);
-  });
+  constexpr size_t MOST_DIMS = 8;  // more than an operand has
+  std::array<int64_t, MOST_DIMS> strides;
+  STD_TORCH_CHECK(sizes.size() <= MOST_DIMS, "a tensor of so many dimensions is not expected: ", sizes.size());
+  const int32_t dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type.value_or(like.scalar_type())));
+  double bytes = static_cast<double>(aoti_torch_dtype_element_size(dtype));
+  for (int64_t size : sizes) {
+    bytes *= static_cast<double>(std::max<int64_t>(size, 1));
+  }
+  if (bytes >= 0x1p62) {  // strides would not fit their type
+    throw_out_of_memory(like, bytes);
+  }
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(sizes[dim], 1);
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(
+          static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, like.get_device_index(),
+          &handle) != AOTI_TORCH_SUCCESS) {
+    throw_out_of_memory(like, bytes);
+  }
+  return torch::stable::Tensor(handle);
 }
 
 inline torch::stable::Tensor allocate_zeros(
     const torch::stable::Tensor& like,
-    std::initializer_list<int64_t> sizes,
+    torch::headeronly::IntHeaderOnlyArrayRef sizes,
     std::optional<torch::headeronly::ScalarType> type = {}) {
-  return allocated(like, bytes_of(sizes, type.value_or(like.scalar_type())), [&] {
-    return torch::stable::new_zeros(like, sizes, type);
-  });
+  torch::stable::Tensor zeros = allocate(like, sizes, type);
+  return torch::stable::zero_(zeros);
 }
 
 inline torch::stable::Tensor allocate_like(const torch::stable::Tensor& tensor) {
-  return allocated(tensor, bytes_of(tensor), [&] { return torch::stable::empty_like(tensor); });
+  return tensor.is_contiguous()
+      ? allocate(tensor, tensor.sizes())
+      : allocated(tensor, bytes_of(tensor), [&] { return torch::stable::empty_like(tensor); });
 }
 
 inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) {

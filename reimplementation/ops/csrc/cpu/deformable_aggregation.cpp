@@ -401,18 +401,6 @@ void backward_of_features(
   }
 }
 
-std::vector<Level> levels_of_features(
-    const Tensor& spatial_shape,
-    const Tensor& scale_start_index,
-    const Tensor& features,
-    const DeformableAggregationSizes& sizes) {
-  return read_levels(
-      spatial_shape, scale_start_index, features, sizes.num_rows, {"spatial_shape", "scale_start_index", "num_feat"},
-      [&](int64_t i) {
-        return "camera " + std::to_string(i / sizes.num_levels) + ", level " + std::to_string(i % sizes.num_levels);
-      });
-}
-
 // Calls `function` with the operands in their types.
 template <typename Function>
 void with_operands(
@@ -444,7 +432,7 @@ Tensor deformable_aggregation(
     const Tensor& weights) {
   const DeformableAggregationSizes sizes =
       check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
-  const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
+  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes.num_rows);
   if (sizes.nothing_to_sample()) {
     return allocate_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
   }
@@ -473,7 +461,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   check_same_device("grad_output", grad_output, feature_maps);
   STD_TORCH_CHECK(
       grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the dtype of feature_maps");
-  const std::vector<Level> levels = levels_of_features(spatial_shape, scale_start_index, feature_maps, sizes);
+  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes.num_rows);
 
   const Tensor features = as_contiguous(feature_maps);
   Tensor grad_features = gradient_of(features, needs_feature_maps);

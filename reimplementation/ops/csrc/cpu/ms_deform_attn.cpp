@@ -462,16 +462,6 @@ void backward_of_value(
   parallel_run(kernel, num_slices(), 1);
 }
 
-std::vector<Level> levels_of_value(
-    const Tensor& spatial_shapes,
-    const Tensor& level_start_index,
-    const Tensor& value,
-    const MSDeformAttnSizes& sizes) {
-  return read_levels(
-      spatial_shapes, level_start_index, value, sizes.num_values, {"spatial_shapes", "level_start_index", "S"},
-      [](int64_t i) { return "level " + std::to_string(i); });
-}
-
 // Calls `function` with the operands in their types.
 template <typename Function>
 void with_operands(
@@ -504,7 +494,7 @@ Tensor ms_deform_attn(
     const Tensor& attention_weights) {
   const MSDeformAttnSizes sizes =
       check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
-  const std::vector<Level> levels = levels_of_value(spatial_shapes, level_start_index, value, sizes);
+  const std::vector<Level> levels = read_levels(spatial_shapes, level_start_index, value, sizes.num_values);
   const auto output_size = {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels};
   if (sizes.nothing_to_sample()) {
     return allocate_zeros(value, output_size);
@@ -533,7 +523,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
   check_same_device("grad_output", grad_output, value);
   STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the dtype of value");
-  const std::vector<Level> levels = levels_of_value(spatial_shapes, level_start_index, value, sizes);
+  const std::vector<Level> levels = read_levels(spatial_shapes, level_start_index, value, sizes.num_values);
 
   const Tensor rows = as_contiguous(value);
   Tensor grad_value = gradient_of(rows, needs_value);

@@ -52,43 +52,15 @@ class View {
   int64_t strides_[dims];
 };
 
-// What the metadata of an op is called in errors.
-struct LevelNames {
-  const char* shapes;
-  const char* starts;
-  const char* rows;
-};
-
-// The metadata, (..., 2) shapes and (...) first rows, refused where a level reaches beyond the rows that there are.
-// `name_of` names a level by its place in the metadata.
-template <typename NameOf>
-std::vector<Level> read_levels(
-    const Tensor& shapes,
-    const Tensor& starts,
-    const Tensor& features,
-    int64_t num_rows,
-    const LevelNames& names,
-    const NameOf& name_of) {
-  check_same_device(names.shapes, shapes, features);
-  check_same_device(names.starts, starts, features);
-  const Tensor wide_shapes = as_contiguous(as_type(shapes, ScalarType::Long));
-  const Tensor wide_starts = as_contiguous(as_type(starts, ScalarType::Long));
-  const int64_t* shape = static_cast<const int64_t*>(wide_shapes.const_data_ptr());
-  const int64_t* start = static_cast<const int64_t*>(wide_starts.const_data_ptr());
-
+// The metadata of a call that was checked.
+inline std::vector<Level> read_levels(
+    const Tensor& shapes, const Tensor& starts, const Tensor& features, int64_t num_rows) {
+  const Tensor readable_shapes = readable_metadata(shapes, features);
+  const Tensor readable_starts = readable_metadata(starts, features);
+  const LevelTable table = level_table(readable_shapes, readable_starts, num_rows);
   std::vector<Level> levels(starts.numel());
-  for (size_t i = 0; i < levels.size(); ++i, shape += 2, ++start) {
-    const int64_t height = shape[0];
-    const int64_t width = shape[1];
-    const bool empty = height == 0 || width == 0;
-    const bool fits = height >= 0 && width >= 0 && *start >= 0 && *start <= num_rows &&
-        (empty || (height <= num_rows && width <= num_rows && height * width <= num_rows - *start));
-    STD_TORCH_CHECK(
-        fits, names.shapes, " and ", names.starts, " must stay within ", names.rows, "=", num_rows, " rows; ",
-        name_of(i), " is ", height, " x ", width, " and starts at row ", *start);
-    if (!empty) {
-      levels[i] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(*start)};
-    }
+  for (size_t i = 0; i < levels.size(); ++i) {
+    levels[i] = table[static_cast<int64_t>(i)];
   }
   return levels;
 }
