@@ -1,9 +1,10 @@
-"""From an op's Python function to its backend."""
+"""From the Python function of a sampling op to its backend; `pointwise` has the way of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from .backends import is_traced, select_backend
 from .checks import check_levels_fit
 from .operands import are_as_kernels_read, as_kernels_read, is_autocast_enabled, under_autocast
 from .registration import Kernel, raise_if_out_of_memory
+
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
+"""What a kernel, or the way to it, raises for operands that an op does not take."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,18 @@ def run(op: Op, features: Tensor, shapes: Tensor, starts: Tensor, locations: Ten
         return _run(op, op.formula if torch.onnx.is_in_onnx_export() else op.kernel and op.kernel.traced, *operands)
     try:
         return _run(op, op.kernel and op.kernel.eager, *operands)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        try:
-            _check(op, *operands)
-        except (ValueError, TypeError) as better:
-            raise better from None
-        raise_if_out_of_memory(error)
+    except REFUSALS as error:
+        explain(error, partial(_check, op), operands)
         raise
+
+
+def explain(error: Exception, check: Callable[..., None], operands: Iterable) -> None:
+    """Raise what says in better words why there was this error; return where nothing does."""
+    try:
+        check(*operands)
+    except (ValueError, TypeError) as better:
+        raise better from None
+    raise_if_out_of_memory(error)
 
 
 def _run(op: Op, kernel: Callable[..., Tensor], features, shapes, starts, locations, weights) -> Tensor:

@@ -9,7 +9,7 @@ from .backends import EXTENSION_AVAILABLE
 from .calls import Op, run
 from .checks import check_shape
 from .operands import check_operands
-from .registration import register
+from .registration import register_sampling
 
 __all__ = ["deformable_aggregation_function"]
 
@@ -87,5 +87,5 @@ _OP = Op(
     level_names=("spatial_shape", "scale_start_index", "num_feat"),
     check=_check,
     formula=grid_sample.deformable_aggregation,
-    kernel=register("deformable_aggregation", _fake) if EXTENSION_AVAILABLE else None,
+    kernel=register_sampling("deformable_aggregation", _fake) if EXTENSION_AVAILABLE else None,
 )

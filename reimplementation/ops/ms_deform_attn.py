@@ -9,7 +9,7 @@ from .backends import EXTENSION_AVAILABLE
 from .calls import Op, run
 from .checks import check_shape
 from .operands import check_operands
-from .registration import register
+from .registration import register_sampling
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
 
@@ -98,5 +98,5 @@ _OP = Op(
     level_names=("spatial_shapes", "level_start_index", "S"),
     check=_check,
     formula=grid_sample.ms_deform_attn,
-    kernel=register("ms_deform_attn", _fake) if EXTENSION_AVAILABLE else None,
+    kernel=register_sampling("ms_deform_attn", _fake) if EXTENSION_AVAILABLE else None,
 )
