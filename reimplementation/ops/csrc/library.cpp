@@ -2,8 +2,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/box_key_points.h"
 #include "common/deformable_aggregation.h"
 #include "common/ms_deform_attn.h"
+#include "common/project_points.h"
 
 STABLE_TORCH_LIBRARY(reimplementation, m) {
   m.def(
@@ -20,6 +22,14 @@ STABLE_TORCH_LIBRARY(reimplementation, m) {
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor sampling_locations, Tensor attention_weights, bool needs_value, bool needs_sampling_locations, "
       "bool needs_attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)");
+  m.def("box_key_points(Tensor anchor, Tensor fix_scale, Tensor? logits) -> Tensor");
+  m.def(
+      "box_key_points_backward(Tensor grad_output, Tensor anchor, Tensor fix_scale, Tensor? logits) -> "
+      "(Tensor, Tensor)");
+  m.def("project_points(Tensor key_points, Tensor projection_mat, Tensor? image_wh) -> Tensor");
+  m.def(
+      "project_points_backward(Tensor grad_output, Tensor key_points, Tensor projection_mat, Tensor? image_wh) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {
@@ -27,6 +37,10 @@ STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {
   m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cpu::deformable_aggregation_backward));
   m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cpu::ms_deform_attn));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&reimplementation::cpu::ms_deform_attn_backward));
+  m.impl("box_key_points", TORCH_BOX(&reimplementation::cpu::box_key_points));
+  m.impl("box_key_points_backward", TORCH_BOX(&reimplementation::cpu::box_key_points_backward));
+  m.impl("project_points", TORCH_BOX(&reimplementation::cpu::project_points));
+  m.impl("project_points_backward", TORCH_BOX(&reimplementation::cpu::project_points_backward));
 }
 
 #ifdef REIMPLEMENTATION_WITH_CUDA
@@ -35,6 +49,10 @@ STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
   m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cuda::deformable_aggregation_backward));
   m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cuda::ms_deform_attn));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&reimplementation::cuda::ms_deform_attn_backward));
+  m.impl("box_key_points", TORCH_BOX(&reimplementation::cuda::box_key_points));
+  m.impl("box_key_points_backward", TORCH_BOX(&reimplementation::cuda::box_key_points_backward));
+  m.impl("project_points", TORCH_BOX(&reimplementation::cuda::project_points));
+  m.impl("project_points_backward", TORCH_BOX(&reimplementation::cuda::project_points_backward));
 }
 #endif
 

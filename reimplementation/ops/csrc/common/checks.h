@@ -60,6 +60,20 @@ inline void check_features(const char* name, const torch::stable::Tensor& tensor
       name, " must be float64, float32, float16 or bfloat16");
 }
 
+// The first operand of an op that computes in one dtype, float32 or float64.
+inline void check_real(const char* name, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float, name, " must be float64 or float32");
+}
+
+// The other operands of such an op.
+inline void check_like(
+    const char* name, const torch::stable::Tensor& tensor, const char* first_name, const torch::stable::Tensor& first) {
+  STD_TORCH_CHECK(on_same_device(tensor, first), name, " must be on the device of ", first_name);
+  STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), name, " must have the dtype of ", first_name);
+}
+
 // Shapes and first rows of levels.
 inline void check_metadata(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
   using torch::headeronly::ScalarType;

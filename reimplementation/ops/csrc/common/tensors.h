@@ -92,6 +92,10 @@ inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) 
       : allocated(tensor, bytes_of(tensor), [&] { return torch::stable::contiguous(tensor); });
 }
 
+inline std::optional<torch::stable::Tensor> as_contiguous(const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
+}
+
 inline torch::stable::Tensor as_type(const torch::stable::Tensor& tensor, torch::headeronly::ScalarType type) {
   return tensor.scalar_type() == type
       ? tensor
@@ -106,6 +110,16 @@ inline torch::stable::Tensor gradient_of(const torch::stable::Tensor& operand, b
 inline torch::stable::Tensor zero_gradient_of(const torch::stable::Tensor& operand, bool needed) {
   torch::stable::Tensor gradient = gradient_of(operand, needed);
   return torch::stable::zero_(gradient);
+}
+
+// Calls `function` with a zero of the tensor's type, which is float32 or float64.
+template <typename Function>
+void with_real_type(const torch::stable::Tensor& tensor, const Function& function) {
+  if (tensor.scalar_type() == torch::headeronly::ScalarType::Double) {
+    function(double{});
+  } else {
+    function(float{});
+  }
 }
 
 }  // namespace reimplementation
