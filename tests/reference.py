@@ -65,6 +65,28 @@ def ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
     return output.flatten(2)
 
 
+def project_points(key_points, projection_mat, image_wh=None) -> Tensor:
+    """(bs, num_anchor, num_pts, num_cams, 2) float64; differentiable in all three."""
+    points, matrices = key_points.double(), projection_mat.double()
+    points = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
+    x, y, depth = torch.einsum("bcij,bnpj->bnpci", matrices[:, :, :3], points).unbind(-1)
+    pixels = torch.stack([x, y], dim=-1) / torch.where(depth < 1e-5, 1e-5, depth)[..., None]
+    return pixels if image_wh is None else pixels / image_wh.double()[:, None, None]
+
+
+def box_key_points(anchor, fix_scale, logits=None) -> Tensor:
+    """(bs, num_anchor, num_fixed + num_learnable, 3) float64; differentiable in all three."""
+    anchor = anchor.double()
+    places = fix_scale.double().expand(*anchor.shape[:2], -1, -1)
+    if logits is not None:
+        learned = 1 / (1 + torch.exp(-logits.double())) - 0.5
+        places = torch.cat([places, learned.reshape(*anchor.shape[:2], -1, 3)], dim=2)
+    sin, cos = anchor[..., 6], anchor[..., 7]
+    zero, one = torch.zeros_like(sin), torch.ones_like(sin)
+    turn = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
+    return torch.einsum("bnij,bnpj->bnpi", turn, places * anchor[:, :, None, 3:6].exp()) + anchor[:, :, None, :3]
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error; NaN anywhere in ``actual`` is an infinite error, as is any error of an expected zero."""
     difference = (actual.double() - expected.double()).norm().item()

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from reimplementation import ops
 from reimplementation.ops.checks import check_shape
-
-from .deformable.transforms import at_least_float32
+from reimplementation.ops.transforms import at_least_float32
 
 
 class MSDeformAttn(nn.Module):

@@ -1,17 +1,21 @@
 """The ops and what surrounds them; see each function's docstring for shapes and types."""
 
 from .backends import CUDA_EXT_AVAILABLE, available_backends, build_info, use_backend
+from .box_key_points import box_key_points
 from .deformable_aggregation import deformable_aggregation_function
 from .feature_maps import feature_maps_format
 from .ms_deform_attn import MSDeformAttnFunction, ms_deform_attn
+from .project_points import project_points
 
 __all__ = [
     "CUDA_EXT_AVAILABLE",
     "MSDeformAttnFunction",
     "available_backends",
+    "box_key_points",
     "build_info",
     "deformable_aggregation_function",
     "feature_maps_format",
     "ms_deform_attn",
+    "project_points",
     "use_backend",
 ]

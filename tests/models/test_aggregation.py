@@ -12,7 +12,9 @@ from reimplementation.models.deformable import (
     DeformableFeatureAggregation,
     SparseBox3DKeyPointsGenerator,
     SparsePoint3DKeyPointsGenerator,
+    project_points,
 )
+from tests.ops.agreement import KernelCalls
 
 BS, NUM_ANCHOR, EMBED_DIMS, NUM_GROUPS, NUM_CAMS = 2, 5, 16, 4, 3
 LEVELS = ((8, 16), (4, 8))
@@ -169,6 +171,25 @@ def test_both_forms_of_maps_and_both_paths_agree(dtype, device):
     for variant, formatted in [(plain, True), (module, False), (module, True)]:
         for actual, wanted in zip(values_and_gradients(variant, *arguments, formatted), expected, strict=True):
             torch.testing.assert_close(actual, wanted, **tolerance)
+
+
+def test_both_paths_call_what_they_promise(device):
+    """One kernel each for key points, projection and aggregation; or none at all."""
+    if device.type not in ops.available_backends(device):
+        pytest.skip(f"the {device.type} kernels are not built")
+    arguments = scene(device=device)
+    for fused, names in ((True, ["box_key_points", "project_points", "deformable_aggregation"]), (False, [])):
+        with KernelCalls() as calls, torch.no_grad():
+            build(use_deformable_func=fused).to(device)(*arguments)
+        assert calls.names == names
+
+
+def test_project_points_puts_cameras_first():
+    points, matrices = torch.randn(BS, NUM_ANCHOR, 4, 3).double(), surround_rig()
+    wh = torch.tensor([WIDTH, HEIGHT]).double().expand(BS, NUM_CAMS, 2)
+    by_camera = DeformableFeatureAggregation.project_points(points, matrices, wh)
+    assert by_camera.shape == (BS, NUM_CAMS, NUM_ANCHOR, 4, 2)
+    torch.testing.assert_close(by_camera[1, 2], project_points(points, matrices, wh)[1, :, :, 2])
 
 
 def test_plain_path_runs_grid_sample_whatever_there_is(monkeypatch):

@@ -1,8 +1,9 @@
-"""Compare an op with the float64 formula: its output and its three gradients."""
+"""Compare an op with the float64 formula: its output and its three gradients. See which operators a call takes."""
 
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation.workloads import OpInputs
 from tests.reference import TOLERANCE, relative_error
@@ -42,3 +43,16 @@ def assert_second_derivatives_or_refusal(function, leaves):
         assert torch.autograd.gradgradcheck(function, leaves)
     except RuntimeError as error:
         assert "not implemented" in str(error)
+
+
+class KernelCalls(TorchDispatchMode):
+    """Records the names of our operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "reimplementation":
+            self.names.append(func.name().removeprefix("reimplementation::"))
+        return func(*args, **(kwargs or {}))

@@ -137,3 +137,9 @@ ATTENTION_GEOMETRIES = {
     "encoder": encoder_inputs,
     "border": attention_border_inputs,
 }
+
+
+def with_memory_reversed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with the first dimension innermost in memory."""
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)

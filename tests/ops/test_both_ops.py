@@ -8,6 +8,7 @@ import torch
 from reimplementation import ops
 from reimplementation.workloads import OpInputs
 from tests.ops.agreement import assert_second_derivatives_or_refusal, run
+from tests.ops.inputs import with_memory_reversed
 from tests.reference import TOLERANCE, relative_error
 
 HALF_DTYPES = [torch.float16, torch.bfloat16]
@@ -15,12 +16,6 @@ HALF_DTYPES = [torch.float16, torch.bfloat16]
 
 def on_cpu(operands):
     return [tensor.cpu() for tensor in operands]
-
-
-def with_memory_reversed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers with the first dimension innermost in memory."""
-    order = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(order).contiguous().permute(order)
 
 
 def test_half_features_with_float32_weights(op, backend_device):

@@ -4,9 +4,10 @@ The modules take the place of SparseDrive's modules of the same names: same argu
 In a project that builds its modules through a registry, register these classes under their own names.
 """
 
+from reimplementation.ops import project_points
+
 from .aggregation import DeformableFeatureAggregation
 from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
-from .projection import project_points
 
 __all__ = [
     "DeformableFeatureAggregation",

@@ -13,7 +13,6 @@ from reimplementation import ops
 from reimplementation.ops.checks import check_shape
 
 from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
-from .projection import project_points
 
 PLUGINS: dict[str, Callable[..., nn.Module]] = {
     "SparseBox3DKeyPointsGenerator": SparseBox3DKeyPointsGenerator,
@@ -137,7 +136,7 @@ class DeformableFeatureAggregation(nn.Module):
                 level. Several modules that read the same maps had better share the former. May be in half
                 precision while the module is not.
             metas: ``"projection_mat"`` (bs, num_cams, 4, 4), from the anchors' frame to pixels (see
-                `project_points`), and ``"image_wh"`` (bs, num_cams, 2) in pixels, absent or None where the
+                `ops.project_points`), and ``"image_wh"`` (bs, num_cams, 2) in pixels, absent or None where the
                 matrix goes to normalised coordinates already.
             kwargs: ignored, for callers that pass every module the same arguments.
 
@@ -163,11 +162,11 @@ class DeformableFeatureAggregation(nn.Module):
         check_shape("col_feats", col_feats, ("bs", "num_feat", "embed_dims"), sizes)
         check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), sizes)
 
-        key_points = self.kps_generator(anchor, instance_feature)
-        check_shape("key_points", key_points, ("bs", "num_anchor", self.num_pts, 3), sizes)
-        sampling_location = project_points(key_points, projection_mat, image_wh)
-        weights = self._sampling_weights(instance_feature + anchor_embed, projection_mat)
         with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
+            key_points = self.kps_generator(anchor, instance_feature)
+            check_shape("key_points", key_points, ("bs", "num_anchor", self.num_pts, 3), sizes)
+            sampling_location = ops.project_points(key_points, projection_mat, image_wh)
+            weights = self._sampling_weights(instance_feature + anchor_embed, projection_mat)
             features = ops.deformable_aggregation_function(
                 col_feats,
                 spatial_shape,
@@ -209,8 +208,8 @@ class DeformableFeatureAggregation(nn.Module):
 
     @staticmethod
     def project_points(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor | None = None) -> Tensor:
-        """`project_points` camera by camera: (bs, num_cams, num_anchor, num_pts, 2), a view."""
-        return project_points(key_points, projection_mat, image_wh).permute(0, 3, 1, 2, 4)
+        """`ops.project_points` camera by camera: (bs, num_cams, num_anchor, num_pts, 2), a view."""
+        return ops.project_points(key_points, projection_mat, image_wh).permute(0, 3, 1, 2, 4)
 
     def extra_repr(self) -> str:
         return (

@@ -12,15 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from reimplementation import ops
+from reimplementation.ops.box_key_points import CENTRE, LOG_SIZE, SIN_COS_YAW, VELOCITY, check_box_anchor
 from reimplementation.ops.checks import check_shape
+from reimplementation.ops.transforms import at_least_float32, transform
 
-from .transforms import at_least_float32, displacement, in_3d, rotate, transform, with_past_frames
-
-# A box anchor: x, y, z, log w, log l, log h, sin yaw, cos yaw, vx, vy, vz (metres, metres per second).
-CENTRE = slice(0, 3)
-LOG_SIZE = slice(3, 6)
-SIN_COS_YAW = slice(6, 8)
-VELOCITY = slice(8, 11)
+from .transforms import displacement, in_3d, rotate, with_past_frames
 
 
 class SparseBox3DKeyPointsGenerator(nn.Module):
@@ -107,21 +104,14 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape.
         """
-        _check_box_anchor(anchor)
-        anchor = at_least_float32(anchor)
-        scale = self.fix_scale.to(anchor.dtype)
+        check_box_anchor(anchor)
+        logits = None
         if self.num_learnable_pts > 0 and instance_feature is not None:
             _check_feature(instance_feature, anchor, self.embed_dims)
-            logits = self.learnable_fc(instance_feature).to(anchor.dtype)
-            learned = logits.unflatten(-1, (self.num_learnable_pts, 3)).sigmoid() - 0.5
-            scale = torch.cat([scale.expand(*anchor.shape[:2], -1, -1), learned], dim=-2)
-        offset = scale * anchor[..., None, LOG_SIZE].exp()
-
-        sin, cos = anchor[..., SIN_COS_YAW].split(1, dim=-1)
-        x, y, z = offset.unbind(-1)
-        turned = [torch.addcmul(cos * x, sin, y, value=-1), torch.addcmul(sin * x, cos, y), z]
-        key_points = torch.stack(turned, dim=-1) + anchor[..., None, CENTRE]
-        return with_past_frames(key_points, anchor[..., VELOCITY], T_cur2temp_list, cur_timestamp, temp_timestamps)
+            logits = self.learnable_fc(instance_feature)
+        key_points = ops.box_key_points(anchor, self.fix_scale, logits)
+        velocity = None if temp_timestamps is None else at_least_float32(anchor[..., VELOCITY])
+        return with_past_frames(key_points, velocity, T_cur2temp_list, cur_timestamp, temp_timestamps)
 
     @staticmethod
     def anchor_projection(
@@ -148,7 +138,7 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         Raises:
             ValueError: ``anchor`` has the wrong shape.
         """
-        _check_box_anchor(anchor)
+        check_box_anchor(anchor)
         source = at_least_float32(anchor)
         velocity = source[..., VELOCITY]
         heading = source[..., SIN_COS_YAW].flip(-1)
@@ -298,14 +288,6 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         """The points (bs, num_anchor, num_sample, 2) of the anchors."""
         check_shape("anchor", anchor, ("bs", "num_anchor", self.num_sample * 2), {})
         return anchor.unflatten(-1, (self.num_sample, 2))
-
-
-def _check_box_anchor(anchor: Tensor) -> None:
-    if anchor.dim() != 3 or not VELOCITY.start <= anchor.shape[-1] <= VELOCITY.stop:
-        raise ValueError(
-            "anchor must be (bs, num_anchor, 8 to 11): x, y, z, log w, log l, log h, sin yaw, cos yaw "
-            f"and 0 to 3 of velocity; got {tuple(anchor.shape)}"
-        )
 
 
 def _check_feature(instance_feature: Tensor, anchor: Tensor, embed_dims: int) -> None:
