@@ -18,6 +18,7 @@ import sys, torch
 from reimplementation import ops
 from tests.ops.agreement import run
 from tests.ops.inputs import random_attention_inputs, random_inputs
+from tests.ops.pointwise import POINTWISE, output_and_gradients
 
 results = []
 with ops.use_backend("cpu"):
@@ -27,6 +28,9 @@ with ops.use_backend("cpu"):
             (ops.ms_deform_attn, random_attention_inputs(1, channels=30)),
         ):
             results.append(run(function, inputs.to("cpu", dtype)))
+    for dtype in (torch.float64, torch.float32):
+        for op in POINTWISE:
+            results.append(output_and_gradients(op, op.on("cpu", dtype)))
 torch.save(results, sys.argv[1])
 """
 

@@ -14,7 +14,7 @@
 //
 // A key point and its locations are read and written once; matrices come from the L1 cache. At 900 queries of 13 points and 6
 // cameras that is 0.7 MB, less than a microsecond of an H200's bandwidth: what remains is the launch and one round trip to
-// memory. In PyTorch the same takes six launches and more, each with such round trips.
+// memory. In PyTorch the same is six kernels, each with its own.
 #include "../common/project_points.h"
 
 #include <torch/csrc/stable/accelerator.h>
