@@ -240,8 +240,9 @@ def test_errors_say_what_was_expected_and_what_came(arguments, error, message):
         ops.deformable_aggregation_function(**arguments)
 
 
-def test_direct_calls_of_the_operator_are_checked():
-    if "cpu" not in ops.available_backends("cpu"):
+def test_direct_calls_of_the_operator_are_checked(device):
+    """Also levels, as long as they are on the CPU."""
+    if device.type not in ops.available_backends(device):
         pytest.skip("the extension is not built")
     operator = torch.ops.reimplementation.deformable_aggregation
     for arguments in (
@@ -252,4 +253,4 @@ def test_direct_calls_of_the_operator_are_checked():
         wrong(spatial_shape=lambda t: t.double()),
     ):
         with pytest.raises(RuntimeError, match="sampling_location|scale_start_index|num_groups|spatial_shape"):
-            operator(*arguments.values())
+            operator(*(t if i in (1, 2) else t.to(device) for i, t in enumerate(arguments.values())))

@@ -345,8 +345,9 @@ def test_errors_say_what_was_expected_and_what_came(arguments, error, message):
         ops.ms_deform_attn(**arguments)
 
 
-def test_direct_calls_of_the_operator_are_checked():
-    if "cpu" not in ops.available_backends("cpu"):
+def test_direct_calls_of_the_operator_are_checked(device):
+    """Also levels, as long as they are on the CPU."""
+    if device.type not in ops.available_backends(device):
         pytest.skip("the extension is not built")
     operator = torch.ops.reimplementation.ms_deform_attn
     for arguments in (
@@ -357,7 +358,7 @@ def test_direct_calls_of_the_operator_are_checked():
         wrong(spatial_shapes=lambda t: t.double()),
     ):
         with pytest.raises(RuntimeError, match="sampling_locations|level_start_index|attention_weights|spatial_shapes"):
-            operator(*arguments.values())
+            operator(*(t if i in (1, 2) else t.to(device) for i, t in enumerate(arguments.values())))
 
 
 def test_forcing_a_backend_that_is_not_there(monkeypatch):
