@@ -108,6 +108,35 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* address) {
   return vector;
 }
 
+// Reads what nobody reads again. L2 fetches 256 bytes around it: neighbouring blocks, and those of the next head, find theirs.
+template <typename T>
+__device__ __forceinline__ T load_once(const T* address) {
+#if __CUDA_ARCH__ >= 800
+  typename Word<sizeof(T)>::type word;
+  const size_t global = __cvta_generic_to_global(address);
+  if constexpr (sizeof(T) == 2) {
+    asm("ld.global.nc.L2::256B.u16 %0, [%1];" : "=h"(word) : "l"(global));
+  } else if constexpr (sizeof(T) == 4) {
+    asm("ld.global.nc.L2::256B.u32 %0, [%1];" : "=r"(word) : "l"(global));
+  } else {
+    asm("ld.global.nc.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(global));
+  }
+  T value;
+  memcpy(&value, &word, sizeof(value));
+  return value;
+#else
+  return *address;
+#endif
+}
+
+// Writes what leaves the caches first.
+template <typename T, int N>
+__device__ __forceinline__ void store_once(T* address, const Vector<T, N>& vector) {
+  typename Word<sizeof(T) * N>::type word;
+  memcpy(&word, &vector, sizeof(word));
+  __stcs(reinterpret_cast<decltype(word)*>(address), word);
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void product(compute_t<T> factor, const Vector<T, N>& vector, compute_t<T> (&terms)[N]) {
 #pragma unroll

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_forward(
       for (int v = 0; v < VEC; ++v) {
         rounded.values[v] = from_compute<T>(sums[v]);
       }
-      *reinterpret_cast<Vector<T, VEC>*>(outputs + static_cast<int64_t>(query) * row + channel) = rounded;
+      store_once(outputs + static_cast<int64_t>(query) * row + channel, rounded);
     }
   }
 }

@@ -215,7 +215,9 @@ class Sampler {
     unit = unit < units_ ? unit : 0;
     const int query = place.query(op, unit), head = place.head(op, unit);
     const C* location = locations_ + op.location_strides.offset(query, head);
-    return {location[0], location[op.location_strides.axis], weights_[op.weight_strides.offset(query, head)]};
+    return {
+        load_once(location), load_once(location + op.location_strides.axis),
+        load_once(weights_ + op.weight_strides.offset(query, head))};
   }
 
   unsigned lanes_, lanes_before_;  // of the warp, that visit samples of the same unit; those of them before this one
