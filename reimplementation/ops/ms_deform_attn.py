@@ -49,9 +49,9 @@ def ms_deform_attn(
 
     Gradients flow to value, sampling_locations and attention_weights. The kernels have no second derivatives and say
     so; grid_sample has PyTorch's. Gradients are summed as the output is, and rounded once, with one exception: where
-    few samples meet in a row of a half-precision value, on a GPU, up to 128 float16 (16 bfloat16) terms of its gradient
-    are added up in its own dtype. They may then be off by 1/16 of the sum of the terms' magnitudes; the gradient of a
-    decoder with 900 queries is off by 6.9e-4 (2.5e-3) of its norm, where one rounding makes 2.1e-4 (1.7e-3).
+    few samples meet in a row of a half-precision value, on a GPU, up to 128 float16 (32 bfloat16) terms of its gradient
+    are added up in its own dtype. They may then be off by 1/16 (1/8) of the sum of the terms' magnitudes; the gradient
+    of a decoder with 900 queries is off by 6.4e-4 (3.2e-3) of its norm, where one rounding makes 2.1e-4 (1.7e-3).
 
     Raises:
         ValueError: a shape or device does not fit, or levels on the CPU reach beyond the value's rows. (Levels on a

@@ -111,7 +111,7 @@ def sums_in(draw: Draw, expected: Expected, num_levels: int) -> int:
     """How many partial sums of the features' gradient are rounded to its own dtype."""
     if draw.backend == "grid_sample":
         return num_levels + 1  # autograd adds the gradients of slices
-    most_samples = {torch.float16: 32, torch.bfloat16: 4}.get(draw.operands[0].dtype)
+    most_samples = {torch.float16: 32, torch.bfloat16: 8}.get(draw.operands[0].dtype)
     if draw.backend == "cuda" and draw.op is ATTENTION and most_samples:
         footprints = 2 + 2 * num_levels  # that a row is in, of so many samples each: 4 unless levels overlap
         return min(expected.num_terms, footprints * most_samples)

@@ -155,7 +155,7 @@ void dispatch_halves(const Tensor& value, const Tensor& weights, Body body) {
 bool half_sums_suffice(const MSDeformAttnSizes& sizes, const Tensor& value, const Tensor& grad_output) {
   constexpr int ATOMICS_OF_HALVES = 9;  // the major compute capability from which on there are vectors of them
   // As often may a row be added to on average: with more, too many are crowded.
-  const int64_t lonely = value.scalar_type() == ScalarType::Half ? 16 : 6;
+  const int64_t lonely = value.scalar_type() == ScalarType::Half ? 16 : 8;
   return (value.scalar_type() == ScalarType::Half || value.scalar_type() == ScalarType::BFloat16) &&
       num_rows(sizes) <= INT_MAX && num_samples(sizes) <= INT_MAX / 4 &&
       4 * num_samples(sizes) <= lonely * num_rows(sizes) && sizes.channels % HALF_VEC == 0 && is_aligned(value, 16) &&

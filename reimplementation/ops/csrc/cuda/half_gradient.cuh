@@ -4,8 +4,9 @@
 // its own dtype, in 16 bytes a lane, as long as that is harmless. A sample's *anchor* is the first row of its footprint.
 // Samples are counted by anchor; where more than `MOST_SAMPLES` have the same, the rows that their footprints may touch are
 // *crowded*: these have sums in float32, and are rounded once. A row that is not is in the footprints of four anchors, so it is
-// added to at most 4 * MOST_SAMPLES times. If all of these additions round the same way, they are off by n * u = 1/16 of the
-// terms' magnitudes, with u = 2^-11 or 2^-8; docs/kernels.md has what that is in practice.
+// added to at most 4 * MOST_SAMPLES times. If all of these additions round the same way, they are off by n * u of the terms'
+// magnitudes: 1/16 in float16, where u = 2^-11, and 1/8 in bfloat16, where it is 2^-8. docs/kernels.md has what that is in
+// practice.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +18,7 @@ namespace reimplementation::cuda::msda {
 template <typename T>
 constexpr bool IS_HALF = sizeof(T) == 2;
 template <typename T>
-constexpr unsigned MOST_SAMPLES = std::is_same_v<T, __half> ? 32 : 4;
+constexpr unsigned MOST_SAMPLES = std::is_same_v<T, __half> ? 32 : 8;
 
 constexpr int HALF_VEC = 8;  // channels of a lane
 constexpr unsigned CROWDED = 1u << 31;
