@@ -27,20 +27,18 @@ def check_shape(name: str, tensor: Tensor, dims: tuple[str | int, ...], sizes: d
     must have that size again. An integer must match as it is.
     """
     shape = tensor.shape
-    seen: dict[str, int] = {}
-    fits = len(shape) == len(dims)
-    for dim, size in zip(dims, shape):
-        if isinstance(dim, int):
-            fits = fits and size == dim
-        elif dim in sizes:
-            fits = fits and size == sizes[dim]
+    num_known = len(sizes)
+    if len(shape) == len(dims):
+        for dim, size in zip(dims, shape):
+            if size != (dim if isinstance(dim, int) else sizes.setdefault(dim, size)):
+                break
         else:
-            seen[dim] = size
-    if not fits:
-        expected = f"({', '.join(map(str, dims))}{',' * (len(dims) == 1)})"
-        known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
-        raise ValueError(f"{name} must be {expected}{' with ' if known else ''}{known}; got {tuple(shape)}")
-    sizes.update(seen)
+            return
+    for dim in list(sizes)[num_known:]:
+        del sizes[dim]
+    expected = f"({', '.join(map(str, dims))}{',' * (len(dims) == 1)})"
+    known = ", ".join(f"{dim}={sizes[dim]}" for dim in dims if dim in sizes)
+    raise ValueError(f"{name} must be {expected}{' with ' if known else ''}{known}; got {tuple(shape)}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, or_cpu: bool = False) -> None:

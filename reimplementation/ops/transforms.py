@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a small kernel's launch to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision widened to float32; anything wider as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return as_dtype(tensor, torch.promote_types(tensor.dtype, torch.float32))
 
 
 def transform(points: Tensor, matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from reimplementation import ops
 from reimplementation.ops.checks import check_shape
+from reimplementation.ops.transforms import as_dtype
 
 from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
 
@@ -172,9 +174,9 @@ class DeformableFeatureAggregation(nn.Module):
                 spatial_shape,
                 scale_start_index,
                 sampling_location,
-                weights.to(torch.promote_types(weights.dtype, col_feats.dtype)),
+                as_dtype(weights, torch.promote_types(weights.dtype, col_feats.dtype)),
             )
-        output = self.proj_drop(self.output_proj(features.to(instance_feature.dtype)))
+        output = self.proj_drop(self.output_proj(as_dtype(features, instance_feature.dtype)))
         if self.residual_mode == "add":
             output = output + instance_feature
         elif self.residual_mode == "cat":
@@ -191,15 +193,17 @@ class DeformableFeatureAggregation(nn.Module):
             logits = self.weights_fc(feature)
         else:
             # As one matrix: where more dimensions are not contiguous, a linear layer adds its bias in another kernel.
-            matrices = projection_mat[:, :, :3].flatten(2).flatten(0, 1).to(feature.dtype)
-            camera_embed = self.camera_encoder(matrices).unflatten(0, (bs, self.num_cams))
+            matrices = projection_mat[:, :, :3].reshape(bs * self.num_cams, 12)
+            camera_embed = self.camera_encoder(as_dtype(matrices, feature.dtype))
             if type(self.weights_fc) is nn.Linear:  # of a sum: once a query, once a camera, and not once a pair
-                logits = self.weights_fc(feature)[:, :, None] + F.linear(camera_embed, self.weights_fc.weight)[:, None]
+                of_camera = F.linear(camera_embed, self.weights_fc.weight)
+                of_camera = of_camera.view(bs, 1, self.num_cams, self.weights_fc.out_features)
+                logits = self.weights_fc(feature)[:, :, None] + of_camera
             else:  # quantised, say, or adapted
-                logits = self.weights_fc(feature[:, :, None] + camera_embed[:, None])
-        num_samples = self.num_cams * self.num_levels * self.num_pts
-        weights = logits.reshape(bs, num_anchor, num_samples, self.num_groups).softmax(dim=2)
-        weights = weights.unflatten(2, (self.num_cams, self.num_levels, self.num_pts))
+                logits = self.weights_fc(feature[:, :, None] + camera_embed.view(bs, 1, self.num_cams, self.embed_dims))
+        samples = self.num_cams, self.num_levels, self.num_pts
+        weights = logits.reshape(bs, num_anchor, math.prod(samples), self.num_groups).softmax(dim=2)
+        weights = weights.view(bs, num_anchor, *samples, self.num_groups)
         if self.training and self.attn_drop > 0:
             # One draw for all levels and groups of a pair, so that a dropped point is unseen by that camera.
             draw = torch.rand(bs, num_anchor, self.num_cams, 1, self.num_pts, 1, device=weights.device)
