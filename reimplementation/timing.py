@@ -14,6 +14,7 @@ WARM_UP = 3
 STEPS_A_GRAPH = 12  # at least, of short steps: the start of a graph is then lost among them
 LONG_STEP_US = 1000.0  # the start of a graph is lost in one such step
 HOST_CALLS = 100  # timed together; few enough for CUDA's queue, which makes the host wait when it is full
+HOST_WARM_UP_S = 1.0  # until a processor runs at its full speed: at first a call takes nearly twice as long
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def measure(
             recorded.replay()
             times = [_event_us(recorded.replay) / (rounds * len(steps)) for _ in range(repeats)]
             return _summary(times, "graph")
+    _warm_up_host(lambda: [_event_us(step) for step in steps])
     return _summary([_event_us(step) for _ in range(repeats) for step in steps], "events")
 
 
@@ -76,16 +78,24 @@ def measure_host(
         repeats: how often `HOST_CALLS` calls are timed.
         prepare: runs before each call, and outside of the timing.
     """
-    times = []
-    for _ in range(WARM_UP + repeats):
+
+    def average_us() -> float:
         prepared = [prepare() for _ in range(HOST_CALLS)]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         for item in prepared:
             call(item)
-        times.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
-    return _summary(times[WARM_UP:], "host")
+        return (time.perf_counter() - start) / HOST_CALLS * 1e6
+
+    _warm_up_host(average_us)
+    return _summary([average_us() for _ in range(repeats)], "host")
+
+
+def _warm_up_host(work: Callable[[], object]) -> None:
+    begin = time.perf_counter()
+    while time.perf_counter() < begin + HOST_WARM_UP_S:
+        work()
 
 
 def _summary(times: list[float], method: str) -> Timing:

@@ -40,6 +40,7 @@ def tiny():
         patch.setattr(floor, "COPIED_BYTES", {"cpu": 2**16, "cuda": 2**16})
         patch.setattr(timing, "HOST_CALLS", 2)
         patch.setattr(timing, "WARM_UP", 1)
+        patch.setattr(timing, "HOST_WARM_UP_S", 0.0)
         yield tiny_cases
 
 
