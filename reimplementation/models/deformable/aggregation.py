@@ -176,9 +176,7 @@ class DeformableFeatureAggregation(nn.Module):
                 sampling_location,
                 as_dtype(weights, torch.promote_types(weights.dtype, col_feats.dtype)),
             )
-        output = self.output_proj(as_dtype(features, instance_feature.dtype))
-        if self.training:  # to find out that there is nothing to drop takes as long as two small launches
-            output = self.proj_drop(output)
+        output = self.proj_drop(self.output_proj(as_dtype(features, instance_feature.dtype)))
         if self.residual_mode == "add":
             output = output + instance_feature
         elif self.residual_mode == "cat":
