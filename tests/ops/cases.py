@@ -14,14 +14,11 @@ from tests.ops.inputs import random_attention_inputs, random_inputs
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op: its function, its formula in float64, random inputs, and inputs few enough to perturb one by one."""
+class Registered:
+    """An op: its name among the extension's operators, and its function."""
 
     name: str
     function: Callable
-    formula: Callable
-    inputs: Callable[..., OpInputs]
-    small: OpInputs
 
     @property
     def forward(self):
@@ -30,6 +27,15 @@ class Op:
     @property
     def backward(self):
         return getattr(torch.ops.reimplementation, f"{self.name}_backward")
+
+
+@dataclass(frozen=True)
+class Op(Registered):
+    """Its formula in float64, random inputs, and inputs few enough to perturb one by one."""
+
+    formula: Callable
+    inputs: Callable[..., OpInputs]
+    small: OpInputs
 
 
 OPS = [

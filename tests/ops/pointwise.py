@@ -9,26 +9,17 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
+from tests.ops.cases import Registered
 
 BATCH, ANCHORS, POINTS, CAMS, LEARNED = 2, 5, 4, 3, 3
 
 
 @dataclass(frozen=True)
-class Pointwise:
-    """An op, random operands of it, and the places of those that its kernel has gradients of."""
+class Pointwise(Registered):
+    """Random operands of an op, and the places of those that its kernel has gradients of."""
 
-    name: str
-    function: Callable[..., Tensor]
     operands: Callable[[], list[Tensor]]
     differentiable: tuple[int, ...]
-
-    @property
-    def forward(self):
-        return getattr(torch.ops.reimplementation, self.name)
-
-    @property
-    def backward(self):
-        return getattr(torch.ops.reimplementation, f"{self.name}_backward")
 
     def on(self, device, dtype, optional: bool = True) -> list[Tensor | None]:
         operands = [operand.to(device, dtype) for operand in self.operands()]
