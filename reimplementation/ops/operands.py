@@ -17,6 +17,11 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes as long as a small kernel's launch to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def check_operands(names: Sequence[str], operands: Sequence[Tensor]) -> None:
     """Raise TypeError or ValueError where one of the five operands has a dtype or device that the ops do not take."""
     features, shapes, starts, locations, weights = operands
@@ -67,8 +72,4 @@ def are_as_kernels_read(features: Tensor, locations: Tensor, weights: Tensor) ->
 def as_kernels_read(features: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Locations and weights that passed the checks, in the dtypes that the kernels know beside these features."""
     wide = compute_dtype(features)
-    if locations.dtype != wide:
-        locations = locations.to(wide)
-    if wide == torch.float64 and weights.dtype != wide:
-        weights = weights.to(wide)
-    return locations, weights
+    return as_dtype(locations, wide), as_dtype(weights, wide) if wide == torch.float64 else weights

@@ -15,6 +15,7 @@ from torch import Tensor
 from .backends import is_traced, select_backend
 from .calls import REFUSALS, explain
 from .checks import check_device, check_dtype
+from .operands import as_dtype
 from .registration import Kernel
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
@@ -80,4 +81,4 @@ def _as_kernels_read(op: PointwiseOp, operands: tuple[Tensor | None, ...]) -> tu
         return operands
     op.check(*operands)
     dtype = torch.promote_types(dtype, torch.float32)
-    return tuple(operand if operand is None else operand.to(dtype) for operand in operands)
+    return tuple(operand if operand is None else as_dtype(operand, dtype) for operand in operands)

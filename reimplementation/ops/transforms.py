@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes as long as a small kernel's launch to find that there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+from .operands import as_dtype
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
