@@ -68,7 +68,7 @@ inline Tensor allocate_logits_gradient(
   return logits ? allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_learned * 3}) : allocate(anchor, {0});
 }
 
-// What a call reads: tensors that are contiguous, and that must outlive it.
+// What a call reads.
 template <typename T>
 struct BoxKeyPoints {
   BoxKeyPointsSizes sizes;
@@ -88,18 +88,23 @@ struct BoxKeyPoints {
   }
 };
 
-template <typename T>
-BoxKeyPoints<T> box_key_points_of(
-    const BoxKeyPointsSizes& sizes,
-    const Tensor& anchor,
-    const Tensor& fix_scale,
-    const std::optional<Tensor>& logits) {
-  return {
-      sizes,
-      static_cast<const T*>(anchor.const_data_ptr()),
-      static_cast<const T*>(fix_scale.const_data_ptr()),
-      logits ? static_cast<const T*>(logits->const_data_ptr()) : nullptr};
-}
+// The operands of a call that was checked, contiguous. They must outlive what reads them.
+struct BoxKeyPointsOperands {
+  BoxKeyPointsOperands(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits)
+      : anchor(as_contiguous(anchor)), fix_scale(as_contiguous(fix_scale)), logits(as_contiguous(logits)) {}
+
+  template <typename T>
+  BoxKeyPoints<T> op(const BoxKeyPointsSizes& sizes) const {
+    return {
+        sizes,
+        static_cast<const T*>(anchor.const_data_ptr()),
+        static_cast<const T*>(fix_scale.const_data_ptr()),
+        logits ? static_cast<const T*>(logits->const_data_ptr()) : nullptr};
+  }
+
+  const Tensor anchor, fix_scale;
+  const std::optional<Tensor> logits;
+};
 
 template <typename T>
 HOST_DEVICE T sigmoid(T logit) {

@@ -115,13 +115,23 @@ struct Cameras {
   }
 };
 
-// Of tensors that are contiguous, and that must outlive it.
-template <typename T>
-Cameras<T> cameras_of(const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
-  return {
-      static_cast<const T*>(projection_mat.const_data_ptr()),
-      image_wh ? static_cast<const T*>(image_wh->const_data_ptr()) : nullptr};
-}
+// The operands of a call that was checked, contiguous. They must outlive what reads them.
+struct ProjectPointsOperands {
+  ProjectPointsOperands(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh)
+      : key_points(as_contiguous(key_points)),
+        projection_mat(as_contiguous(projection_mat)),
+        image_wh(as_contiguous(image_wh)) {}
+
+  template <typename T>
+  Cameras<T> cameras() const {
+    return {
+        static_cast<const T*>(projection_mat.const_data_ptr()),
+        image_wh ? static_cast<const T*>(image_wh->const_data_ptr()) : nullptr};
+  }
+
+  const Tensor key_points, projection_mat;
+  const std::optional<Tensor> image_wh;
+};
 
 // One implementation per device, each of them bitwise reproducible. The backward returns the gradient of the key points.
 namespace cpu {

@@ -72,14 +72,12 @@ struct Backward {
 
 Tensor box_key_points(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
   const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
-  const Tensor anchors = as_contiguous(anchor);
-  const Tensor fixed = as_contiguous(fix_scale);
-  const std::optional<Tensor> learned = as_contiguous(logits);
-  const Tensor key_points = allocate(anchors, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
-  with_real_type(anchors, [&](auto zero) {
+  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
+  const Tensor key_points = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
+  with_real_type(anchor, [&](auto zero) {
     using T = decltype(zero);
     const Forward<T> kernel{
-        box_key_points_of<T>(sizes, anchors, fixed, learned), static_cast<T*>(key_points.mutable_data_ptr())};
+        operands.op<T>(sizes), static_cast<T*>(key_points.mutable_data_ptr())};
     parallel_run(kernel, sizes.boxes(), items_per_thread(work_of_box(sizes)));
   });
   return key_points;
@@ -89,16 +87,14 @@ std::tuple<Tensor, Tensor> box_key_points_backward(
     const Tensor& grad_output, const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
   const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
   check_box_key_points_gradient(grad_output, anchor, sizes);
-  const Tensor anchors = as_contiguous(anchor);
-  const Tensor fixed = as_contiguous(fix_scale);
-  const std::optional<Tensor> learned = as_contiguous(logits);
+  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
   const Tensor grad_key_points = as_contiguous(grad_output);
-  const Tensor grad_anchors = allocate(anchors, {sizes.batch, sizes.num_anchors, sizes.columns});
-  const Tensor grad_logits = allocate_logits_gradient(anchors, sizes, logits);
-  with_real_type(anchors, [&](auto zero) {
+  const Tensor grad_anchors = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.columns});
+  const Tensor grad_logits = allocate_logits_gradient(anchor, sizes, logits);
+  with_real_type(anchor, [&](auto zero) {
     using T = decltype(zero);
     const Backward<T> kernel{
-        box_key_points_of<T>(sizes, anchors, fixed, learned),
+        operands.op<T>(sizes),
         static_cast<const T*>(grad_key_points.const_data_ptr()),
         static_cast<T*>(grad_anchors.mutable_data_ptr()),
         static_cast<T*>(grad_logits.mutable_data_ptr())};

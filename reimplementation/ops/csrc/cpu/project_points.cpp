@@ -70,18 +70,16 @@ struct Backward {
 
 Tensor project_points(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
   const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
-  const Tensor points = as_contiguous(key_points);
-  const Tensor matrices = as_contiguous(projection_mat);
-  const std::optional<Tensor> image_sizes = as_contiguous(image_wh);
-  const Tensor locations = allocate(points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
-  with_real_type(points, [&](auto zero) {
+  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
+  const Tensor locations = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
+  with_real_type(key_points, [&](auto zero) {
     using T = decltype(zero);
     const Forward<T> kernel{
         sizes,
-        cameras_of<T>(matrices, image_sizes),
-        static_cast<const T*>(points.const_data_ptr()),
+        operands.cameras<T>(),
+        static_cast<const T*>(operands.key_points.const_data_ptr()),
         static_cast<Location<T>*>(locations.mutable_data_ptr())};
-    parallel_run(kernel, points.numel() / 3, items_per_thread(work_of_point(sizes)));
+    parallel_run(kernel, key_points.numel() / 3, items_per_thread(work_of_point(sizes)));
   });
   return locations;
 }
@@ -93,20 +91,18 @@ Tensor project_points_backward(
     const std::optional<Tensor>& image_wh) {
   const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
   check_project_points_gradient(grad_output, key_points, sizes);
-  const Tensor points = as_contiguous(key_points);
-  const Tensor matrices = as_contiguous(projection_mat);
-  const std::optional<Tensor> image_sizes = as_contiguous(image_wh);
+  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
   const Tensor grad_locations = as_contiguous(grad_output);
-  const Tensor grad_points = allocate(points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
-  with_real_type(points, [&](auto zero) {
+  const Tensor grad_points = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
+  with_real_type(key_points, [&](auto zero) {
     using T = decltype(zero);
     const Backward<T> kernel{
         sizes,
-        cameras_of<T>(matrices, image_sizes),
-        static_cast<const T*>(points.const_data_ptr()),
+        operands.cameras<T>(),
+        static_cast<const T*>(operands.key_points.const_data_ptr()),
         static_cast<const T*>(grad_locations.const_data_ptr()),
         static_cast<T*>(grad_points.mutable_data_ptr())};
-    parallel_run(kernel, points.numel() / 3, items_per_thread(work_of_point(sizes)));
+    parallel_run(kernel, key_points.numel() / 3, items_per_thread(work_of_point(sizes)));
   });
   return grad_points;
 }

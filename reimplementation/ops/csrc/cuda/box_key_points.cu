@@ -95,20 +95,18 @@ unsigned grid_of(const BoxKeyPointsSizes& sizes, int64_t block_boxes) {
 Tensor box_key_points(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
   const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
   const torch::stable::accelerator::DeviceGuard guard(anchor.get_device_index());
-  const Tensor anchors = as_contiguous(anchor);
-  const Tensor fixed = as_contiguous(fix_scale);
-  const std::optional<Tensor> learned = as_contiguous(logits);
-  const Tensor key_points = allocate(anchors, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
+  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
+  const Tensor key_points = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
   if (key_points.numel() == 0) {
     return key_points;
   }
-  const cudaStream_t stream = current_stream(anchors.get_device_index());
+  const cudaStream_t stream = current_stream(anchor.get_device_index());
   const int block_points = static_cast<int>(std::min<int64_t>(sizes.num_points(), WARP));
   const dim3 block(block_points, THREADS / block_points);
-  with_real_type(anchors, [&](auto zero) {
+  with_real_type(anchor, [&](auto zero) {
     using T = decltype(zero);
     box_key_points_forward<T><<<grid_of(sizes, block.y), block, 0, stream>>>(
-        box_key_points_of<T>(sizes, anchors, fixed, learned), static_cast<T*>(key_points.mutable_data_ptr()));
+        operands.op<T>(sizes), static_cast<T*>(key_points.mutable_data_ptr()));
   });
   check_launch("box_key_points");
   return key_points;
@@ -119,21 +117,19 @@ std::tuple<Tensor, Tensor> box_key_points_backward(
   const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
   check_box_key_points_gradient(grad_output, anchor, sizes);
   const torch::stable::accelerator::DeviceGuard guard(anchor.get_device_index());
-  const Tensor anchors = as_contiguous(anchor);
-  const Tensor fixed = as_contiguous(fix_scale);
-  const std::optional<Tensor> learned = as_contiguous(logits);
+  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
   const Tensor grad_key_points = as_contiguous(grad_output);
-  const Tensor grad_anchors = allocate(anchors, {sizes.batch, sizes.num_anchors, sizes.columns});
-  const Tensor grad_logits = allocate_logits_gradient(anchors, sizes, logits);
+  const Tensor grad_anchors = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.columns});
+  const Tensor grad_logits = allocate_logits_gradient(anchor, sizes, logits);
   if (grad_anchors.numel() == 0) {
     return {grad_anchors, grad_logits};
   }
-  const cudaStream_t stream = current_stream(anchors.get_device_index());
+  const cudaStream_t stream = current_stream(anchor.get_device_index());
   const dim3 block(WARP, THREADS / WARP);
-  with_real_type(anchors, [&](auto zero) {
+  with_real_type(anchor, [&](auto zero) {
     using T = decltype(zero);
     box_key_points_backward_kernel<T><<<grid_of(sizes, block.y), block, 0, stream>>>(
-        box_key_points_of<T>(sizes, anchors, fixed, learned),
+        operands.op<T>(sizes),
         static_cast<const T*>(grad_key_points.const_data_ptr()),
         static_cast<T*>(grad_anchors.mutable_data_ptr()),
         static_cast<T*>(grad_logits.mutable_data_ptr()));

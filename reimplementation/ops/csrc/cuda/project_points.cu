@@ -78,22 +78,20 @@ dim3 grid_of(const ProjectPointsSizes& sizes, int64_t block_points) {
 Tensor project_points(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
   const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
   const torch::stable::accelerator::DeviceGuard guard(key_points.get_device_index());
-  const Tensor points = as_contiguous(key_points);
-  const Tensor matrices = as_contiguous(projection_mat);
-  const std::optional<Tensor> image_sizes = as_contiguous(image_wh);
-  const Tensor locations = allocate(points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
+  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
+  const Tensor locations = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
   if (locations.numel() == 0) {
     return locations;
   }
-  const cudaStream_t stream = current_stream(points.get_device_index());
+  const cudaStream_t stream = current_stream(key_points.get_device_index());
   const int block_cams = static_cast<int>(std::min<int64_t>(sizes.num_cams, WARP));
   const dim3 block(block_cams, THREADS / block_cams);
-  with_real_type(points, [&](auto zero) {
+  with_real_type(key_points, [&](auto zero) {
     using T = decltype(zero);
     project_points_forward<T><<<grid_of(sizes, block.y), block, 0, stream>>>(
         sizes,
-        cameras_of<T>(matrices, image_sizes),
-        static_cast<const T*>(points.const_data_ptr()),
+        operands.cameras<T>(),
+        static_cast<const T*>(operands.key_points.const_data_ptr()),
         static_cast<Location<T>*>(locations.mutable_data_ptr()));
   });
   check_launch("project_points");
@@ -108,21 +106,19 @@ Tensor project_points_backward(
   const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
   check_project_points_gradient(grad_output, key_points, sizes);
   const torch::stable::accelerator::DeviceGuard guard(key_points.get_device_index());
-  const Tensor points = as_contiguous(key_points);
-  const Tensor matrices = as_contiguous(projection_mat);
-  const std::optional<Tensor> image_sizes = as_contiguous(image_wh);
+  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
   const Tensor grad_locations = as_contiguous(grad_output);
-  const Tensor grad_points = allocate(points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
+  const Tensor grad_points = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
   if (grad_points.numel() == 0) {
     return grad_points;
   }
-  const cudaStream_t stream = current_stream(points.get_device_index());
-  with_real_type(points, [&](auto zero) {
+  const cudaStream_t stream = current_stream(key_points.get_device_index());
+  with_real_type(key_points, [&](auto zero) {
     using T = decltype(zero);
     project_points_backward_kernel<T><<<grid_of(sizes, THREADS), THREADS, 0, stream>>>(
         sizes,
-        cameras_of<T>(matrices, image_sizes),
-        static_cast<const T*>(points.const_data_ptr()),
+        operands.cameras<T>(),
+        static_cast<const T*>(operands.key_points.const_data_ptr()),
         static_cast<const T*>(grad_locations.const_data_ptr()),
         static_cast<T*>(grad_points.mutable_data_ptr()));
   });
