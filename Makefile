@@ -7,8 +7,10 @@ VENV ?= .venv
 N ?= 10000
 SEED ?= 0
 DEVICE ?= cpu
+JOBS ?= 2
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 FUZZ := --draws $(N) --seed $(SEED) --device $(DEVICE)
 SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
 SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH)
@@ -22,15 +24,15 @@ help:  ## list the targets
 demo: build  ## run the op on the built-in scene, with pictures
 	$(BIN)/python -m reimplementation demo
 
-test: build  ## run the tests; those for a GPU run where there is one
-	$(BIN)/python -m pytest
+test: build  ## run the tests, JOBS at a time (2); those for a GPU run where there is one
+	$(PYTEST)
 
 test-slow: build  ## the tests that compile for long: AOTInductor, the C++ example
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: build  ## lint, then test
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 build: $(VENV)/built  ## compile the extension and install the package in place
 

@@ -13,6 +13,9 @@ from tests.ops.cases import OPS, Op
 
 CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many threads as cores in every worker would wait for one another
+
 
 def pytest_collection_modifyitems(items):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
