@@ -13,8 +13,9 @@ from tests.ops.cases import OPS, Op
 
 CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # as many threads as cores in every worker would wait for one another
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # As many threads as cores in every worker would wait for one another; with one alone nothing is shared out.
+    torch.set_num_threads(max(2, torch.get_num_threads() // workers))
 
 
 def pytest_collection_modifyitems(items):
