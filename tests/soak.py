@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
+from reimplementation.data.rig import Rig, nuscenes_like_rig
 from reimplementation.models import MSDeformAttn
 from reimplementation.models.deformable import DeformableFeatureAggregation
-from reimplementation.rig import Rig, nuscenes_like_rig
 
 CHANNELS = 64
 HALF_PRECISION_SIZES = 60  # oneDNN keeps hundreds of megabytes of half-precision matmuls, by shape: let that cache fill

@@ -7,8 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import bench, demo, export, info
-from .bench import sweep
+from . import bench, demo, export, info, sweep
 
 COMMANDS = (bench, sweep, demo, export, info)
 EXTRAS = {  # the extra that brings a package

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 import reimplementation
-from reimplementation.recovery import MIN_PIXELS_ACROSS, Recovery, recover_colors
-from reimplementation.rig import Rig
-from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH, View, built_in_scene, trace_boxes
-from reimplementation.workloads import EMBED_DIMS, aggregation_problem
+from reimplementation.bench.inputs import EMBED_DIMS, aggregation_problem
+from reimplementation.bench.modules import Timing, cases, measure, module_document, reference
+from reimplementation.data.rig import Rig
+from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH, View, built_in_scene, trace_boxes
+from reimplementation.demo import attention
+from reimplementation.demo.recovery import MIN_PIXELS_ACROSS, Recovery, recover_colors
 
-from . import msda_demo
-from .module_timing import Timing, cases, measure, module_document, reference
-from .report import print_report
+from .demo_tables import print_report
 
 OPS = ("aggregation", "msda")
 MAX_QUERIES = 100_000
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         def step(description: str) -> None:
             progress.update(task, advance=1, description=description)
 
-        show = {"aggregation": _show, "msda": msda_demo.show}[options.op]
+        show = {"aggregation": _show, "msda": attention.show}[options.op]
         found = show(options, output, step)
 
     document = {
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace, output: Path, step: Callable[[str], None]) -> dict:
     """Draw the picture, time the module; returns everything that was found. ``step`` is told what comes next."""
-    from reimplementation.drawing import draw
+    from reimplementation.demo.drawing import draw
 
     surroundings = look_around(options.rig)
     step("reading colours")

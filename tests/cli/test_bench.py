@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from reimplementation import ops, timing
+from reimplementation import ops
+from reimplementation.bench import cases, floor, goals, results, tables, timing
+from reimplementation.bench.inputs import aggregation_inputs, aggregation_problem, attention_inputs
+from reimplementation.bench.results import Document, Result
+from reimplementation.bench.timing import Timing, measure, measure_host
 from reimplementation.cli import bench, main
-from reimplementation.cli.bench import cases, floor, goals, report, results
-from reimplementation.cli.bench.results import Document, Result
-from reimplementation.rig import nuscenes_like_rig
-from reimplementation.timing import Timing, measure, measure_host
-from reimplementation.workloads import aggregation_inputs, aggregation_problem, attention_inputs
+from reimplementation.data.rig import nuscenes_like_rig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -160,11 +160,11 @@ def test_ratios_and_goals():
     )
     forward = found.results[0]
     assert forward.gather_bandwidth == pytest.approx(2000)  # 24 MB in 12 us
-    assert (report.grid_sample_us(forward, found), report.floor_us(forward, found)) == (600, 8)
-    assert report.grid_sample_us(backward, found) is None and report.floor_us(backward, found) is None
-    assert [report.default_us(r, found) for r in found.results] == [None, None, None, None, 100]
+    assert (tables.grid_sample_us(forward, found), tables.floor_us(forward, found)) == (600, 8)
+    assert tables.grid_sample_us(backward, found) is None and tables.floor_us(backward, found) is None
+    assert [tables.default_us(r, found) for r in found.results] == [None, None, None, None, 100]
     assert [goals.goal_us(r) for r in found.results] == [24, None, None, 105, None]
-    table = report.markdown(found)
+    table = tables.markdown(found)
     assert "| rig-bs1 | forward | 12 / 24 | 50.0x | 1.50x |" in table
     assert "| rig-bs1 | backward frozen | 50 |  |  |" in table
 

@@ -17,13 +17,13 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from reimplementation import ops
+from reimplementation.bench.inputs import STRIDES
 from reimplementation.cli import demo, main
-from reimplementation.cli.report import print_report
-from reimplementation.drawing import draw
-from reimplementation.recovery import color_pyramid, recover_colors
-from reimplementation.rig import Box, Rig
-from reimplementation.scene import trace_boxes
-from reimplementation.workloads import STRIDES
+from reimplementation.cli.demo_tables import print_report
+from reimplementation.data.rig import Box, Rig
+from reimplementation.data.scene import trace_boxes
+from reimplementation.demo.drawing import draw
+from reimplementation.demo.recovery import color_pyramid, recover_colors
 
 NUSCENES = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuscenes_sample"
 
@@ -199,7 +199,7 @@ def test_missing_extra(missing, capsys, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "reimplementation.drawing", raising=False)
+    monkeypatch.delitem(sys.modules, "reimplementation.demo.drawing", raising=False)
     arguments = ["demo", "--output", str(tmp_path / "demo.png")]
     if missing == "PIL":
         if not NUSCENES.is_dir():

@@ -11,13 +11,14 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from reimplementation.cli import demo, main, msda_demo
+from reimplementation.cli import demo, main
+from reimplementation.demo import attention
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """One camera and one box before it. The module's timing is left out: it does not depend on the images."""
-    for module in (demo, msda_demo):
+    for module in (demo, attention):
         monkeypatch.setattr(module, "cases", list)
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (256, 704, 3), dtype=np.uint8)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
+from reimplementation.data.rig import nuscenes_like_rig
 from reimplementation.models import MSDeformAttn
 from reimplementation.models.deformable import DeformableFeatureAggregation
-from reimplementation.rig import nuscenes_like_rig
 
 CHANNELS = 32
 LEVELS = ((8, 16), (4, 8))

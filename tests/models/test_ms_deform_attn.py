@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 
+from reimplementation.bench.inputs import pixel_centres
 from reimplementation.models import MSDeformAttn
 from reimplementation.models.ms_deform_attn import initial_offsets
-from reimplementation.workloads import pixel_centres
 from tests.reference import TOLERANCE, ms_deform_attn, relative_error
 
 SHAPES = ((6, 9), (3, 5), (2, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reimplementation.workloads import OpInputs
+from reimplementation.bench.inputs import OpInputs
 from tests.reference import TOLERANCE, relative_error
 
 

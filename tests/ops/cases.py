@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from reimplementation import ops
-from reimplementation.workloads import OpInputs
+from reimplementation.bench.inputs import OpInputs
 from tests import reference
 from tests.ops.inputs import random_attention_inputs, random_inputs
 

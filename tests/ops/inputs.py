@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from reimplementation.workloads import AggregationInputs, AttentionInputs, aggregation_inputs, attention_inputs
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, aggregation_inputs, attention_inputs
 
 STEP = 2.0**-12
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.workloads import OpInputs
+from reimplementation.bench.inputs import OpInputs
 from tests.ops.agreement import assert_second_derivatives_or_refusal, run
 from tests.ops.inputs import with_memory_reversed
 from tests.reference import TOLERANCE, relative_error

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.workloads import AggregationInputs
+from reimplementation.bench.inputs import AggregationInputs
 from tests.ops import agreement
 from tests.ops.agreement import run
 from tests.ops.inputs import GEOMETRIES, border_inputs, random_inputs

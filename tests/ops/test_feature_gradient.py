@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.workloads import AggregationInputs, AttentionInputs
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs
 from tests.fuzz.checking import deterministic
 from tests.ops.agreement import assert_agrees
 from tests.ops.inputs import quantized, random_attention_inputs, random_inputs

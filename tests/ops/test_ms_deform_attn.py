@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.workloads import ATTENTION_CASES, AttentionInputs, attention_inputs
+from reimplementation.bench.inputs import ATTENTION_CASES, AttentionInputs, attention_inputs
 from tests.ops import agreement
 from tests.ops.agreement import run
 from tests.ops.inputs import ATTENTION_GEOMETRIES, attention_border_inputs, random_attention_inputs

@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 import torch
 
 import reimplementation
-from reimplementation import untrusted
-from reimplementation.timing import Timing
-from reimplementation.untrusted import entries_of, numbers, require_keys, shown, text
+from reimplementation.bench.timing import Timing
+from reimplementation.data import documents
+from reimplementation.data.documents import entries_of, numbers, require_keys, shown, text
 
 FLOOR = "floor"
 MAX_RESULTS = 10_000
@@ -110,7 +110,7 @@ def read_one(path: Path, kind: type) -> Document:
     Raises:
         ValueError: the file holds something else; the message names it and what is wrong in it.
     """
-    document = untrusted.read_json(path)
+    document = documents.read_json(path)
     require_keys(document, ("machine", "versions", "date", "results"), str(path))
     require_keys(document["machine"], ("device", "threads"), f"{path}: machine")
     require_keys(document["versions"], ("torch", "cuda"), f"{path}: versions")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.cli.bench.cases import OpCase
-from reimplementation.cli.bench.floor import WARP, gather_step, measure_floor, team_lanes
-from reimplementation.cli.bench.gathers import Gathers, gathers
-from reimplementation.workloads import AggregationInputs, AttentionInputs, aggregation_inputs, attention_inputs
+from reimplementation.bench.cases import OpCase
+from reimplementation.bench.floor import WARP, gather_step, measure_floor, team_lanes
+from reimplementation.bench.gathers import Gathers, gathers
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, aggregation_inputs, attention_inputs
 
 
 def at_pixel_corners(location: torch.Tensor, width: int, height: int) -> torch.Tensor:

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from reimplementation import ops
-
-from . import results
-from .cases import CASES, DEFAULT_CASES, PASSES
-from .floor import build, copy_bandwidth
-from .report import markdown, print_table
-from .results import FLOOR, Document, Result
+from reimplementation.bench import results
+from reimplementation.bench.cases import CASES, DEFAULT_CASES, PASSES
+from reimplementation.bench.floor import build, copy_bandwidth
+from reimplementation.bench.results import FLOOR, Document, Result
+from reimplementation.bench.tables import markdown, print_table
 
 DTYPES = {
     "float32": torch.float32,
@@ -55,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.plot:  # before the work begins: a missing extra is named at once
-        from .plot import draw
+        from reimplementation.bench.plots import draw
 
     if options.read:
         documents = [_chosen(document, options) for document in results.read(options.read)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reimplementation.workloads import AggregationInputs, AttentionInputs
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs
 
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # x, y of a footprint's four pixels, from its first
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reimplementation.bench.modules import Timing, cases, measure, module_document, reference
+from reimplementation.data.rig import Camera, Rig
+from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH, built_in_scene
+from reimplementation.demo.reading import NUM_HEADS, NUM_POINTS, STRIDES, Reading, read_colors
 from reimplementation.models import MSDeformAttn
-from reimplementation.reading import NUM_HEADS, NUM_POINTS, STRIDES, Reading, read_colors
-from reimplementation.rig import Camera, Rig
-from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH, built_in_scene
-
-from .module_timing import Timing, cases, measure, module_document, reference
 
 D_MODEL = 256
 
@@ -61,7 +60,7 @@ class AttentionProblem:
 
 def show(options: argparse.Namespace, output: Path, step: Callable[[str], None]) -> dict:
     """Draw the picture, time the module; returns everything that was found. ``step`` is told what comes next."""
-    from reimplementation.attention_drawing import draw
+    from reimplementation.demo.attention_drawing import draw
 
     camera = front_camera(options.rig)
     step("reading colours")

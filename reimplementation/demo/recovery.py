@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from reimplementation import ops
-from reimplementation.rig import Rig
-from reimplementation.scene import View, key_points, pixels_across, visibility
-from reimplementation.workloads import STRIDES
+from reimplementation.bench.inputs import STRIDES
+from reimplementation.data.rig import Rig
+from reimplementation.data.scene import View, key_points, pixels_across, visibility
 
 MIN_PIXELS_ACROSS = 16
 

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
-from reimplementation.cli import module_timing
-from reimplementation.memory import extra_memory
-from reimplementation.timing import Timing, measure, measure_host
-from reimplementation.workloads import (
+from reimplementation.bench.inputs import (
     AggregationInputs,
     AggregationProblem,
     OpInputs,
@@ -23,7 +20,10 @@ from reimplementation.workloads import (
     aggregation_problem,
     attention_inputs,
 )
+from reimplementation.bench.memory import extra_memory
+from reimplementation.bench.timing import Timing, measure, measure_host
 
+from . import modules
 from .floor import measure_floor
 from .gathers import gathers
 from .results import FLOOR
@@ -134,8 +134,8 @@ class PreparedModule:
 
     def measure(self, backend: str, passed: str, repeats: int) -> Figures:
         features = self.problem.feature_maps[0]
-        case = module_timing.Case(str(features.device), backend, features.dtype)
-        _, forward, training = module_timing.steps(self.problem, case)
+        case = modules.Case(str(features.device), backend, features.dtype)
+        _, forward, training = modules.steps(self.problem, case)
         step = training if passed == "training" else forward
         timing = measure([step], features.device, repeats, graph=passed == "forward graph")
         return Figures(timing, extra_bytes=extra_memory(step, features.device))

@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from reimplementation import scene as scene_module
-from reimplementation.rig import Box, Camera, nuscenes_like_rig
-from reimplementation.scene import (
+from reimplementation.data import scene as scene_module
+from reimplementation.data.rig import Box, Camera, nuscenes_like_rig
+from reimplementation.data.scene import (
     KEY_POINTS,
     built_in_scene,
     key_points,

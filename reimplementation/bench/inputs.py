@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
+from reimplementation.data.rig import Rig, nuscenes_like_rig
+from reimplementation.data.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS, IMAGE_HEIGHT, IMAGE_WIDTH
 from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.models.ms_deform_attn import initial_offsets
-from reimplementation.rig import Rig, nuscenes_like_rig
-from reimplementation.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS, IMAGE_HEIGHT, IMAGE_WIDTH
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reimplementation.timing import Timing, measure
+from reimplementation.bench.gathers import Gathers
+from reimplementation.bench.timing import Timing, measure
 
-from .gathers import Gathers
-
-SOURCE = Path(__file__).parents[3] / "benchmarks" / "floor" / "gather.cu"
+SOURCE = Path(__file__).parent / "gather.cu"
 TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's installer puts it
 VECTOR_BYTES = 16  # of one load
 THREADS, WARP = 256, 32  # a block of the kernel, and its longest team

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reimplementation.rig import nuscenes_like_rig
-from reimplementation.workloads import aggregation_problem
+from reimplementation.bench.inputs import aggregation_problem
+from reimplementation.data.rig import nuscenes_like_rig
 
 
 @pytest.fixture(scope="module")

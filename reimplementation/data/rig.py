@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .untrusted import entries_of, file_below, numbers, read_json, require_keys, shown, text
+from .documents import entries_of, file_below, numbers, read_json, require_keys, shown, text
 
 MAX_IMAGE_PIXELS = 40_000_000
 MAX_RIG_PIXELS = 200_000_000  # of all images together, which are held at once

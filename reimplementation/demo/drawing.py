@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .rig import Box, Camera, Rig
-from .scene import NEAR, View, key_points
+from reimplementation.data.rig import Box, Camera, Rig
+from reimplementation.data.scene import NEAR, View, key_points
 
 if TYPE_CHECKING:
     from .recovery import Recovery

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 from reimplementation import ops
-from reimplementation.timing import Timing, measure
+from reimplementation.bench import results
+from reimplementation.bench.cases import op_step
+from reimplementation.bench.gathers import gathers
+from reimplementation.bench.results import Document
+from reimplementation.bench.shapes import INPUTS, NUM_GROUPS, NUM_HEADS, STRIDES, Shape
+from reimplementation.bench.tables import three_digits
+from reimplementation.bench.timing import Timing, measure
 
-from . import DTYPES, positive, results
-from .cases import op_step
-from .gathers import gathers
-from .report import three_digits
-from .results import Document
-from .shapes import INPUTS, NUM_GROUPS, NUM_HEADS, STRIDES, Shape
+from .bench import DTYPES, positive
 
 AXES = {"channels": (32, 64, 128, 256, 512), "points": (1, 2, 4, 8, 16), "levels": (1, 2, 3, 4, 5)}
 BATCH_SIZES = (1, 16)
@@ -65,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.plot:  # before the work begins: a missing extra is named at once
-        from .sweep_plot import draw
+        from reimplementation.bench.sweep_plot import draw
 
     if options.read:
         document = results.read_one(options.read, Figure)

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .goals import goal_us
-from .report import three_digits
 from .results import FLOOR, Document, Result
+from .tables import three_digits
 
 SHADES = {"float64": 0.95, "float32": 0.8, "float16": 0.55, "bfloat16": 0.35}  # of a backend's colour
 COLOR_MAPS = {"cuda": "Greens", "cpu": "Blues", "grid_sample": "Greys", FLOOR: "Oranges"}

@@ -8,8 +8,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from reimplementation.cli.sweep import outliers
+
 from .results import Document
-from .sweep import outliers
 
 
 def draw(path: Path, document: Document) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reimplementation.rig import MAX_BOXES, MAX_CAMERAS, Box, Camera, Rig, nuscenes_like_rig
+from reimplementation.data.rig import MAX_BOXES, MAX_CAMERAS, Box, Camera, Rig, nuscenes_like_rig
 
 NUSCENES = Path(__file__).resolve().parents[2] / "shared" / "data" / "nuscenes_sample"
 WIDTH, HEIGHT = 40, 30

@@ -15,11 +15,13 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from reimplementation import ops
-from reimplementation.attention_drawing import draw
-from reimplementation.cli import main, module_timing, msda_demo
-from reimplementation.cli.report import print_report
-from reimplementation.reading import GRID, NUM_HEADS, NUM_POINTS, STRIDES, color_pyramid, read_colors
-from reimplementation.rig import nuscenes_like_rig
+from reimplementation.bench import modules
+from reimplementation.cli import main
+from reimplementation.cli.demo_tables import print_report
+from reimplementation.data.rig import nuscenes_like_rig
+from reimplementation.demo import attention
+from reimplementation.demo.attention_drawing import draw
+from reimplementation.demo.reading import GRID, NUM_HEADS, NUM_POINTS, STRIDES, color_pyramid, read_colors
 
 NUSCENES = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuscenes_sample"
 
@@ -63,14 +65,14 @@ def test_the_camera_ahead_is_chosen(monkeypatch):
     class Scene:
         rig = nuscenes_like_rig()
 
-    monkeypatch.setattr(msda_demo, "built_in_scene", Scene)
-    assert msda_demo.front_camera().name == "CAM_FRONT"
+    monkeypatch.setattr(attention, "built_in_scene", Scene)
+    assert attention.front_camera().name == "CAM_FRONT"
 
 
 def test_problem_moves_without_sharing():
-    problem = msda_demo.problem(num_queries=6)
+    problem = attention.problem(num_queries=6)
     before = torch.get_rng_state()
-    again = msda_demo.problem(num_queries=6)
+    again = attention.problem(num_queries=6)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again.query, problem.query)
     double = problem.to(dtype=torch.float64)
@@ -86,7 +88,7 @@ def test_problem_moves_without_sharing():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(module_timing, "SECONDS_PER_FIGURE", 0)
+    monkeypatch.setattr(modules, "SECONDS_PER_FIGURE", 0)
 
 
 def test_command(tmp_path, capsys, quick):
@@ -112,7 +114,7 @@ def test_command(tmp_path, capsys, quick):
 
 @pytest.mark.skipif(not NUSCENES.is_dir(), reason="the nuScenes sample is not here")
 def test_real_image(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(msda_demo, "cases", list)  # the module's timing does not depend on the image
+    monkeypatch.setattr(attention, "cases", list)  # the module's timing does not depend on the image
     picture = tmp_path / "real.png"
     arguments = ["demo", "--op", "msda", "--rig", str(NUSCENES), "--queries", "5", "--json", "--output", str(picture)]
     assert main(arguments) == 0

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from reimplementation.scene import IMAGE_HEIGHT, IMAGE_WIDTH
-from reimplementation.workloads import AggregationInputs, AttentionInputs, OpInputs
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
+from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH
 
 NUM_QUERIES, NUM_CAMERAS, NUM_GROUPS, NUM_HEADS = 900, 6, 8, 8
 STRIDES = (4, 8, 16, 32, 64)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reimplementation.cli import module_timing
-from reimplementation.cli.module_timing import Case, cases, measure, reference
-from reimplementation.rig import nuscenes_like_rig
-from reimplementation.workloads import aggregation_problem
+from reimplementation.bench import modules
+from reimplementation.bench.inputs import aggregation_problem
+from reimplementation.bench.modules import Case, cases, measure, reference
+from reimplementation.data.rig import nuscenes_like_rig
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def small():
 
 @pytest.fixture(autouse=True)
 def one_repeat(monkeypatch):
-    monkeypatch.setattr(module_timing, "SECONDS_PER_FIGURE", 0)
+    monkeypatch.setattr(modules, "SECONDS_PER_FIGURE", 0)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
-from reimplementation.memory import extra_memory
+from reimplementation.bench.memory import extra_memory
 
 SECONDS_PER_FIGURE, MAX_REPEATS = 1.2, 50
 DTYPES = {  # a backend on a device: what is worth timing there

@@ -1,0 +1,1 @@
+"""What the others look at: cameras, a street, and documents that nobody vouches for."""

@@ -1,0 +1,1 @@
+"""What the command `demo` shows: each op reads the colours of images."""
