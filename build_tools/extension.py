@@ -67,7 +67,7 @@ def build_extension(csrc: Path, build_dir: Path, library: Path) -> BuildRecord:
     """Compiles the sources under `csrc` into `library` and writes `_build.json` beside it.
 
     Args:
-        csrc: folder of library.cpp, cpu/*.cpp and cuda/*.cu.
+        csrc: folder of library.cpp; every other .cpp and .cu below it is compiled too.
         build_dir: folder for build.ninja and objects; kept between builds, it makes the next one incremental.
         library: path of the shared library. What an earlier build left there is replaced; if nothing can be
             built, it is removed.
@@ -171,10 +171,10 @@ def _steps(
     csrc: Path, build_dir: Path, linked: Path, compiler: list[str], torch: Torch, cuda: Cuda | None
 ) -> list[Step]:
     """The compile commands, one a source, and the link command."""
-    cpp_sources = [csrc / "library.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
-    cuda_sources = sorted((csrc / "cuda").glob("*.cu")) if cuda else []
-    if not cpp_sources[0].is_file():
-        raise Missing(f"the sources are missing: there is no {cpp_sources[0]}")
+    library = csrc / "library.cpp"
+    if not library.is_file():
+        raise Missing(f"the sources are missing: there is no {library}")
+    sources = [*sorted(csrc.rglob("*.cpp")), *(sorted(csrc.rglob("*.cu")) if cuda else [])]
 
     common = [*OPTIMISATION, *ABI_DEFINES, f"-I{csrc}"]
     for path in [sysconfig.get_paths()["include"], *torch.include_dirs]:
@@ -194,11 +194,11 @@ def _steps(
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     steps = []
-    for source in [*cpp_sources, *cuda_sources]:
+    for source in sources:
         output = build_dir / f"{source.relative_to(csrc)}.o"
         depfile = output.with_suffix(".d")
         command = [*nvcc] if source.suffix == ".cu" else [*cxx]
-        if cuda is not None and source == cpp_sources[0]:
+        if cuda is not None and source == library:
             command.append(f'-DREIMPLEMENTATION_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"')
         command += ["-MD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
         steps.append(Step(command, output, [source], depfile))

@@ -2,10 +2,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "common/box_key_points.h"
-#include "common/deformable_aggregation.h"
-#include "common/ms_deform_attn.h"
-#include "common/project_points.h"
+#include "points/box_key_points.h"
+#include "aggregation/op.h"
+#include "attention/op.h"
+#include "points/project_points.h"
 
 STABLE_TORCH_LIBRARY(reimplementation, m) {
   m.def(

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace reimplementation::cpu {
 

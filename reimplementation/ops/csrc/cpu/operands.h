@@ -9,10 +9,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/checks.h"
-#include "../common/levels.h"
-#include "../common/tensors.h"
-#include "vector.h"
+#include "shared/checks.h"
+#include "shared/levels.h"
+#include "shared/tensors.h"
+#include "cpu/vector.h"
 
 namespace reimplementation::cpu {
 

@@ -5,7 +5,7 @@
 #include <array>
 #include <cstdint>
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace reimplementation::cpu {
 

@@ -1,0 +1,518 @@
+// The gradient of the features without atomics: every pixel's gradient has one owner, which adds its terms.
+//
+// A sample touches four pixels; its *anchor* is the top left one of those inside the level. Levels are cut into *tiles* of
+// 4 x 4 pixels. A *team* of lanes that spans the channels, or a slice of them, adds a tile's samples up in shared memory:
+//
+//          +---+------+      the tile's own samples (anchor in the tile), and those of its neighbours whose
+//          | d |  c   |      footprint reaches over the border: anchors in the last column of the tile to the
+//          +---+------+      left (b), in the last row of the one above (c), in the corner between (d)
+//          | b | tile |
+//          +---+------+
+//
+//   1. one thread per sample writes its key: the tile, and the anchor's place in the tile. Places are numbered such that
+//      b, c and d are ranges: within, last column, corner, last row. Counting the samples of each key gives them
+//      ranks, and sums over the counts their order; where bits must repeat, samples of a key are ordered by number;
+//   2. one thread per tile lists it, with the four ranges, while samples are put in order. *Crowded* tiles go to a block of
+//      several warps, which share the samples out; of others each team takes one of its own, beside the crowded ones
+//      (feature_tiles.cuh has both steps, and what becomes of pixels that are no tile's own);
+//   3. teams walk their samples, as many at a time as they have lanes: each lane turns one location into corner weights and
+//      pixels of the tile, then all lanes read one sample's row of the output's gradient after the other. Samples with
+//      the same anchor come one after the other, and add up in registers; another anchor has its four sums fetched from
+//      shared memory, after those of the last one went there.
+//
+// Traffic: for each sample one row of the output's gradient, mostly from L2, where atomics would move four; and the
+// features' gradient is written once, in its own dtype, zeros included. What is left to wait for is shared memory.
+
+#include "feature_gradient/feature_gradient.cuh"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <climits>
+#include <optional>
+
+#include "feature_gradient/tiles.cuh"
+#include "feature_gradient/prefix_sums.cuh"
+
+namespace reimplementation::cuda {
+namespace {
+
+using namespace tiles;
+
+constexpr int ELSEWHERE = PIXELS;  // where the sums for pixels of other tiles go, and for those outside the level
+constexpr int IN_FLIGHT = 4;       // rows of the output's gradient under way together
+constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has registers for so many
+constexpr int BLOCKS_AT_ONCE = 8;  // on a multiprocessor of kernels with a fixed number of them
+constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
+constexpr int MOST_CROWDED = 256;  // the same, if there is enough
+constexpr unsigned MOST_COUNTED = 1u << 19;        // samples: counting the smaller ones ends soon, wherever they fall
+constexpr int64_t MOST_MERGED = int64_t{1} << 23;  // samples of several batch elements: merging runs ends soon too
+constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
+
+// Channels that a lane takes where there are many.
+template <typename T>
+constexpr int VECTOR = sizeof(T) == 8 ? 2 : 4;
+
+// A warp's part of step 3's shared memory. A lane holds VEC neighbouring channels.
+template <typename T, int VEC, bool ONE_GROUP>
+struct Sums {
+  Vector<T, VEC> pixels[PIXELS + 1][WARP];  // the last for what lies elsewhere
+  // Samples that the lanes have prepared, and the next ones.
+  Four<T> corner_weights[2][WARP];
+  unsigned corner_pixels[2][WARP];  // four pixels of the tile, a byte each
+  int queries[2][WARP];
+  int64_t weights[2][ONE_GROUP ? 2 : WARP];
+};
+
+constexpr unsigned ALL_ELSEWHERE = ELSEWHERE * 0x01010101u;
+
+// A team adds samples first, ..., end - 1 of a tile to its sums; no team of the warp has more than `most`. Each lane prepares
+// one sample at a time; while a team adds these, the next ones' operands and the output's gradients are on their way.
+template <typename T, typename W, int VEC, bool ONE_GROUP>
+__device__ __forceinline__ void add_samples(
+    const Part<T, W>& part,
+    const Tile& tile,
+    int first,
+    int end,
+    int most,
+    int channel,
+    Sums<compute_t<T>, VEC, ONE_GROUP>& sums) {
+  using C = compute_t<T>;
+  const int lane = threadIdx.x % WARP;
+  const int lanes = 1 << part.log2_lanes;
+  const int in_team = lane & (lanes - 1), first_lane = lane - in_team;
+  const int width = part.spans[tile.level].width, height = part.spans[tile.level].height;
+  const C* const locations = part.locations + part.image_offset(tile.image, part.location_strides);
+  const T* const output = part.grad_output + part.image_offset(tile.image, part.output_strides) + channel;
+  const W* const weights = part.weights + part.image_offset(tile.image, part.weight_strides) +
+      part.group_offset(channel);
+
+  // A lane's next sample: `begin` loads what `finish` needs later. Where a team has no more, it reads its last one again,
+  // and where it has none, that of number 0.
+  C location_x, location_y;
+  W weight;
+  auto sample_at = [&](int step) {
+    return end > 0 ? part.sorted[tile.at(min(first + step + in_team, end - 1))] : 0;
+  };
+  auto begin = [&](int buffer, unsigned sample) {
+    const Place place(part, sample);
+    const C* location = locations + place.offset(part.location_steps);
+    location_x = location[0];
+    location_y = location[part.location_steps[4]];
+    const int64_t offset = place.offset(part.weight_steps);
+    sums.queries[buffer][lane] = place.query;
+    if (ONE_GROUP) {
+      weight = weights[offset];
+    } else {
+      sums.weights[buffer][lane] = offset;
+    }
+  };
+  auto finish = [&](int buffer, bool exists) {
+    const auto x = bilinear_axis(pixel_position(location_x, width), width);
+    const auto y = bilinear_axis(pixel_position(location_y, height), height);
+    Four<C> corners = corner_weights(x, y);
+    unsigned in_row[2], row[2];
+    bool column_here[2], row_here[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      in_row[i] = x.index[i] - tile.x;
+      row[i] = y.index[i] - tile.y;
+      column_here[i] = x.slope[i] != 0 && in_row[i] < TILE_WIDTH;
+      row_here[i] = exists && y.slope[i] != 0 && row[i] < TILE_HEIGHT;
+    }
+    unsigned pixels = 0;
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      if (ONE_GROUP) {
+        corners[corner] *= to_compute(weight);
+      }
+      const bool here = column_here[corner % 2] && row_here[corner / 2];
+      pixels |= (here ? row[corner / 2] * TILE_WIDTH + in_row[corner % 2] : ELSEWHERE) << 8 * corner;
+    }
+    sums.corner_weights[buffer][lane] = corners;
+    sums.corner_pixels[buffer][lane] = pixels;
+  };
+  Vector<T, VEC> loaded[IN_FLIGHT];
+  W loaded_weights[ONE_GROUP ? 1 : IN_FLIGHT];
+  auto load = [&](int buffer, int i) {
+#pragma unroll
+    for (int j = 0; j < IN_FLIGHT; ++j) {
+      const uint64_t query = static_cast<unsigned>(sums.queries[buffer][first_lane + i + j]);
+      loaded[j] = load_vector<VEC>(output + query * part.output_row);
+      if (!ONE_GROUP) {
+        loaded_weights[j] = weights[sums.weights[buffer][first_lane + i + j]];
+      }
+    }
+  };
+  // The sums of the four pixels that the last sample touched: the next one touches the same four, as often as not.
+  unsigned current = ALL_ELSEWHERE;
+  Vector<C, VEC> run[4] = {};
+  auto pixel = [&](int corner) -> Vector<C, VEC>& { return sums.pixels[current >> 8 * corner & 0xff][lane]; };
+  auto put_down = [&] {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      pixel(corner) = run[corner];
+    }
+  };
+  auto take_up = [&](unsigned pixels) {
+    current = pixels;
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      run[corner] = pixel(corner);
+    }
+  };
+
+  begin(0, sample_at(0));
+  unsigned next_sample = most > lanes ? sample_at(lanes) : 0;
+  finish(0, first + in_team < end);
+  __syncwarp();
+  load(0, 0);
+  int buffer = 0;
+  for (int step = 0; step < most; step += lanes) {
+    const bool more = step + lanes < most;
+    if (more) {
+      begin(buffer ^ 1, next_sample);
+      if (step + 2 * lanes < most) {
+        next_sample = sample_at(step + 2 * lanes);
+      }
+      __syncwarp();
+    }
+    const int count = min(lanes, most - step);
+    for (int i = 0; i < count; i += IN_FLIGHT) {
+      C terms[IN_FLIGHT][VEC];
+#pragma unroll
+      for (int j = 0; j < IN_FLIGHT; ++j) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          terms[j][v] = ONE_GROUP ? loaded[j][v] : loaded[j][v] * to_compute(loaded_weights[ONE_GROUP ? 0 : j]);
+        }
+      }
+      if (i + IN_FLIGHT < count) {
+        load(buffer, i + IN_FLIGHT);
+      } else if (more) {
+        load(buffer ^ 1, 0);
+      }
+#pragma unroll
+      for (int j = 0; j < IN_FLIGHT; ++j) {
+        const unsigned pixels = sums.corner_pixels[buffer][first_lane + i + j];
+        if (pixels != current) {
+          put_down();
+          take_up(pixels);
+        }
+        const Four<C> corners = sums.corner_weights[buffer][first_lane + i + j];
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            run[corner].values[v] += corners[corner] * terms[j][v];
+          }
+        }
+      }
+    }
+    buffer ^= 1;
+    if (more) {
+      finish(buffer, first + step + lanes + in_team < end);
+    }
+    __syncwarp();
+  }
+  put_down();
+}
+
+// Step 3. A block takes units as it gets to them: of crowded tiles one, which its teams share, of others one a team; and a
+// slice of the channels.
+template <typename T, typename W, int VEC, bool ONE_GROUP>
+__global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
+    sum_tiles(const __grid_constant__ Part<T, W> part, bool crowded) {
+  using C = compute_t<T>;
+  extern __shared__ __align__(32) char memory[];
+  auto* const sums = reinterpret_cast<Sums<C, VEC, ONE_GROUP>*>(memory);
+  __shared__ unsigned taken;
+  Plan& plan = *part.plan;
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int in_team = lane & ((1 << part.log2_lanes) - 1);
+  const int block_team = threadIdx.x >> part.log2_lanes, block_teams = blockDim.x >> part.log2_lanes;
+  // Of a tile, and how many tiles the block works on.
+  const int team = crowded ? block_team : 0, teams = crowded ? block_teams : 1, at_once = crowded ? 1 : block_teams;
+  const unsigned tiles = plan.overlap ? 0 : crowded ? plan.very_crowded + plan.crowded : plan.light;
+  const unsigned units = (tiles + at_once - 1) / at_once * part.slices.divisor;
+  for (unsigned unit = blockIdx.x; unit < units;) {
+    unsigned next = 0;
+    if (threadIdx.x == 0) {
+      next = gridDim.x + atomicAdd(crowded ? &plan.next_crowded : &plan.next_light, 1);
+    }
+    unsigned first_entry = unit;
+    const int slice = part.slices.split(first_entry);
+    const int channel = ((slice << part.log2_lanes) + in_team) * VEC;
+    const unsigned entry = min(first_entry * at_once + (crowded ? 0 : block_team), tiles - 1);
+    const bool exists = crowded || first_entry * at_once + block_team < tiles;
+    const Tile tile = crowded
+        ? part.crowded[entry < plan.very_crowded ? entry : part.most_crowded - 1 - (entry - plan.very_crowded)]
+        : part.light[entry];
+    const int samples = tile.samples();
+    const int share = crowded ? (samples + teams - 1) / teams : samples;
+    int most = share;  // of the warp's teams
+    for (int step = WARP / 2; !crowded && step > 0; step /= 2) {
+      most = max(most, __shfl_xor_sync(ALL_LANES, most, step));
+    }
+    if (most > 0) {
+#pragma unroll
+      for (int pixel = 0; pixel < PIXELS; ++pixel) {
+        sums[warp].pixels[pixel][lane] = {};
+      }
+      add_samples(
+          part, tile, share * team, min(share * (team + 1), samples), most, min(channel, part.channels - VEC), sums[warp]);
+    }
+    __syncthreads();
+    if (exists && channel < part.channels && (samples > 0 || !part.add)) {
+      const Span span = part.spans[tile.level];
+      T* const gradients = part.grad_features + part.image_offset(tile.image, part.feature_strides) + channel;
+#pragma unroll 2
+      for (int pixel = team; pixel < PIXELS; pixel += teams) {
+        const int x = tile.x + pixel % TILE_WIDTH, y = tile.y + pixel / TILE_WIDTH;
+        if (x >= span.width || y >= span.height) {
+          continue;
+        }
+        T* gradient = gradients + static_cast<int64_t>(span.start + y * span.width + x) * part.feature_row;
+        Vector<C, VEC> total = {};
+        for (int t = 0; t < teams && samples > 0; ++t) {
+          const int thread = crowded ? (t << part.log2_lanes) + in_team : threadIdx.x;
+          const Vector<C, VEC> term = sums[thread / WARP].pixels[pixel][thread % WARP];
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            total.values[v] += term[v];
+          }
+        }
+        Vector<T, VEC> rounded;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          rounded.values[v] = from_compute<T>(total[v] + (part.add ? to_compute(gradient[v]) : C(0)));
+        }
+        *reinterpret_cast<Vector<T, VEC>*>(gradient) = rounded;
+      }
+    }
+    if (threadIdx.x == 0) {
+      taken = next;
+    }
+    __syncthreads();
+    unit = taken;
+  }
+}
+
+unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>((threads + THREADS - 1) / THREADS);
+}
+
+template <int VEC, bool ONE_GROUP, typename T, typename W>
+void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
+  using C = compute_t<T>;
+  const auto kernel = sum_tiles<T, W, VEC, ONE_GROUP>;
+  constexpr int warp_bytes = sizeof(Sums<C, VEC, ONE_GROUP>);
+  part.log2_lanes = std::max(log2_lanes(part.channels, VEC), ceil_log2(IN_FLIGHT));
+  const int team_channels = VEC << part.log2_lanes;
+  part.slices = Divisor((part.channels + team_channels - 1) / team_channels);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const int most_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int warps = std::clamp((most_bytes - 1024) / warp_bytes, 2, MOST_WARPS);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
+
+  // Side by side: the last crowded tiles keep few multiprocessors busy.
+  const SideStream beside(stream, device, 1);
+  const cudaStream_t crowded = beside.follow();
+  kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, crowded>>>(part, true);
+  check_launch("sum_tiles of the crowded");
+  sum_rest<<<multiprocessors * BLOCKS_AT_ONCE, THREADS, 0, crowded>>>(part);
+  check_launch("sum_rest");
+  kernel<<<multiprocessors * WARPS_AT_ONCE, WARP, warp_bytes, stream>>>(part, false);
+  check_launch("sum_tiles");
+}
+
+// Words that a number for each sample takes, such that what comes next is aligned to 16 bytes.
+int64_t words_for(int64_t samples) {
+  return (samples + 3) / 4 * 4;
+}
+
+// Launches steps 1 and 2 for one part of the batch: returns the part with its samples in order. `memory` has room for four
+// times `words_for` its samples, three if not deterministic.
+template <typename T, typename W>
+Part<T, W> launch_order(
+    Part<T, W> part, LevelTable levels, bool deterministic, uint32_t* memory, Scratch scratch, int device,
+    cudaStream_t stream) {
+  const int64_t keys = static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
+  const int64_t words = words_for(part.samples);
+  uint32_t *const sample_keys = memory, *const ranks = memory + words, *const ordered = memory + 2 * words;
+
+  const int64_t most_blocks = int64_t{BLOCKS_AT_ONCE} * device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const unsigned blocks = 1 + static_cast<unsigned>(std::min<int64_t>(blocks_for(keys), most_blocks));
+  prepare<<<blocks, THREADS, 0, stream>>>(part, levels, keys);
+  check_launch("prepare");
+  find_keys<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, sample_keys, ranks);
+  check_launch("find_keys");
+  sum_before(part.places, keys, scratch, stream);
+
+  const SideStream beside(stream, device, 1);
+  list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, beside.follow()>>>(part);
+  check_launch("list_tiles");
+  part.sorted = ordered;
+  order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, sample_keys, ranks);
+  check_launch("order_samples");
+  if (deterministic) {
+    part.sorted = memory + 3 * words;
+    const unsigned chunks = (part.samples + CHUNK - 1) / CHUNK;
+    const bool few = part.samples <= MOST_COUNTED;
+    uint32_t* const runs = few ? nullptr : ranks;
+    // Of few blocks the larger end sooner; of many the smaller find room beside the other gradients' kernel.
+    settle_chunks<<<chunks, few ? CHUNK : THREADS, 0, stream>>>(part, sample_keys, ordered, runs);
+    check_launch("settle_chunks");
+    if (!few) {
+      settle_runs<<<chunks, THREADS, 0, stream>>>(part, sample_keys, ordered, runs);
+      check_launch("settle_runs");
+    }
+  }
+  return part;
+}
+
+// Keeps what it works in in `memory`, and the result in `gradient`.
+template <typename T, typename W>
+void run(
+    const SampledOp& op,
+    const Tensor& grad_output,
+    const Tensor& features,
+    bool deterministic,
+    const SideStream* side,
+    cudaStream_t main,
+    std::optional<Tensor>& memory,
+    std::optional<Tensor>& gradient) {
+  const int64_t row = op.heads * op.channels;
+  const int64_t query_samples = op.heads * op.points * op.cams * op.levels;
+  const int64_t image_tiles = op.rows / TILE_HEIGHT + op.cams * op.levels;  // at most: a level has pixels / 4 + 1, or fewer
+  Part<T, W> part = {};
+  for (int i = 0; i < 2; ++i) {
+    part.location_strides[i] = op.location_strides[i];
+    part.weight_strides[i] = op.weight_strides[i];
+  }
+  for (int i = 0; i < 5; ++i) {
+    part.location_steps[i] = static_cast<int>(op.location_strides[2 + i]);
+    part.weight_steps[i] = static_cast<int>(op.weight_strides[2 + i]);
+  }
+  part.feature_strides[0] = op.rows * row;
+  part.output_strides[0] = op.queries * row;
+  part.feature_strides[1] = part.output_strides[1] = op.channels;
+  part.feature_row = part.output_row = static_cast<unsigned>(row);
+  part.levels = Divisor(op.levels);
+  part.cams = Divisor(op.cams);
+  part.points = Divisor(op.points);
+  part.heads = Divisor(op.heads);
+  part.group_channels = Divisor(op.channels / op.groups);
+  part.rows = static_cast<int>(op.rows);
+  part.num_levels = static_cast<int>(op.cams * op.levels);
+  part.channels = static_cast<int>(op.channels);
+  part.unit_square = op.unit_square;
+  constexpr int vector_bytes = VECTOR<T> * sizeof(T);
+  const bool vectors = op.channels / op.groups % VECTOR<T> == 0 && is_aligned(grad_output, vector_bytes);
+
+  // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
+  constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
+  const int64_t wanted_samples = deterministic ? MOST_MERGED : most_samples;
+  const int64_t batch_keys = op.heads * image_tiles * PIXELS;
+  const int64_t batch_units = op.heads * image_tiles * ((op.channels + WARP - 1) / WARP);
+  STD_TORCH_CHECK(
+      query_samples <= most_samples && batch_keys < most_keys && row <= UINT_MAX && batch_units < INT_MAX,
+      "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^30");
+  const int64_t queries_at_once = std::clamp<int64_t>(most_samples / query_samples, 1, op.queries);
+  const int64_t batches_at_once = std::clamp<int64_t>(
+      std::min(
+          {wanted_samples / (query_samples * op.queries), WORKSPACE / (batch_keys * int64_t{sizeof(uint32_t)}),
+           INT_MAX / batch_units}),
+      1, op.batch);
+  const int64_t samples_at_once = batches_at_once * queries_at_once * query_samples;
+  const int64_t tiles_at_once = batches_at_once * op.heads * image_tiles;
+  const int64_t keys_at_once = tiles_at_once * PIXELS + 1;
+
+  const int device = op.locations.get_device_index();
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  part.crowded_from = static_cast<unsigned>(std::clamp<int64_t>(
+      samples_at_once / (multiprocessors * WARPS_AT_ONCE * 2), LEAST_CROWDED, MOST_CROWDED));
+  // A tile may have each of its samples to itself, and those of three neighbours.
+  part.most_crowded = static_cast<unsigned>(std::min(tiles_at_once, 4 * samples_at_once / part.crowded_from));
+
+  // One piece of memory for everything in between, all parts after each other; what fills it, as PyTorch does on request,
+  // comes before the side stream begins.
+  int64_t bytes = 0;
+  auto reserve = [&](int64_t size) {
+    const int64_t at = bytes;
+    bytes += (size + 255) / 256 * 256;
+    return at;
+  };
+  const int64_t scratch_bytes = sum_before_bytes(keys_at_once);
+  const int64_t samples_at = reserve(words_for(samples_at_once) * (deterministic ? 4 : 3) * sizeof(uint32_t));
+  const int64_t places_at = reserve(keys_at_once * sizeof(uint32_t));
+  const int64_t light_at = reserve(tiles_at_once * sizeof(Tile));
+  const int64_t crowded_at = reserve(part.most_crowded * sizeof(Tile));
+  const int64_t spans_at = reserve(part.num_levels * sizeof(Span));
+  const int64_t plan_at = reserve(sizeof(Plan));
+  const int64_t scratch_at = reserve(scratch_bytes);
+  memory = allocate(op.locations, {bytes}, ScalarType::Byte);
+  char* const first = static_cast<char*>(memory->mutable_data_ptr());
+  part.places = reinterpret_cast<uint32_t*>(first + places_at);
+  part.light = reinterpret_cast<Tile*>(first + light_at);
+  part.crowded = reinterpret_cast<Tile*>(first + crowded_at);
+  part.spans = reinterpret_cast<Span*>(first + spans_at);
+  part.plan = reinterpret_cast<Plan*>(first + plan_at);
+  const Scratch scratch = {first + scratch_at, static_cast<size_t>(scratch_bytes)};
+  const cudaStream_t stream = side == nullptr ? main : side->follow();
+
+  for (int64_t batch = 0; batch < op.batch; batch += batches_at_once) {
+    part.images = static_cast<int>(std::min(batches_at_once, op.batch - batch) * op.heads);
+    part.most_tiles = static_cast<unsigned>(part.images * image_tiles);
+    for (int64_t query = 0; query < op.queries; query += queries_at_once) {
+      const int64_t queries = std::min(queries_at_once, op.queries - query);
+      part.queries = Divisor(queries);
+      part.samples = static_cast<unsigned>(part.images / op.heads * queries * query_samples);
+      part.add = query > 0;
+      part.grad_output = static_cast<const T*>(grad_output.const_data_ptr()) + batch * part.output_strides[0] +
+          query * row;
+      part.locations = static_cast<const compute_t<T>*>(op.locations.const_data_ptr()) +
+          batch * op.location_strides[0] + query * op.location_strides[2];
+      part.weights = static_cast<const W*>(op.weights.const_data_ptr()) + batch * op.weight_strides[0] +
+          query * op.weight_strides[2];
+      auto* const samples = reinterpret_cast<uint32_t*>(first + samples_at);
+      Part<T, W> ordered = launch_order(part, op.level_table, deterministic, samples, scratch, device, stream);
+      if (!gradient) {
+        // Not before the first samples are being ordered: PyTorch may fill new memory, on its own stream.
+        gradient = allocate_like(features);
+        if (side != nullptr) {
+          side->follow();
+        }
+      }
+      ordered.grad_features = static_cast<T*>(gradient->mutable_data_ptr()) + batch * part.feature_strides[0];
+      if (vectors && op.groups == 1) {
+        launch_sums<VECTOR<T>, true>(ordered, device, stream);
+      } else if (vectors) {
+        launch_sums<VECTOR<T>, false>(ordered, device, stream);
+      } else {
+        launch_sums<1, false>(ordered, device, stream);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+FeatureGradient::FeatureGradient(
+    const SampledOp& op,
+    const Tensor& grad_output,
+    const Tensor& features,
+    bool deterministic,
+    bool beside,
+    cudaStream_t stream)
+    : op_(op) {
+  if (beside) {
+    side_.emplace(stream, features.get_device_index(), 0);
+  }
+  dispatch_types(features, op.weights, [&](auto* t, auto* w) {
+    run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
+        op_, grad_output, features, deterministic, side_ ? &*side_ : nullptr, stream, memory_, gradient_);
+  });
+}
+
+}  // namespace reimplementation::cuda

@@ -1,0 +1,27 @@
+#include "feature_gradient/prefix_sums.cuh"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cub/device/device_scan.cuh>
+
+namespace reimplementation::cuda {
+namespace {
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "prefix sums failed: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void sum_before(uint32_t* counts, int64_t number, Scratch scratch, cudaStream_t stream) {
+  check(cub::DeviceScan::ExclusiveSum(scratch.memory, scratch.bytes, counts, counts, number, stream));
+}
+
+int64_t sum_before_bytes(int64_t number) {
+  uint32_t* const none = nullptr;
+  size_t bytes = 0;
+  check(cub::DeviceScan::ExclusiveSum(nullptr, bytes, none, none, number));
+  return static_cast<int64_t>(bytes);
+}
+
+}  // namespace reimplementation::cuda
