@@ -153,7 +153,8 @@ void dispatch_halves(const Tensor& value, const Tensor& weights, Body body) {
 }  // namespace
 
 bool half_sums_suffice(const MSDeformAttnSizes& sizes, const Tensor& value, const Tensor& grad_output) {
-  constexpr int ATOMICS_OF_HALVES = 9;  // the major compute capability from which on there are vectors of them
+  // The major compute capability from which on they are added eight at a time. Code for an older one adds pairs: right, and slower.
+  constexpr int ATOMICS_OF_HALVES = 9;
   // As often may a row be added to on average: with more, too many are crowded.
   const int64_t lonely = value.scalar_type() == ScalarType::Half ? 16 : 8;
   return (value.scalar_type() == ScalarType::Half || value.scalar_type() == ScalarType::BFloat16) &&

@@ -199,15 +199,16 @@ __device__ __forceinline__ void atomic_add_vector(double* address, const double 
   }
 }
 
-// Rounds eight sums and adds them to memory by one reduction of 16 bytes, on GPUs that have it: compute capability 9.
+// Rounds eight sums and adds them to memory: by one reduction of 16 bytes where the code is for compute capability 9, else by
+// four of a pair.
 template <typename T, std::enable_if_t<sizeof(T) == 2, int> = 0>
 __device__ __forceinline__ void atomic_add_vector(T* address, const float (&values)[8]) {
-#if __CUDA_ARCH__ >= 900
   Vector<T, 8> rounded;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     rounded.values[i] = from_compute<T>(values[i]);
   }
+#if __CUDA_ARCH__ >= 900
   uint4 words;
   memcpy(&words, &rounded, sizeof(words));
   if constexpr (std::is_same_v<T, __half>) {
@@ -222,7 +223,13 @@ __device__ __forceinline__ void atomic_add_vector(T* address, const float (&valu
                  : "memory");
   }
 #else
-  __trap();
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair pairs[4];
+  memcpy(&pairs, &rounded, sizeof(pairs));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    atomicAdd(reinterpret_cast<Pair*>(address) + i, pairs[i]);
+  }
 #endif
 }
 
