@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(reimplementation, m) {
   m.def(
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor sampling_locations, Tensor attention_weights, bool needs_value, bool needs_sampling_locations, "
-      "bool needs_attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)");
+      "bool needs_attention_weights, bool deterministic=False, bool half_sums=True) -> (Tensor, Tensor, Tensor)");
   m.def("box_key_points(Tensor anchor, Tensor fix_scale, Tensor? logits) -> Tensor");
   m.def(
       "box_key_points_backward(Tensor grad_output, Tensor anchor, Tensor fix_scale, Tensor? logits) -> "

@@ -300,7 +300,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_value,
     bool needs_sampling_locations,
     bool needs_attention_weights,
-    bool deterministic) {
+    bool deterministic,
+    bool half_sums) {
   const auto sizes =
       check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
@@ -326,8 +327,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   // in half precision, or in wide sums.
   const bool tiles = needs_value && deterministic;
   const bool rows_first = needs_value && !deterministic && rows_are_shared(sizes);
-  const bool half_sums = needs_value && !deterministic && !rows_first && half_sums_suffice(sizes, values, grad);
-  const bool wide_sums = needs_value && !tiles && !rows_first && !half_sums;
+  const bool in_halves =
+      needs_value && !deterministic && !rows_first && half_sums && half_sums_suffice(sizes, values, grad);
+  const bool wide_sums = needs_value && !tiles && !rows_first && !in_halves;
   Tensor grad_value = wide_sums || rows_first
       ? allocate_zeros(
             values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
@@ -358,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     value_gradient.emplace(op, grad, values, deterministic, needs_others, stream);
     grad_value = value_gradient->gradient();
   }
-  if (half_sums) {
+  if (in_halves) {
     half_gradient.emplace(sizes, values, levels, locations, weights, stream);
   }
   // After that: PyTorch may fill them meanwhile.
@@ -367,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   if (rows_first) {
     add_value_gradient(sizes, grad, levels, locations, weights, grad_value, stream);
   }
-  if (wide_sums || half_sums || needs_others) {
+  if (wide_sums || in_halves || needs_others) {
     dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
@@ -390,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
         }
       };
       if constexpr (IS_HALF<T>) {
-        if (half_sums) {
+        if (in_halves) {
           launch_backward<HALF_VEC>(
               sizes, values, levels, locations, weights, gradients, half_gradient->sums<T>(), stream);
           grad_value = half_gradient->finish(stream);

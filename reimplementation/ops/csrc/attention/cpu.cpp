@@ -516,7 +516,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_value,
     bool needs_sampling_locations,
     bool needs_attention_weights,
-    bool /*deterministic*/) {
+    bool /*deterministic*/,
+    bool /*half_sums*/) {
   const MSDeformAttnSizes sizes =
       check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});

@@ -74,8 +74,9 @@ inline MSDeformAttnSizes check_ms_deform_attn(
   return sizes;
 }
 
-// One implementation per device; the CPU's backward gives the same bits every time, asked for or not. The output is
-// (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes back with no elements; the gradient of
+// One implementation per device; the CPU's backward gives the same bits every time, asked for or not, and its sums are never
+// in half precision. Where `half_sums`, the value's gradient may be summed in the value's own dtype, where few samples meet in
+// a row; else all sums are float32, or float64. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes back with no elements; the gradient of
 // value is contiguous, those of locations and weights have their operand's strides where those are dense.
 namespace cpu {
 Tensor ms_deform_attn(
@@ -95,7 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_value,
     bool needs_sampling_locations,
     bool needs_attention_weights,
-    bool deterministic);
+    bool deterministic,
+    bool half_sums);
 }  // namespace cpu
 
 namespace cuda {
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_value,
     bool needs_sampling_locations,
     bool needs_attention_weights,
-    bool deterministic);
+    bool deterministic,
+    bool half_sums);
 }  // namespace cuda
 
 }  // namespace reimplementation
