@@ -2,12 +2,18 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+
 #include "points/box_key_points.h"
 #include "aggregation/op.h"
 #include "attention/op.h"
 #include "points/project_points.h"
 
-STABLE_TORCH_LIBRARY(reimplementation, m) {
+namespace {
+
+using torch::stable::detail::StableLibrary;
+
+void define_schemas(StableLibrary& m) {
   m.def(
       "deformable_aggregation(Tensor feature_maps, Tensor spatial_shape, Tensor scale_start_index, "
       "Tensor sampling_location, Tensor weights) -> Tensor");
@@ -32,7 +38,7 @@ STABLE_TORCH_LIBRARY(reimplementation, m) {
       "Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {
+void implement_on_cpu(StableLibrary& m) {
   m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cpu::deformable_aggregation));
   m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cpu::deformable_aggregation_backward));
   m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cpu::ms_deform_attn));
@@ -44,7 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(reimplementation, CPU, m) {
 }
 
 #ifdef REIMPLEMENTATION_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
+void implement_on_cuda(StableLibrary& m) {
   m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cuda::deformable_aggregation));
   m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cuda::deformable_aggregation_backward));
   m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cuda::ms_deform_attn));
@@ -56,8 +62,44 @@ STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
 }
 #endif
 
-// The import that loads this library, and so runs the registrations above, is an empty module that says for which GPUs
-// it was built.
+// PyTorch takes one definition of a namespace. STABLE_TORCH_LIBRARY does not notice a refusal, and goes on with a handle that it
+// never got, so a second copy of this library in a process would crash it. This looks first.
+bool namespace_is_free() {
+  TorchLibraryHandle trial = nullptr;
+  if (aoti_torch_library_init_def("reimplementation", __FILE__, __LINE__, &trial) != AOTI_TORCH_SUCCESS) {
+    return false;
+  }
+  aoti_torch_delete_library_object(trial);
+  return true;
+}
+
+// Registers the operators for as long as this library is loaded; nothing, where another copy of it has them registered.
+class Registration {
+ public:
+  Registration() {
+    if (!namespace_is_free()) {
+      return;
+    }
+    definitions_.emplace(StableLibrary::Kind::DEF, &define_schemas, "reimplementation", nullptr, __FILE__, __LINE__);
+    on_cpu_.emplace(StableLibrary::Kind::IMPL, &implement_on_cpu, "reimplementation", "CPU", __FILE__, __LINE__);
+#ifdef REIMPLEMENTATION_WITH_CUDA
+    on_cuda_.emplace(StableLibrary::Kind::IMPL, &implement_on_cuda, "reimplementation", "CUDA", __FILE__, __LINE__);
+#endif
+  }
+
+  bool succeeded() const {
+    return definitions_.has_value();
+  }
+
+ private:
+  std::optional<torch::stable::detail::StableTorchLibraryInit> definitions_, on_cpu_, on_cuda_;
+};
+
+const Registration registration;
+
+}  // namespace
+
+// The import that loads this library, and so registers the operators, is an empty module that says for which GPUs it was built.
 #ifndef REIMPLEMENTATION_CUDA_ARCHITECTURES
 #define REIMPLEMENTATION_CUDA_ARCHITECTURES ""
 #endif
@@ -65,8 +107,17 @@ STABLE_TORCH_LIBRARY_IMPL(reimplementation, CUDA, m) {
 // A C++ program loads this library for its operators alone. It has no Python, and never calls PyInit__C.
 #pragma weak PyModuleDef_Init
 #pragma weak PyModule_AddStringConstant
+#pragma weak PyErr_SetString
+#pragma weak PyExc_ImportError
 
 static int fill_module(PyObject* module) {
+  if (!registration.succeeded()) {
+    PyErr_SetString(
+        PyExc_ImportError,
+        "another copy of the kernels of reimplementation is loaded in this process, and has registered its operators: "
+        "load one of the two alone");
+    return -1;
+  }
   return PyModule_AddStringConstant(module, "cuda_architectures", REIMPLEMENTATION_CUDA_ARCHITECTURES);
 }
 
