@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reimplementation import ops
 from reimplementation.ops.checks import check_shape
-from reimplementation.ops.transforms import at_least_float32
+from reimplementation.ops.dtypes import at_least_float32
 
 
 class MSDeformAttn(nn.Module):

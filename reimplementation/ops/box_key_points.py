@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .backends import EXTENSION_AVAILABLE
-from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
-from .pointwise import PointwiseOp, check_as_kernels_read, check_gradient, run
-from .registration import register
-from .transforms import at_least_float32
+from ._call import call
+from ._register import define
+from ._spec import REAL, Operand, Spec
 
 __all__ = ["CENTRE", "LOG_SIZE", "SIN_COS_YAW", "VELOCITY", "box_key_points", "check_box_anchor"]
-
-NAMES = ("anchor", "fix_scale", "logits")
 
 # A box anchor: x, y, z, log w, log l, log h, sin yaw, cos yaw, vx, vy, vz (metres, metres per second).
 CENTRE = slice(0, 3)
 LOG_SIZE = slice(3, 6)
 SIN_COS_YAW = slice(6, 8)
 VELOCITY = slice(8, 11)
+_ANCHOR_DIMS, _LEARNED_DIMS = "8 to 11", "num_learnable * 3"
+_ANCHOR = (
+    f"anchor must be (bs, num_anchor, {_ANCHOR_DIMS}): x, y, z, log w, log l, log h, sin yaw, cos yaw "
+    "and 0 to 3 of velocity"
+)
 
 
 def box_key_points(anchor: Tensor, fix_scale: Tensor, logits: Tensor | None = None) -> Tensor:
@@ -49,38 +52,19 @@ def box_key_points(anchor: Tensor, fix_scale: Tensor, logits: Tensor | None = No
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    return run(_OP, anchor, fix_scale, logits)
+    return call(_OP, anchor, fix_scale, logits)
 
 
 def check_box_anchor(anchor: Tensor) -> None:
     """Raise ValueError unless these are box anchors by their shape."""
     if anchor.dim() != 3 or not VELOCITY.start <= anchor.shape[-1] <= VELOCITY.stop:
-        raise ValueError(
-            "anchor must be (bs, num_anchor, 8 to 11): x, y, z, log w, log l, log h, sin yaw, cos yaw "
-            f"and 0 to 3 of velocity; got {tuple(anchor.shape)}"
-        )
-
-
-def _check(anchor: Tensor, fix_scale: Tensor, logits: Tensor | None) -> None:
-    check_dtype("anchor", anchor, FEATURE_DTYPES)
-    check_box_anchor(anchor)
-    check_dtype("fix_scale", fix_scale, FEATURE_DTYPES)
-    check_shape("fix_scale", fix_scale, ("num_fixed", 3), {})
-    check_device("fix_scale", fix_scale, anchor.device)
-    if logits is not None:
-        sizes = {"bs": anchor.shape[0], "num_anchor": anchor.shape[1]}
-        check_dtype("logits", logits, FEATURE_DTYPES)
-        check_shape("logits", logits, ("bs", "num_anchor", "num_learnable * 3"), sizes)
-        if logits.shape[-1] % 3 != 0:
-            raise ValueError(f"logits must be (bs, num_anchor, num_learnable * 3); got {tuple(logits.shape)}")
-        check_device("logits", logits, anchor.device)
+        raise ValueError(f"{_ANCHOR}; got {tuple(anchor.shape)}")
 
 
 def _formula(anchor: Tensor, fix_scale: Tensor, logits: Tensor | None) -> Tensor:
-    anchor = at_least_float32(anchor)
-    place = fix_scale.to(anchor.dtype)
+    place = fix_scale
     if logits is not None:
-        learned = logits.to(anchor.dtype).unflatten(-1, (logits.shape[-1] // 3, 3)).sigmoid() - 0.5
+        learned = logits.unflatten(-1, (logits.shape[-1] // 3, 3)).sigmoid() - 0.5
         place = torch.cat([place.expand(*anchor.shape[:2], -1, -1), learned], dim=-2)
     offset = place * anchor[..., None, LOG_SIZE].exp()
 
@@ -90,23 +74,23 @@ def _formula(anchor: Tensor, fix_scale: Tensor, logits: Tensor | None) -> Tensor
     return torch.stack(turned, dim=-1) + anchor[..., None, CENTRE]
 
 
-def _fake(anchor, fix_scale, logits):
-    _check(anchor, fix_scale, logits)
-    check_as_kernels_read(NAMES, (anchor, fix_scale, logits))
-    num_learnable = 0 if logits is None else logits.shape[-1] // 3
-    return anchor.new_empty(*anchor.shape[:2], fix_scale.shape[0] + num_learnable, 3)
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    if not VELOCITY.start <= sizes[_ANCHOR_DIMS] <= VELOCITY.stop:
+        raise ValueError(f"{_ANCHOR}; got {sizes[_ANCHOR_DIMS]} numbers a box")
+    if sizes.get(_LEARNED_DIMS, 0) % 3 != 0:
+        raise ValueError(f"logits must be (bs, num_anchor, {_LEARNED_DIMS}); got {sizes[_LEARNED_DIMS]} a box")
 
 
-def _fake_backward(grad_output, anchor, fix_scale, logits):
-    check_gradient(grad_output, _fake(anchor, fix_scale, logits))
-    return anchor.new_empty(anchor.shape), anchor.new_empty(0 if logits is None else logits.shape)
-
-
-_OP = PointwiseOp(
+SPEC = Spec(
+    name="box_key_points",
     title="Placing key points",
-    check=_check,
-    formula=_formula,
-    kernel=register("box_key_points", _fake, _fake_backward, differentiable=(0, 2), formula=_formula)
-    if EXTENSION_AVAILABLE
-    else None,
+    operands=(
+        Operand("anchor", ("bs", "num_anchor", _ANCHOR_DIMS), REAL, torch.contiguous_format),
+        Operand("fix_scale", ("num_fixed", 3), REAL),
+        Operand("logits", ("bs", "num_anchor", _LEARNED_DIMS), REAL, torch.contiguous_format, optional=True),
+    ),
+    output=lambda sizes: (sizes["bs"], sizes["num_anchor"], sizes["num_fixed"] + sizes.get(_LEARNED_DIMS, 0) // 3, 3),
+    check_sizes=_check_sizes,
+    is_pointwise=True,
 )
+_OP = define(SPEC, _formula)

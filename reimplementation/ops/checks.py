@@ -1,12 +1,11 @@
-"""Argument checks that the ops share: each error names the argument, what was expected and what came."""
+"""Checks of arguments: each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from .dtypes import name_of
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], advice: str = "") -> None:
@@ -16,8 +15,8 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], adv
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor; got {tensor.layout}")
     if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} must be {names}; got {str(tensor.dtype).removeprefix('torch.')}{advice}")
+        names = " or ".join([name_of(dtype) for dtype in allowed])
+        raise TypeError(f"{name} must be {names}; got {name_of(tensor.dtype)}{advice}")
 
 
 def check_shape(name: str, tensor: Tensor, dims: tuple[str | int, ...], sizes: dict[str, int]) -> None:
@@ -43,27 +42,7 @@ def check_shape(name: str, tensor: Tensor, dims: tuple[str | int, ...], sizes: d
 
 def check_device(name: str, tensor: Tensor, device: torch.device, or_cpu: bool = False) -> None:
     """Raise ValueError unless ``tensor`` is on ``device`` (or on the CPU, where that is allowed)."""
-    if tensor.device != device and not (or_cpu and tensor.device.type == "cpu"):
-        where = f"{device}{' or cpu' if or_cpu else ''}"
-        raise ValueError(f"{name} must be on {where}; got {tensor.device}")
-
-
-def check_levels_fit(spatial_shape: Tensor, start_index: Tensor, num_rows: int, names: tuple[str, str, str]) -> None:
-    """Raise ValueError where a level does not lie within its feature rows; only metadata on the CPU is looked at.
-
-    Args:
-        spatial_shape: (..., 2) integer (H, W) of each level.
-        start_index: (...) integer first row of each level.
-        num_rows: rows that there are.
-        names: how the two tensors and the rows are called.
-    """
-    if torch.compiler.is_compiling() or spatial_shape.device.type != "cpu" or start_index.device.type != "cpu":
+    if tensor.device == device or (or_cpu and tensor.device.type == "cpu"):
         return
-    shapes = spatial_shape.reshape(-1, 2).tolist()
-    for (height, width), start in zip(shapes, start_index.reshape(-1).tolist()):
-        if height < 0 or width < 0 or start < 0 or start + height * width > num_rows:
-            shape_name, start_name, rows_name = names
-            raise ValueError(
-                f"{shape_name} and {start_name} must stay within {rows_name}={num_rows} rows; "
-                f"got a level of {height} x {width} that starts at row {start}"
-            )
+    where = f"{device} or cpu" if or_cpu and device.type != "cpu" else str(device)
+    raise ValueError(f"{name} must be on {where}; got {tensor.device}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
-from . import grid_sample
-from .backends import EXTENSION_AVAILABLE
-from .calls import Op, run
-from .checks import check_shape
-from .operands import check_operands
-from .registration import register_sampling
+from ._call import call
+from ._register import define, must_be_deterministic
+from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec
+from .backends import grid_sample
+from .levels import check_levels_fit
 
 __all__ = ["deformable_aggregation_function"]
-
-NAMES = ("feature_maps", "spatial_shape", "scale_start_index", "sampling_location", "weights")
 
 
 def deformable_aggregation_function(
@@ -55,37 +55,37 @@ def deformable_aggregation_function(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    return run(_OP, feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
+    return call(_OP, feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
 
 
-def _check(
-    feature_maps: Tensor,
-    spatial_shape: Tensor,
-    scale_start_index: Tensor,
-    sampling_location: Tensor,
-    weights: Tensor,
-) -> None:
-    check_operands(NAMES, (feature_maps, spatial_shape, scale_start_index, sampling_location, weights))
-
-    sizes: dict[str, int] = {}
-    check_shape("feature_maps", feature_maps, ("bs", "num_feat", "C"), sizes)
-    check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), sizes)
-    check_shape("scale_start_index", scale_start_index, ("num_cams", "num_levels"), sizes)
-    check_shape("sampling_location", sampling_location, ("bs", "num_queries", "num_pts", "num_cams", 2), sizes)
-    check_shape("weights", weights, ("bs", "num_queries", "num_pts", "num_cams", "num_levels", "num_groups"), sizes)
+def _check_sizes(sizes: Mapping[str, int]) -> None:
     if sizes["num_groups"] == 0 or sizes["C"] % sizes["num_groups"] != 0:
         raise ValueError(f"weights: num_groups must divide C={sizes['C']}; got num_groups={sizes['num_groups']}")
 
 
-def _fake(feature_maps, spatial_shape, scale_start_index, sampling_location, weights):
-    _check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights)
-    return feature_maps.new_empty(feature_maps.shape[0], sampling_location.shape[1], feature_maps.shape[2])
+def _check_values(feature_maps: Tensor, spatial_shape: Tensor, scale_start_index: Tensor, *others: Tensor) -> None:
+    check_levels_fit(
+        spatial_shape, scale_start_index, feature_maps.shape[1], ("spatial_shape", "scale_start_index", "num_feat")
+    )
 
 
-_OP = Op(
+SPEC = Spec(
+    name="deformable_aggregation",
     title="Deformable aggregation",
-    level_names=("spatial_shape", "scale_start_index", "num_feat"),
-    check=_check,
-    formula=grid_sample.deformable_aggregation,
-    kernel=register_sampling("deformable_aggregation", _fake) if EXTENSION_AVAILABLE else None,
+    operands=(
+        Operand("feature_maps", ("bs", "num_feat", "C"), FEATURES, torch.contiguous_format),
+        Operand("spatial_shape", ("num_cams", "num_levels", 2), LEVELS),
+        Operand("scale_start_index", ("num_cams", "num_levels"), LEVELS),
+        Operand("sampling_location", ("bs", "num_queries", "num_pts", "num_cams", 2), LOCATIONS, torch.preserve_format),
+        Operand(
+            "weights",
+            ("bs", "num_queries", "num_pts", "num_cams", "num_levels", "num_groups"),
+            WEIGHTS,
+            torch.preserve_format,
+        ),
+    ),
+    output=lambda sizes: (sizes["bs"], sizes["num_queries"], sizes["C"]),
+    check_sizes=_check_sizes,
+    check_values=_check_values,
 )
+_OP = define(SPEC, grid_sample.deformable_aggregation, flags=lambda needs, dtype: (*needs, must_be_deterministic()))

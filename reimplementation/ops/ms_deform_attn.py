@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import grid_sample
-from .backends import EXTENSION_AVAILABLE
-from .calls import Op, run
-from .checks import check_shape
-from .operands import check_operands
-from .registration import register_sampling
+from ._call import call
+from ._register import define, must_be_deterministic
+from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec
+from .backends import grid_sample
+from .levels import check_levels_fit
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
-
-NAMES = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
 
 
 def ms_deform_attn(
@@ -59,7 +57,7 @@ def ms_deform_attn(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    return run(_OP, value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    return call(_OP, value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
 class MSDeformAttnFunction:
@@ -71,32 +69,21 @@ class MSDeformAttnFunction:
     apply = staticmethod(ms_deform_attn)
 
 
-def _check(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> None:
-    check_operands(NAMES, (value, spatial_shapes, level_start_index, sampling_locations, attention_weights))
-
-    sizes: dict[str, int] = {}
-    check_shape("value", value, ("N", "S", "M", "D"), sizes)
-    check_shape("spatial_shapes", spatial_shapes, ("L", 2), sizes)
-    check_shape("level_start_index", level_start_index, ("L",), sizes)
-    check_shape("sampling_locations", sampling_locations, ("N", "Lq", "M", "L", "P", 2), sizes)
-    check_shape("attention_weights", attention_weights, ("N", "Lq", "M", "L", "P"), sizes)
+def _check_values(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, *others: Tensor) -> None:
+    check_levels_fit(spatial_shapes, level_start_index, value.shape[1], ("spatial_shapes", "level_start_index", "S"))
 
 
-def _fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
-
-
-_OP = Op(
+SPEC = Spec(
+    name="ms_deform_attn",
     title="Multi-scale deformable attention",
-    level_names=("spatial_shapes", "level_start_index", "S"),
-    check=_check,
-    formula=grid_sample.ms_deform_attn,
-    kernel=register_sampling("ms_deform_attn", _fake) if EXTENSION_AVAILABLE else None,
+    operands=(
+        Operand("value", ("N", "S", "M", "D"), FEATURES, torch.contiguous_format),
+        Operand("spatial_shapes", ("L", 2), LEVELS),
+        Operand("level_start_index", ("L",), LEVELS),
+        Operand("sampling_locations", ("N", "Lq", "M", "L", "P", 2), LOCATIONS, torch.preserve_format),
+        Operand("attention_weights", ("N", "Lq", "M", "L", "P"), WEIGHTS, torch.preserve_format),
+    ),
+    output=lambda sizes: (sizes["N"], sizes["Lq"], sizes["M"] * sizes["D"]),
+    check_values=_check_values,
 )
+_OP = define(SPEC, grid_sample.ms_deform_attn, flags=lambda needs, dtype: (*needs, must_be_deterministic()))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .backends import EXTENSION_AVAILABLE
-from .checks import FEATURE_DTYPES, INTEGER_DTYPES, check_device, check_dtype, check_shape
-from .pointwise import PointwiseOp, check_as_kernels_read, check_gradient, run
-from .registration import register
-from .transforms import at_least_float32, transform
+from ._call import call
+from ._register import define
+from ._spec import NUMBERS, REAL, Operand, Spec
+from .transforms import transform
 
 __all__ = ["project_points"]
 
-NAMES = ("key_points", "projection_mat", "image_wh")
 MIN_DEPTH = 1e-5
 
 
@@ -42,47 +41,26 @@ def project_points(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor 
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    return run(_OP, key_points, projection_mat, image_wh)
-
-
-def _check(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor | None) -> None:
-    sizes: dict[str, int] = {}
-    check_dtype("key_points", key_points, FEATURE_DTYPES)
-    check_shape("key_points", key_points, ("bs", "num_anchor", "num_pts", 3), sizes)
-    check_dtype("projection_mat", projection_mat, FEATURE_DTYPES)
-    check_shape("projection_mat", projection_mat, ("bs", "num_cams", 4, 4), sizes)
-    check_device("projection_mat", projection_mat, key_points.device)
-    if image_wh is not None:
-        check_dtype("image_wh", image_wh, FEATURE_DTYPES + INTEGER_DTYPES)
-        check_shape("image_wh", image_wh, ("bs", "num_cams", 2), sizes)
-        check_device("image_wh", image_wh, key_points.device)
+    return call(_OP, key_points, projection_mat, image_wh)
 
 
 def _formula(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor | None) -> Tensor:
-    points = at_least_float32(key_points)
-    projected = transform(points[:, :, :, None], projection_mat[:, None, None, :, :3].to(points.dtype))
+    projected = transform(key_points[:, :, :, None], projection_mat[:, None, None, :, :3])
     extent = projected[..., 2:].clamp(min=MIN_DEPTH)
     if image_wh is not None:
-        extent = extent * image_wh[:, None, None].to(points.dtype)
+        extent = extent * image_wh[:, None, None]
     return projected[..., :2] / extent
 
 
-def _fake(key_points, projection_mat, image_wh):
-    _check(key_points, projection_mat, image_wh)
-    check_as_kernels_read(NAMES, (key_points, projection_mat, image_wh))
-    return key_points.new_empty(*key_points.shape[:3], projection_mat.shape[1], 2)
-
-
-def _fake_backward(grad_output, key_points, projection_mat, image_wh):
-    check_gradient(grad_output, _fake(key_points, projection_mat, image_wh))
-    return key_points.new_empty(key_points.shape)
-
-
-_OP = PointwiseOp(
+SPEC = Spec(
+    name="project_points",
     title="Projection of key points",
-    check=_check,
-    formula=_formula,
-    kernel=register("project_points", _fake, _fake_backward, differentiable=(0,), formula=_formula)
-    if EXTENSION_AVAILABLE
-    else None,
+    operands=(
+        Operand("key_points", ("bs", "num_anchor", "num_pts", 3), REAL, torch.contiguous_format),
+        Operand("projection_mat", ("bs", "num_cams", 4, 4), REAL),
+        Operand("image_wh", ("bs", "num_cams", 2), NUMBERS, optional=True),
+    ),
+    output=lambda sizes: (sizes["bs"], sizes["num_anchor"], sizes["num_pts"], sizes["num_cams"], 2),
+    is_pointwise=True,
 )
+_OP = define(SPEC, _formula)

@@ -9,13 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operands import as_dtype
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened to float32; anything wider as it is."""
-    return as_dtype(tensor, torch.promote_types(tensor.dtype, torch.float32))
-
 
 def transform(points: Tensor, matrix: Tensor) -> Tensor:
     """Affine map of points.

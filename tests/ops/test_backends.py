@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from reimplementation import ops
 from reimplementation.ops import backends
+from reimplementation.ops.backends import native
+from reimplementation.ops.backends.backend import Missing
 from tests.ops.inputs import random_inputs
 
 CPU = torch.device("cpu")
@@ -23,19 +27,31 @@ OP = "Deformable aggregation"
 def nothing_decided(monkeypatch):
     """No backend has been chosen and no warning been given yet."""
     monkeypatch.setattr(backends, "_best", {})
-    monkeypatch.setattr(backends, "_gpus", {})
     monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(native, "_gpus", {})
 
 
 @pytest.fixture
-def no_extension(monkeypatch):
-    monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", False)
-    monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", False)
-    monkeypatch.setattr(backends, "_extension_missing", "no C++ compiler")
+def extension(monkeypatch):
+    """Pretends that the extension is there, with kernels for some GPUs, or that it is missing for a reason."""
+
+    def pretend(architectures: str = "", missing: str | None = None) -> None:
+        reason = missing and Missing(missing, native.BUILD_COMMAND)
+        monkeypatch.setattr(native, "_extension_missing", reason)
+        monkeypatch.setattr(native, "_architectures", architectures)
+        monkeypatch.setattr(native, "EXTENSION_AVAILABLE", reason is None)
+        monkeypatch.setattr(native, "CUDA_EXT_AVAILABLE", bool(architectures))
+
+    return pretend
 
 
 @pytest.fixture
-def gpus(monkeypatch):
+def no_extension(extension):
+    extension(missing="no C++ compiler")
+
+
+@pytest.fixture
+def gpus(extension, monkeypatch):
     """Pretends that the extension is built for some architectures, and that there are GPUs of some capabilities."""
 
     def pretend(architectures: str, *capabilities: tuple[int, int]) -> list[int]:
@@ -45,9 +61,7 @@ def gpus(monkeypatch):
             asked.append(index)
             return capabilities[index]
 
-        monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
-        monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
-        monkeypatch.setattr(backends, "_cuda_architectures", architectures)
+        extension(architectures)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -79,6 +93,71 @@ def test_use_backend_is_the_threads_own():
     assert seen == [backends.select_backend(CPU, OP)]
 
 
+def test_use_backend_is_the_asyncio_tasks_own():
+    """Tasks take turns, two of them within blocks, which begin and end in one another."""
+
+    async def chosen(name: str | None) -> list[str]:
+        with ops.use_backend(name) if name else nullcontext():
+            seen = []
+            for _ in range(3):
+                seen.append(backends.select_backend(CPU, OP))
+                await asyncio.sleep(0)
+        return [*seen, backends.select_backend(CPU, OP)]
+
+    async def all_at_once() -> list[list[str]]:
+        return await asyncio.gather(chosen("grid_sample"), chosen(best), chosen(None))
+
+    best = ops.available_backends(CPU)[0]
+    assert asyncio.run(all_at_once()) == [["grid_sample"] * 3 + [best], [best] * 4, [best] * 4]
+
+
+def test_use_backend_without_with_says_so():
+    with pytest.warns(RuntimeWarning, match=r"does nothing by itself: write `with use_backend\('grid_sample'\):`"):
+        ops.use_backend("grid_sample")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ops.use_backend("grid_sample"):
+            pass
+
+
+def test_use_backend_decorates():
+    @ops.use_backend("grid_sample")
+    def chosen(depth: int) -> list[str]:
+        return [backends.select_backend(CPU, OP), *(chosen(depth - 1) if depth else [])]
+
+    assert chosen(2) == ["grid_sample"] * 3
+    assert backends.select_backend(CPU, OP) == ops.available_backends(CPU)[0]
+
+
+def test_a_compiled_function_follows_the_forced_backend():
+    """Dynamo guards on it: a graph of one backend does not serve a call that forces another."""
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def chosen(x):
+        outside = backends.select_backend(CPU, OP, in_graph=True) == "grid_sample"
+        with ops.use_backend("grid_sample"):
+            inside = backends.select_backend(CPU, OP, in_graph=True) == "grid_sample"
+        return x + 2 * outside + inside
+
+    is_best = ops.available_backends(CPU)[0] == "grid_sample"
+    for _ in range(2):
+        assert chosen(torch.zeros(1)).item() == 1 + 2 * is_best
+        with ops.use_backend("grid_sample"):
+            assert chosen(torch.zeros(1)).item() == 3
+
+
+def test_a_device_without_kernels_is_not_told_to_build_them():
+    assert backends.why_missing("mps") == "the extension is written for cpu and cuda, not for mps"
+
+
+def test_import_is_quick_and_silent():
+    """The compiler, which takes a second to import, is not imported before it is used."""
+    code = "import sys, torch; import reimplementation.ops; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 def test_unknown_backend():
     with (
         pytest.raises(ValueError, match="backend must be one of cuda, cpu, grid_sample; got 'triton'"),
@@ -93,9 +172,8 @@ def test_forcing_a_missing_backend(no_extension):
         pass
 
 
-def test_forcing_the_backend_of_another_device(monkeypatch):
-    monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
-    monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
+def test_forcing_the_backend_of_another_device(extension):
+    extension("9.0")
     with (
         pytest.raises(RuntimeError, match="backend 'cuda' is forced, but the tensors are on cpu"),
         ops.use_backend("cuda"),
@@ -154,9 +232,9 @@ def test_environment_variable(value, expected):
 )
 def test_which_gpus_run_which_code(architectures, runs, does_not_run):
     for capability in runs:
-        assert backends.runs_on(capability, architectures.split()), capability
+        assert native.runs_on(capability, architectures.split()), capability
     for capability in does_not_run:
-        assert not backends.runs_on(capability, architectures.split()), capability
+        assert not native.runs_on(capability, architectures.split()), capability
 
 
 UNFIT = (
@@ -205,15 +283,14 @@ def test_without_a_gpu_no_capability_is_asked_for(gpus):
     assert asked == []
 
 
-def test_a_graph_asks_for_the_capability_while_it_is_traced(monkeypatch):
+def test_a_graph_asks_for_the_capability_while_it_is_traced(extension, monkeypatch):
     asked = []
-    monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
-    monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
-    monkeypatch.setattr(backends, "_compare_with_gpu", asked.append)  # which returns None: the GPU is fit
+    extension("9.0")
+    monkeypatch.setattr(native, "_compare_with_gpu", asked.append)  # which returns None: the GPU is fit
 
     @torch.compile(backend="eager", fullgraph=True)
     def chosen(x):
-        return x + 1 if backends.select_backend(torch.device("cuda:0")) == "cuda" else x
+        return x + 1 if backends.select_backend(torch.device("cuda:0"), in_graph=True) == "cuda" else x
 
     assert chosen(torch.zeros(1)).item() == chosen(torch.zeros(1)).item() == 1
     assert asked == [0]
@@ -221,10 +298,8 @@ def test_a_graph_asks_for_the_capability_while_it_is_traced(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("architectures", ["5.0", "99.0+PTX"])
-def test_an_unfit_gpu_computes_the_same_on_grid_sample(monkeypatch, architectures):
-    monkeypatch.setattr(backends, "CUDA_EXT_AVAILABLE", True)
-    monkeypatch.setattr(backends, "EXTENSION_AVAILABLE", True)
-    monkeypatch.setattr(backends, "_cuda_architectures", architectures)
+def test_an_unfit_gpu_computes_the_same_on_grid_sample(extension, architectures):
+    extension(architectures)
     inputs = random_inputs()
     major, minor = torch.cuda.get_device_capability()
     with pytest.warns(RuntimeWarning, match=rf"compute capability {major}\.{minor}, .* built for {architectures[0]}"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
+from reimplementation.ops.backends.backend import Missing
 from tests.ops.agreement import KernelCalls
 from tests.ops.inputs import with_memory_reversed
 from tests.ops.pointwise import POINTWISE, Pointwise, leaves_of, output_and_gradients
@@ -107,7 +108,7 @@ class TestPath:
         """It warns once, and points to where the op was called."""
         operands = op.on("cpu", torch.float32)
         expected = op.function(*operands)
-        missing = ops.backends._Missing("there is no compiler")
+        missing = Missing("there is no compiler")
         monkeypatch.setattr(ops.backends, "_missing", lambda *_: missing)
         monkeypatch.setattr(ops.backends, "_best", {})
         monkeypatch.setattr(ops.backends, "_warned", set())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from reimplementation import ops
 from reimplementation.ops.checks import check_shape
-from reimplementation.ops.operands import as_dtype
+from reimplementation.ops.dtypes import as_dtype
 
 from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from reimplementation import ops
 from reimplementation.ops.box_key_points import CENTRE, LOG_SIZE, SIN_COS_YAW, VELOCITY, check_box_anchor
 from reimplementation.ops.checks import check_shape
-from reimplementation.ops.transforms import at_least_float32, transform
+from reimplementation.ops.dtypes import at_least_float32
+from reimplementation.ops.transforms import transform
 
 from .transforms import displacement, in_3d, rotate, with_past_frames
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..feature_maps import read_integers
+from ..levels import lies_within
 from . import gather
-from .feature_maps import read_integers
 from .gather import nothing
 
 OUTSIDE = -2.0  # a location far enough outside that its footprint touches no pixel
@@ -149,7 +150,7 @@ def _is_known(*numbers: int | torch.SymInt) -> bool:
 
 def _fits(height: int, width: int, start: int, num_rows: int) -> bool:
     """Whether a level has pixels, all of them within the rows that there are; of an unknown level, that it must."""
-    conditions = (height > 0, width > 0, start >= 0, start + height * width <= num_rows)
+    conditions = (height > 0, width > 0, *lies_within(height, width, start, num_rows))
     if _is_known(height, width, start):
         return all(conditions)
     for condition in conditions:

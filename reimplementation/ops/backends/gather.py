@@ -6,8 +6,13 @@ gather, product and sum; run as it stands, this takes more memory than grid_samp
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import and_
+
 import torch
 from torch import Tensor
+
+from ..levels import lies_within
 
 
 def deformable_aggregation(
@@ -80,7 +85,7 @@ def _sum_of_samples(rows: Tensor, shape: Tensor, start: Tensor, location: Tensor
         (B, queries, C). A level that does not fit the rows adds nothing.
     """
     height, width = shape.unbind(-1)
-    fits = (height > 0) & (width > 0) & (start >= 0) & (start + height * width <= rows.shape[1])
+    fits = reduce(and_, (height > 0, width > 0, *lies_within(height, width, start, rows.shape[1])))
     pixel = location * shape.flip(-1).to(location.dtype) - 0.5
     corner = pixel.detach().floor()
     (left, top), (right_weight, lower_weight) = corner.unbind(-1), (pixel - corner).unbind(-1)

@@ -1,0 +1,159 @@
+"""An op, registered with PyTorch: fake kernels, autograd and autocast follow from its spec.
+
+Every operator ``name(*operands)`` has a backward ``name_backward(grad_output, *operands, *flags)`` that returns the
+gradients of those operands that can have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ._spec import Dtype, Spec
+from .backends import EXTENSION_AVAILABLE
+
+Flags = Callable[[Sequence[bool], Dtype], Sequence[bool]]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """An op as `_call.call` runs it.
+
+    formula: the op in plain PyTorch, of operands as `Spec.as_read` returns them.
+    operator: ``torch.ops.reimplementation.NAME``; None without the extension.
+    recorded: its autograd function for calls that nobody traces. It goes past the dispatcher's Python wrappers of
+        registered formulas, which take longer than the rest of a small call.
+    read_as_they_are: the operands' dtypes of earlier calls that needed no cast.
+    """
+
+    spec: Spec
+    formula: Callable[..., Tensor]
+    operator: Callable[..., Tensor] | None = None
+    recorded: type[torch.autograd.Function] | None = None
+    read_as_they_are: set[tuple[Dtype | None, ...]] = field(default_factory=set)
+
+
+def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda needs, dtype: ()) -> Op:
+    """The op of a spec, with its operator where the extension is there.
+
+    Args:
+        spec: what it takes and gives.
+        formula: the op in plain PyTorch.
+        flags: from which of the `Spec.differentiable` operands need a gradient, and the dtype of the first operand, to
+            what the operator's backward takes behind the operands. Where it takes any, the first ones are those needs.
+    """
+    if not EXTENSION_AVAILABLE:
+        return Op(spec, formula)
+    operator = getattr(torch.ops.reimplementation, spec.name).default
+    differentiate = _differentiation(spec, formula, flags)
+    _register_with_torch(spec, operator, differentiate)
+    return Op(spec, formula, operator, _recorded(spec, operator, differentiate))
+
+
+def raise_if_out_of_memory(error: Exception, device: torch.device) -> None:
+    """Raise PyTorch's type of error where a kernel found the GPU full: that is what callers handle."""
+    if str(error).startswith("CUDA out of memory"):
+        if not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(
+                device
+            )  # a launch that failed before makes allocations fail too: this raises its error
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+def must_be_deterministic() -> bool:
+    """Whether PyTorch is asked for the same bits every time."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags) -> Callable:
+    """The backward of the operator, as a function of autograd's context and the output's gradient."""
+    backward = getattr(torch.ops.reimplementation, f"{spec.name}_backward").default
+
+    def differentiate(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [ctx.needs_input_grad[i] for i in spec.differentiable]
+        if spec.is_pointwise and (torch.is_grad_enabled() or sum(needs) < sum(ctx.needs_input_grad)):
+            return _differentiate_formula(formula, ctx, grad_output)
+        operands = ctx.saved_tensors
+        grads = backward(grad_output, *operands, *flags(needs, operands[0].dtype))
+        by_operand: list[Tensor | None] = [None] * len(spec.operands)
+        for i, needed, grad in zip(spec.differentiable, needs, (grads,) if isinstance(grads, Tensor) else grads):
+            by_operand[i] = grad if needed else None
+        return tuple(by_operand)
+
+    return differentiate
+
+
+def _register_with_torch(spec: Spec, operator: Callable[..., Tensor], differentiate: Callable) -> None:
+    """Fake kernels, autograd and autocast of the operator, and the fake kernel of its backward."""
+    name = f"reimplementation::{spec.name}"
+    num_operands, num_gradients = len(spec.operands), len(spec.differentiable)
+
+    def fake(*operands):
+        return spec.fake(operands)
+
+    def fake_backward(grad_output, *rest):
+        operands, flags = rest[:num_operands], rest[num_operands:]
+        grads = spec.fake_gradients(grad_output, operands, flags[:num_gradients] or [True] * num_gradients)
+        return grads if len(grads) > 1 else grads[0]
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def no_second_derivative(ctx, *grads):
+        raise RuntimeError(f"{spec.name} has no second derivative: call backward without create_graph=True")
+
+    def autocast(device_type: str) -> Callable[..., Tensor]:
+        def kernel(*operands):
+            operands = spec.under_autocast(operands)
+            with torch.autocast(device_type, enabled=False):
+                return operator(*operands)
+
+        return kernel
+
+    torch.library.register_fake(name, fake)
+    torch.library.register_fake(f"{name}_backward", fake_backward)
+    torch.library.register_autograd(name, differentiate, setup_context=save)
+    torch.library.register_autograd(f"{name}_backward", no_second_derivative)
+    if spec.changes_under_autocast:
+        torch.library.impl(name, "AutocastCUDA", autocast("cuda"))
+        torch.library.impl(name, "AutocastCPU", autocast("cpu"))
+
+
+def _recorded(spec: Spec, operator: Callable[..., Tensor], differentiate: Callable) -> type[torch.autograd.Function]:
+    """The operator's autograd function for calls that nobody traces."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *operands: Tensor | None) -> Tensor:
+            ctx.save_for_backward(*operands)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*operands)
+
+        @staticmethod
+        def backward(ctx, grad_output: Tensor):
+            if torch.is_grad_enabled():  # create_graph=True: a second derivative must find its formula, or its error
+                return differentiate(ctx, grad_output)
+            try:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return differentiate(ctx, grad_output)
+            except RuntimeError as error:
+                raise_if_out_of_memory(error, grad_output.device)
+                raise
+
+    Recorded.__name__ = spec.name
+    return Recorded
+
+
+def _differentiate_formula(formula: Callable[..., Tensor], ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of an op by its formula; themselves differentiable where the backward shall be."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: where one operand was computed from another, what reaches the latter through it is not asked for here.
+        operands = [operand if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
+        output = formula(*operands)
+    wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad) if needed]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
+    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

@@ -1,0 +1,195 @@
+"""What an op takes and gives: from its spec follow the checks, the dtypes that kernels read, and the fake kernels.
+
+A spec names the operands in their order, with their dimensions, and the role of each. The role says its dtypes, which
+depend on the dtype of the first operand: this one sets the op's device, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .checks import check_device, check_dtype, check_shape
+from .dtypes import FLOATING, HALF, INTEGER, as_dtype
+
+Dtype = torch.dtype
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an operand is for. ``first`` is the dtype of the op's first operand, ``own`` the operand's.
+
+    accepted: from ``first``, the dtypes that a caller may pass.
+    read: from ``own`` and ``first``, the dtype in which kernels and formulas get it.
+    under_autocast: from ``own`` and ``first``, the dtype that it gets under autocast before it is looked at; None where
+        autocast changes nothing.
+    advice: ends the error for a dtype that is not accepted.
+    or_cpu: it may lie on the CPU, too, wherever the first operand lies.
+    """
+
+    accepted: Callable[[Dtype], tuple[Dtype, ...]]
+    read: Callable[[Dtype, Dtype], Dtype]
+    under_autocast: Callable[[Dtype, Dtype], Dtype] | None = None
+    advice: str = ""
+    or_cpu: bool = False
+
+
+def _is_wide(first: Dtype) -> bool:
+    return first == torch.float64
+
+
+def _weights_under_autocast(own: Dtype, first: Dtype) -> Dtype:
+    return first if own in FLOATING and own not in (first, torch.float32) else own
+
+
+# Operands of ops that sample features. Sums run in float32, or float64 beside float64 features.
+FEATURES = Role(lambda first: FLOATING, lambda own, first: own)
+LEVELS = Role(lambda first: INTEGER, lambda own, first: own, or_cpu=True)
+LOCATIONS = Role(
+    lambda first: (torch.float32, torch.float64),
+    lambda own, first: torch.float64 if _is_wide(first) else torch.float32,
+    under_autocast=lambda own, first: torch.float32 if own in HALF else own,
+    advice=": half precision cannot address a pixel, compute locations in float32",
+)
+WEIGHTS = Role(
+    lambda first: (first,) if first == torch.float32 else (first, torch.float32),
+    lambda own, first: first if _is_wide(first) else own,
+    under_autocast=_weights_under_autocast,
+)
+# Operands of arithmetic on points, which all have one dtype there: at least float32.
+REAL = Role(lambda first: FLOATING, lambda own, first: torch.promote_types(first, torch.float32))
+NUMBERS = Role(lambda first: FLOATING + INTEGER, REAL.read)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of an op.
+
+    dims: a name or a number for each dimension; equal names are equal sizes.
+    gradient: the strides of the gradient that the kernels have of it: ``torch.contiguous_format``, or
+        ``torch.preserve_format`` for the operand's own where these are dense; None where they have none.
+    optional: it may be None.
+    """
+
+    name: str
+    dims: tuple[str | int, ...]
+    role: Role
+    gradient: torch.memory_format | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An op.
+
+    name: of its operator, ``torch.ops.reimplementation.NAME``.
+    title: what errors call it.
+    operands: in the operator's order; the first is never optional.
+    output: the shape of the output, from the sizes of the named dimensions. Its dtype is the one in which the first
+        operand is read.
+    check_sizes: raises ValueError where sizes are not what the op takes, beyond what the dims say.
+    check_values: likewise for values that can be read without waiting for a GPU; takes the operands.
+    is_pointwise: the op is elementwise arithmetic with a formula of standard operators. A compiler fuses that with what
+        surrounds it, and an export should hold nothing else: whatever traces a call sees the formula, and it has the
+        second derivatives, and the gradients that the kernels have not.
+    """
+
+    name: str
+    title: str
+    operands: tuple[Operand, ...]
+    output: Callable[[Mapping[str, int]], Sequence[int]]
+    check_sizes: Callable[[Mapping[str, int]], None] = lambda sizes: None
+    check_values: Callable[..., None] = lambda *operands: None
+    is_pointwise: bool = False
+
+    @cached_property
+    def differentiable(self) -> tuple[int, ...]:
+        """The places of the operands that the kernels have gradients of."""
+        return tuple(i for i, operand in enumerate(self.operands) if operand.gradient is not None)
+
+    @cached_property
+    def constants(self) -> tuple[int, ...]:
+        """The places of the other operands, where the formula has their gradients."""
+        places = range(len(self.operands)) if self.is_pointwise else ()
+        return tuple(i for i in places if i not in self.differentiable)
+
+    @cached_property
+    def changes_under_autocast(self) -> bool:
+        return any(operand.role.under_autocast is not None for operand in self.operands)
+
+    def check(self, operands: Sequence[Tensor | None]) -> dict[str, int]:
+        """The sizes of the named dimensions; raises TypeError or ValueError where the op does not take an operand."""
+        present = [(op, tensor) for op, tensor in zip(self.operands, operands) if not (op.optional and tensor is None)]
+        first = operands[0]
+        dtype = first.dtype if isinstance(first, Tensor) else None  # the first check says that it is no tensor
+        for operand, tensor in present:
+            check_dtype(operand.name, tensor, operand.role.accepted(dtype), operand.role.advice)
+        for operand, tensor in present:
+            check_device(operand.name, tensor, first.device, operand.role.or_cpu)
+        sizes: dict[str, int] = {}
+        for operand, tensor in present:
+            check_shape(operand.name, tensor, operand.dims, sizes)
+        self.check_sizes(sizes)
+        return sizes
+
+    def check_call(self, operands: Sequence[Tensor | None]) -> None:
+        """`check`, and the values as well: for operands that have some."""
+        self.check(operands)
+        self.check_values(*operands)
+
+    def as_read(self, operands: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Operands that passed the checks, in the dtypes that kernels and formulas know."""
+        return self._cast(operands, [operand.role.read for operand in self.operands])
+
+    def under_autocast(self, operands: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The operands in dtypes that the op takes beside its first, whatever autocast made of them."""
+        return self._cast(operands, [operand.role.under_autocast for operand in self.operands])
+
+    def is_read(self, dtypes: Sequence[Dtype | None]) -> bool:
+        """Whether kernels read operands of these dtypes as they are."""
+        roles = [operand.role for operand in self.operands]
+        return all([own is None or own == role.read(own, dtypes[0]) for role, own in zip(roles, dtypes)])
+
+    def fake(self, operands: Sequence[Tensor | None]) -> Tensor:
+        """An empty tensor like the output that a kernel makes of these operands; raises where it would refuse them."""
+        sizes = self.check(operands)
+        dtypes = dtypes_of(operands)
+        if not self.is_read(dtypes):
+            expected = [
+                f"{operand.name} {operand.role.read(own, dtypes[0])}"
+                for operand, own in zip(self.operands, dtypes)
+                if own is not None
+            ]
+            raise TypeError(f"operands must have the dtypes {', '.join(expected)}; got {dtypes}")
+        return operands[0].new_empty(tuple(self.output(sizes)))
+
+    def fake_gradients(
+        self, grad_output: Tensor, operands: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        """Empty tensors like the gradients of the `differentiable` operands; of no element where none is needed."""
+        output = self.fake(operands)
+        check_dtype("grad_output", grad_output, (output.dtype,))
+        check_device("grad_output", grad_output, output.device)
+        if grad_output.shape != output.shape:
+            raise ValueError(f"grad_output must be {tuple(output.shape)}; got {tuple(grad_output.shape)}")
+        return tuple(
+            torch.empty_like(operands[i], memory_format=self.operands[i].gradient)
+            if needs and operands[i] is not None
+            else output.new_empty(0, dtype=output.dtype if operands[i] is None else operands[i].dtype)
+            for i, needs in zip(self.differentiable, needed)
+        )
+
+    def _cast(self, operands: Sequence[Tensor | None], rules: Sequence[Callable | None]) -> tuple[Tensor | None, ...]:
+        first = operands[0].dtype
+        return tuple(
+            as_dtype(tensor, rule(tensor.dtype, first)) if rule is not None and isinstance(tensor, Tensor) else tensor
+            for tensor, rule in zip(operands, rules)
+        )
+
+
+def dtypes_of(operands: Sequence[Tensor | None]) -> tuple[Dtype | None, ...]:
+    return tuple([tensor if tensor is None else tensor.dtype for tensor in operands])
