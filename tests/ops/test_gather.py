@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reimplementation.ops import gather, grid_sample
+from reimplementation.ops.backends import gather, grid_sample
 from tests.ops.inputs import ATTENTION_GEOMETRIES, GEOMETRIES, random_attention_inputs, random_inputs
 from tests.reference import TOLERANCE, relative_error
 
