@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,10 @@ def ms_deform_attn(
     so; grid_sample has PyTorch's. Gradients are summed as the output is, and rounded once, with one exception: where
     few samples meet in a row of a half-precision value, on a GPU, up to 128 float16 (32 bfloat16) terms of its gradient
     are added up in its own dtype. They may then be off by 1/16 (1/8) of the sum of the terms' magnitudes; the gradient
-    of a decoder with 900 queries is off by 6.4e-4 (3.2e-3) of its norm, where one rounding makes 2.1e-4 (1.7e-3).
+    of a decoder with 900 queries is off by 6.4e-4 (3.2e-3) of its norm, where one rounding makes 2.1e-4 (1.7e-3). The
+    exception follows PyTorch's own switches: with
+    ``torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction`` (or ``allow_bf16_…``) set to False, there is
+    none. A compiled function keeps what they were when it was compiled.
 
     Raises:
         ValueError: a shape or device does not fit, or levels on the CPU reach beyond the value's rows. (Levels on a
@@ -73,6 +78,20 @@ def _check_values(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
     check_levels_fit(spatial_shapes, level_start_index, value.shape[1], ("spatial_shapes", "level_start_index", "S"))
 
 
+def _flags(needs: Sequence[bool], dtype: torch.dtype) -> tuple[bool, ...]:
+    """What the backward is told: the gradients that are needed, and how it may sum."""
+    return *needs, must_be_deterministic(), _may_sum_in_half(dtype)
+
+
+def _may_sum_in_half(dtype: torch.dtype) -> bool:
+    """What PyTorch's switches say to sums of that dtype within it. Asking takes long, so only halves do."""
+    if dtype == torch.float16:
+        return torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    if dtype == torch.bfloat16:
+        return torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    return False
+
+
 SPEC = Spec(
     name="ms_deform_attn",
     title="Multi-scale deformable attention",
@@ -86,4 +105,4 @@ SPEC = Spec(
     output=lambda sizes: (sizes["N"], sizes["Lq"], sizes["M"] * sizes["D"]),
     check_values=_check_values,
 )
-_OP = define(SPEC, grid_sample.ms_deform_attn, flags=lambda needs, dtype: (*needs, must_be_deterministic()))
+_OP = define(SPEC, grid_sample.ms_deform_attn, flags=_flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation import ops
 from reimplementation.bench.inputs import AttentionInputs
@@ -11,6 +12,16 @@ from tests import reference
 from tests.ops.inputs import random_attention_inputs
 
 HALVES = [torch.float16, torch.bfloat16]
+SWITCHES = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
+
+
+@pytest.fixture
+def switches():
+    """Gives PyTorch's switches back as they were."""
+    before = [getattr(torch.backends.cuda.matmul, switch) for switch in SWITCHES]
+    yield
+    for switch, value in zip(SWITCHES, before):
+        setattr(torch.backends.cuda.matmul, switch, value)
 
 
 def few_samples(dtype: torch.dtype, device: str) -> tuple[AttentionInputs, torch.Tensor]:
@@ -32,6 +43,36 @@ def test_the_cpu_never_sums_in_half_precision(dtype):
     call = few_samples(dtype, "cpu")
     assert torch.equal(value_gradient(*call, half_sums=False), value_gradient(*call, half_sums=True))
     assert torch.equal(value_gradient(*call, half_sums=False), value_gradient(*call))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize(("dtype", "short"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")], ids=str)
+def test_the_backward_follows_pytorchs_switches(switches, dtype, short, allowed):
+    """Each dtype its own: the other one's says the opposite."""
+    if "cpu" not in ops.available_backends("cpu"):
+        pytest.skip("the extension is not built")
+    for switch in SWITCHES:
+        setattr(torch.backends.cuda.matmul, switch, allowed == (short in switch))
+    (value, *others), grad_output = few_samples(dtype, "cpu")
+    output = ops.ms_deform_attn(value.requires_grad_(), *others)
+    with LastArgument() as told:
+        output.backward(grad_output)
+    assert told.names == ["half_sums"] and told.values == [allowed]
+
+
+class LastArgument(TorchDispatchMode):
+    """Records the last argument of our operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.values = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "reimplementation":
+            place = len(func._schema.arguments) - 1
+            self.names.append(func._schema.arguments[place].name)
+            self.values.append(args[place] if len(args) > place else func._schema.arguments[place].default_value)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.cuda
