@@ -75,10 +75,11 @@ def _formula(anchor: Tensor, fix_scale: Tensor, logits: Tensor | None) -> Tensor
 
 
 def _check_sizes(sizes: Mapping[str, int]) -> None:
+    shape = (sizes["bs"], sizes["num_anchor"])
     if not VELOCITY.start <= sizes[_ANCHOR_DIMS] <= VELOCITY.stop:
-        raise ValueError(f"{_ANCHOR}; got {sizes[_ANCHOR_DIMS]} numbers a box")
+        raise ValueError(f"{_ANCHOR}; got {(*shape, sizes[_ANCHOR_DIMS])}")
     if sizes.get(_LEARNED_DIMS, 0) % 3 != 0:
-        raise ValueError(f"logits must be (bs, num_anchor, {_LEARNED_DIMS}); got {sizes[_LEARNED_DIMS]} a box")
+        raise ValueError(f"logits must be (bs, num_anchor, {_LEARNED_DIMS}); got {(*shape, sizes[_LEARNED_DIMS])}")
 
 
 SPEC = Spec(
