@@ -5,8 +5,8 @@
 // Samples are counted by anchor; where more than `MOST_SAMPLES` have the same, the rows that their footprints may touch are
 // *crowded*: these have sums in float32, and are rounded once. A row that is not is in the footprints of four anchors, so it is
 // added to at most 4 * MOST_SAMPLES times. If all of these additions round the same way, they are off by n * u of the terms'
-// magnitudes: 1/16 in float16, where u = 2^-11, and 1/8 in bfloat16, where it is 2^-8. docs/kernels.md has what that is in
-// practice.
+// magnitudes: 1/16 in float16, where u = 2^-11, and 1/8 in bfloat16, where it is 2^-8. docs/kernels/half-precision-sums.md
+// has what that is in practice.
 #pragma once
 
 #include <type_traits>
