@@ -1,0 +1,174 @@
+"""The pages of the documentation: links lead somewhere, commands exist, and code runs as it is typed."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+from reimplementation import cli, ops
+from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator
+from tests.markdown import PAGES, README, ROOT, anchors, code_blocks, commands, links
+
+DOCS = ROOT / "docs"
+MIGRATION = DOCS / "migration.md"
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: there is no {target}"
+        if anchor:
+            assert anchor in anchors(target), f"{link}: {target.name} has no such heading"
+
+
+def test_the_index_lists_every_page():
+    listed = {(DOCS / link).resolve() for link in links(DOCS / "index.md")}
+    kernels = {(DOCS / "kernels" / link).resolve() for link in links(DOCS / "kernels" / "index.md")}
+    pages = set(DOCS.rglob("*.md")) - {DOCS / "index.md"}
+    assert pages <= listed | kernels, pages - listed - kernels
+
+
+@every_page
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = page.read_text()
+    named = set(re.findall(r"`(?:[A-Z]+=\S+ )*make ([a-z-]+)", text))
+    named |= {command[1] for command in commands(page) if command[0] == "make"}
+    assert named <= targets, named - targets
+
+
+@every_page
+def test_commands_exist(page, capsys):
+    for command in commands(page):
+        if command[:3] != ["python", "-m", "reimplementation"] or len(command) == 3:
+            continue
+        # argparse judges the values that come before --help, and forgives options that it does not know.
+        with pytest.raises(SystemExit) as exited:
+            cli.main([*command[3:], "--help"])
+        output = capsys.readouterr().out
+        assert exited.value.code == 0, command
+        for option in command[3:]:
+            assert not option.startswith("--") or option in output, f"{command}: there is no {option}"
+
+
+@every_page
+def test_extras_exist(page):
+    extras = re.findall(r"^(\w+) = \[$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for named in re.findall(r"'(?:\.|reimplementation)\[([\w,]+)\]'", page.read_text()):
+        assert set(named.split(",")) <= set(extras), named
+
+
+@pytest.mark.parametrize("code", code_blocks(DOCS / "use.md", "python"), ids=lambda code: code.splitlines()[1][:60])
+def test_use(code, capsys):
+    torch.manual_seed(0)
+    run(code)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_export(tmp_path, monkeypatch):
+    """Every block of the page one after the other, and then the files that they leave behind."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if (extension := ops.build_info()["file"]) is None:
+        pytest.skip("the extension is not built")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(code_blocks(DOCS / "export.md", "python")).replace("/path/to/_C.abi3.so", extension)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = run(code)
+    with torch.no_grad():
+        expected = names["aggregate"](**names["inputs"])
+        torch.testing.assert_close(names["model"](**names["inputs"]), expected)
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_outputs()
+
+
+class TestMigration:
+    """The recipes, with stand-ins for what they import from the other projects."""
+
+    def blocks(self, phrase: str) -> str:
+        (found,) = [code for code in code_blocks(MIGRATION, "python") if phrase in code]
+        return found
+
+    @pytest.mark.parametrize(
+        ("registry", "name"),
+        [("ATTENTION", "DeformableFeatureAggregation"), ("PLUGIN_LAYERS", "SparseBox3DKeyPointsGenerator")],
+    )
+    def test_registries_of_mmcv_1(self, monkeypatch, registry, name):
+        registered = {}
+        stand_in = types.SimpleNamespace(register_module=lambda: lambda cls: registered.setdefault(cls.__name__, cls))
+        provide(monkeypatch, "mmcv.cnn.bricks.registry", **{registry: stand_in})
+        run(self.blocks(f"{registry}.register_module()"))
+        assert list(registered) == [name]
+
+    def test_the_planner_of_sparsedrive_reads_a_level_back(self):
+        (code,) = [code for code in code_blocks(MIGRATION, "python") if code.count("\n") == 1]
+        names = run(code)
+        levels = [torch.randn(2, 6, 8, 4, 11), torch.randn(2, 6, 8, 2, 5)]
+        maps = names["feature_maps_format"](levels)
+        assert torch.equal(names["feature_maps_format"](maps, inverse=True)[0][-1][:, 0], levels[-1][:, 0])
+
+    def test_cached_anchors_of_sparse4d(self):
+        swapping = run(self.blocks("class SparseBox3DKeyPointsGenerator"))["SparseBox3DKeyPointsGenerator"]
+        anchor, moves = torch.randn(2, 5, 11), [torch.eye(4).expand(2, 4, 4)]
+        (ours,) = SparseBox3DKeyPointsGenerator.anchor_projection(anchor, moves, time_intervals=[0.5])
+        (theirs,) = swapping.anchor_projection(anchor, moves, time_intervals=[0.5])
+        assert torch.equal(theirs[..., [7, 6]], ours[..., [6, 7]])
+        assert torch.equal(theirs[..., :6], ours[..., :6]) and torch.equal(theirs[..., 8:], ours[..., 8:])
+        assert swapping().state_dict().keys() == SparseBox3DKeyPointsGenerator().state_dict().keys()
+
+    def test_level_start_index(self):
+        starts = run(self.blocks("def level_start_index"))["level_start_index"](torch.tensor([[4, 5], [2, 3], [1, 1]]))
+        assert starts.tolist() == [0, 20, 26]
+
+    def test_mmcv_looks_its_function_up(self, monkeypatch):
+        module = provide(monkeypatch, "mmcv.ops.multi_scale_deform_attn", MultiScaleDeformableAttnFunction=None)
+        run(self.blocks("import mmcv.ops"))
+        assert module.MultiScaleDeformableAttnFunction is ops.MSDeformAttnFunction
+
+    def test_layers_of_transformers(self):
+        class MultiScaleDeformableAttention(torch.nn.Module):
+            pass
+
+        layer = torch.nn.Module()
+        layer.attn = MultiScaleDeformableAttention()
+        run(self.blocks("class FusedAttention"), model=torch.nn.Sequential(layer))
+        value, weights = torch.randn(1, 20, 2, 4), torch.rand(1, 3, 2, 1, 5)
+        shapes, starts, locations = torch.tensor([[4, 5]]), torch.tensor([0]), torch.rand(1, 3, 2, 1, 5, 2)
+        got = layer.attn(value, shapes, [(4, 5)], starts, locations, weights, 64)
+        torch.testing.assert_close(got, ops.ms_deform_attn(value, shapes, starts, locations, weights))
+
+
+def test_nothing_else_is_typed_in_python():
+    """A page with new code needs a test of it."""
+    typed = {page for page in PAGES if code_blocks(page, "python")}
+    assert typed == {README, DOCS / "use.md", DOCS / "export.md", MIGRATION}
+
+
+def run(code: str, **names) -> dict:
+    """Run code as it is typed; returns the names that it leaves."""
+    names["__name__"] = "typed"
+    exec(compile(code, "<page>", "exec"), names)
+    return names
+
+
+def provide(monkeypatch, path: str, **contents) -> types.ModuleType:
+    """Make a module importable that is not installed, with its packages."""
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        module = types.ModuleType(".".join(parts[:end]))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        if end > 1:
+            setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], module)
+    vars(module).update(contents)
+    return module

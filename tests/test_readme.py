@@ -1,0 +1,139 @@
+"""The README keeps its promises: its lines run when pasted, and its figures are those of committed results."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from reimplementation import cli
+from reimplementation.bench.tables import three_digits
+from tests.markdown import README, ROOT, code_blocks, commands, table_rows
+
+RESULTS = ROOT / "benchmarks" / "results"
+SAMPLE_LITTLE = ("rt_detr", "d_fine", "deimv2", "lw_detr", "rf_detr")
+ROUNDING = 0.05  # of a factor with one decimal
+THREE_DIGITS = 0.01  # of a quotient of two figures with three digits
+
+
+def test_is_a_page():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_ten_lines_run_when_pasted(tmp_path):
+    (code,) = code_blocks(README, "python")
+    assert len(code.splitlines()) == 10
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == code.splitlines()[-1].partition("# ")[2]
+
+
+def test_commands_run(capsys):
+    run = [words[3:] for words in commands(README) if words[:3] == ["python", "-m", "reimplementation"]]
+    assert run == [["info"], ["--help"]]
+    assert cli.main(run[0]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(run[1])
+    assert "info" in capsys.readouterr().out
+
+
+@pytest.fixture
+def rows() -> list[list[str]]:
+    """The rows of the tables of what a user gains."""
+    section = README.read_text().partition("## What you gain")[2].partition("\n## ")[0]
+    return [row for row in table_rows(section) if any(re.search(r"\d [/→] \d", cell) for cell in row)]
+
+
+@pytest.fixture
+def peers() -> list[dict]:
+    """The results in which peers were measured."""
+    found = [path for path in RESULTS.rglob("*.json") if "peers" in str(path.relative_to(RESULTS))]
+    return [json.loads(path.read_text()) for path in found]
+
+
+class TestFigures:
+    def test_are_those_of_a_committed_file(self, rows, peers):
+        measured = set()
+        for value in numbers(peers):
+            measured |= {three_digits(value), three_digits(value / 1000)}  # MB as GB
+        shown = [figure for row in rows for cell in row if "/" in cell or "→" in cell for figure in figures(cell)]
+        shown = [figure for figure in shown if figure[-1] != "x"]
+        assert len(shown) == 52
+        assert set(shown) <= measured, set(shown) - measured
+
+    def test_factors_are_those_of_the_figures(self, rows):
+        compared = 0
+        for row in rows:
+            for before, after, factor in factors(row):
+                assert abs(before / after - factor) <= ROUNDING + THREE_DIGITS * factor, row
+                compared += 1
+        assert compared == 22
+
+    def test_models_that_sample_little(self, peers):
+        text = " ".join(README.read_text().split())
+        low, high, low_training, high_training = map(
+            float, re.search(r"run ([\d.]+) to ([\d.]+) times as fast forward, and ([\d.]+) to ([\d.]+)", text).groups()
+        )
+        for passed, stated in (("forward", (low, high)), ("training", (low_training, high_training))):
+            speedups = [
+                run["speedup"]
+                for document in peers
+                for run in document["models"]
+                if run["model"].startswith(SAMPLE_LITTLE)
+                and (run["mode"], run["batch"], run["pass"]) == ("bfloat16-autocast", 8, passed)
+            ]
+            assert stated == (min(speedups), max(speedups))
+
+    def test_what_determinism_costs(self):
+        text = " ".join(README.read_text().split())
+        low, high = map(float, re.search(r"the backward takes ([\d.]+) to ([\d.]+) times as long", text).groups())
+        documents = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+        times = {
+            (result["case"], result["dtype"], result["passed"]): result["timing"]["median_us"]
+            for document in documents
+            for result in document["results"]
+            if document["machine"]["device"] == "NVIDIA H200" and result["backend"] == "cuda"
+        }
+        costs = [
+            time / times[case, dtype, "backward"]
+            for (case, dtype, passed), time in times.items()
+            if passed == "backward deterministic"
+        ]
+        assert (low, high) == (round(min(costs), 1), round(max(costs), 1))
+
+
+def numbers(document) -> Iterator[float]:
+    """All numbers in a JSON document."""
+    if isinstance(document, dict):
+        document = list(document.values())
+    if isinstance(document, list):
+        for entry in document:
+            yield from numbers(entry)
+    elif isinstance(document, (int, float)):
+        yield document
+
+
+def figures(cell: str) -> list[str]:
+    """The figures of a cell; a factor keeps its x."""
+    return re.findall(r"\d+(?:\.\d+)?x?", cell)
+
+
+def factors(row: list[str]) -> Iterator[tuple[float, float, float]]:
+    """Before, after and the stated factor of each comparison in a row of either table."""
+    if "→" in row[1]:
+        for before, after, factor in (figures(cell) for cell in row[1:3]):
+            yield float(before), float(after), float(factor[:-1])
+    else:
+        for before, after, factor in zip(*(figures(cell) for cell in row[2:5])):
+            yield float(before), float(after), float(factor[:-1])
