@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from reimplementation import cli, ops
 from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator
@@ -90,7 +91,9 @@ def test_export(tmp_path, monkeypatch):
         expected = names["aggregate"](**names["inputs"])
         torch.testing.assert_close(names["model"](**names["inputs"]), expected)
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-    assert session.get_outputs()
+    arguments = zip((argument.name for argument in session.get_inputs()), tree_leaves(names["inputs"]))
+    (from_file,) = session.run(None, {name: tensor.numpy() for name, tensor in arguments})
+    torch.testing.assert_close(torch.from_numpy(from_file), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestMigration:
@@ -117,6 +120,13 @@ class TestMigration:
         levels = [torch.randn(2, 6, 8, 4, 11), torch.randn(2, 6, 8, 2, 5)]
         maps = names["feature_maps_format"](levels)
         assert torch.equal(names["feature_maps_format"](maps, inverse=True)[0][-1][:, 0], levels[-1][:, 0])
+
+    def test_a_point_just_outside_counts_in_the_plain_path_alone(self):
+        level, point, weights = torch.ones(1, 1, 4, 8, 8), torch.tensor([[-0.01, 0.5]]), torch.ones(1, 1, 1, 1, 1, 1)
+        maps = ops.feature_maps_format([level])
+        assert not ops.deformable_aggregation_function(*maps, point.view(1, 1, 1, 1, 2), weights).any()
+        plain = torch.nn.functional.grid_sample(level[0], point.view(1, 1, 1, 2) * 2 - 1, align_corners=False)
+        torch.testing.assert_close(plain, torch.full_like(plain, 0.42))  # 8 pixels wide: at pixel -0.58
 
     def test_cached_anchors_of_sparse4d(self):
         swapping = run(self.blocks("class SparseBox3DKeyPointsGenerator"))["SparseBox3DKeyPointsGenerator"]
