@@ -27,7 +27,7 @@ class BackwardCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("reimplementation::")
         if name in ("deformable_aggregation_backward", "ms_deform_attn_backward"):
-            self.needs.append(tuple(args[-3:]))
+            self.needs.append(tuple(args[6:9]))  # behind the gradient and five operands
         return func(*args, **(kwargs or {}))
 
 
