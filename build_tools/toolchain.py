@@ -1,11 +1,12 @@
-"""Finds what the extension is built with: torch's headers, ninja, a C++ compiler, nvcc, GPUs to build for.
+"""Finds what the extension is built with: torch's headers, a C++ compiler, nvcc, GPUs to build for.
 
-Each function returns what it found, or raises `Missing` with a message for the person installing the package.
+Each function returns what it found. It raises `Missing` for what this machine does not have, and `Broken` for what is
+there, or was asked for, and does not work; both carry a message for the person who installs the package.
 """
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
 import re
 import shlex
@@ -20,17 +21,29 @@ DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 class Missing(Exception):
-    """A part of the toolchain is absent or unusable; the message says which, and what to do about it."""
+    """This machine cannot build some kernels; the message says why. The package is installed without them."""
+
+
+class Declined(Missing):
+    """Nobody wants these kernels here: a setting says so, or torch could not use them."""
+
+
+class Broken(Exception):
+    """Kernels that this machine should be able to build cannot be built; the installation fails with the message."""
 
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch to compile against; `cuda` is None for a CPU build, else the CUDA release, such as "13.0"."""
+    """The torch to compile against.
+
+    `cuda` is None for a CPU build, else the CUDA release, such as "13.0". `folder` holds include/ and lib/. `python` is
+    the start of a command that can import it.
+    """
 
     version: str
     cuda: str | None
-    include_dirs: tuple[str, ...]
-    library_dir: str
+    folder: Path
+    python: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,28 +73,25 @@ def last_line(output: str) -> str:
 
 
 def find_torch() -> Torch:
-    try:
-        torch = importlib.import_module("torch")
-        cpp_extension = importlib.import_module("torch.utils.cpp_extension")
-    except (ImportError, OSError) as error:
-        raise Missing(f"torch is not importable while building: install with --no-build-isolation ({error})") from error
-    version = str(torch.__version__)
+    """The torch that this build imports, else that of the environment which the package is being installed into.
+
+    Under build isolation pip hides that environment from a build, through PYTHONPATH. The interpreter is still that of
+    the environment, and with -E, which ignores such variables, it sees what is installed there.
+    """
+    ask = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda, torch.__file__]))"
+    for python in ((sys.executable,), (sys.executable, "-E")):
+        done = subprocess.run([*python, "-c", ask], capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+    else:
+        raise Broken(
+            f"torch cannot be imported by {sys.executable}: {last_line(done.stderr)} (install torch first; where the "
+            "build has an environment of its own, as under uv, turn that off with --no-build-isolation)"
+        )
+    version, cuda, file = json.loads(last_line(done.stdout))
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        raise Missing(f"torch {version} is older than 2.10, the first with the ABI that the extension uses")
-    return Torch(
-        version=version,
-        cuda=torch.version.cuda,
-        include_dirs=tuple(cpp_extension.include_paths()),
-        library_dir=str(Path(torch.__file__).parent / "lib"),
-    )
-
-
-def find_ninja() -> str:
-    beside_python = str(Path(sys.executable).parent)  # a virtual environment that is not activated
-    ninja = shutil.which("ninja") or shutil.which("ninja", path=beside_python)
-    if ninja is None:
-        raise Missing("ninja is missing (pip install ninja)")
-    return ninja
+        raise Broken(f"torch {version} is older than 2.10, the first with the ABI that the extension uses")
+    return Torch(version, cuda, Path(file).parent, python)
 
 
 def find_compiler() -> list[str]:
@@ -89,7 +99,7 @@ def find_compiler() -> list[str]:
     if chosen := os.environ.get("CXX"):
         command = shlex.split(chosen)
         if shutil.which(command[0]) is None:
-            raise Missing(f"no C++ compiler: CXX={chosen} is not an executable")
+            raise Broken(f"no C++ compiler: CXX={chosen} is not an executable")
     else:
         found = shutil.which("c++") or shutil.which("g++")
         if found is None:
@@ -105,7 +115,7 @@ def find_cuda_toolkit() -> CudaToolkit:
     broken = f"nvcc is broken: {nvcc}"
     release = re.search(r"release (\d+\.\d+)", _output_of([nvcc, "--version"], broken))
     if release is None:
-        raise Missing(f"{broken} --version names no release")
+        raise Broken(f"{broken} --version names no release")
     known = re.findall(r"compute_(\d+)(\d)\b", _output_of([nvcc, "--list-gpu-arch"], broken))
     return CudaToolkit(
         nvcc=nvcc,
@@ -116,9 +126,9 @@ def find_cuda_toolkit() -> CudaToolkit:
 
 
 def check_same_major(nvcc_release: str, torch: Torch) -> None:
-    """Raises `Missing` unless nvcc and a CUDA build of torch share their major version."""
+    """Raises `Broken` unless nvcc and a CUDA build of torch share their major version."""
     if nvcc_release.split(".")[0] != torch.cuda.split(".")[0]:
-        raise Missing(
+        raise Broken(
             f"nvcc is release {nvcc_release}, but torch {torch.version} was built with CUDA {torch.cuda} "
             "(set CUDA_HOME to a matching toolkit, or FORCE_CUDA=1 to compile them all the same)"
         )
@@ -133,21 +143,21 @@ def architectures(requested: str | None, known: tuple[str, ...]) -> list[str]:
         known: the capabilities that nvcc knows, such as ("8.0", "9.0").
 
     Raises:
-        Missing: an entry is not a capability, or nvcc does not know it.
+        Broken: an entry is not a capability, or nvcc does not know it.
     """
     if not requested:
         default = [capability for capability in DEFAULT_ARCHITECTURES if capability in known]
         if not default:
             wanted = ", ".join(DEFAULT_ARCHITECTURES)
-            raise Missing(f"nvcc compiles for none of {wanted} (set TORCH_CUDA_ARCH_LIST)")
+            raise Broken(f"nvcc compiles for none of {wanted} (set TORCH_CUDA_ARCH_LIST)")
         return [*default[:-1], default[-1] + "+PTX"]
     chosen = re.split(r"[;\s]+", requested.strip("; \t"))
     for entry in chosen:
         match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", entry)
         if match is None:
-            raise Missing(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0, 9.0a or 9.0+PTX, got {entry!r}")
+            raise Broken(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0, 9.0a or 9.0+PTX, got {entry!r}")
         if match[1] not in known:
-            raise Missing(f"TORCH_CUDA_ARCH_LIST: nvcc does not know {entry}; it knows {', '.join(known)}")
+            raise Broken(f"TORCH_CUDA_ARCH_LIST: nvcc does not know {entry}; it knows {', '.join(known)}")
     return list(dict.fromkeys(chosen))
 
 
@@ -167,7 +177,7 @@ def _find_nvcc() -> str:
         if home := os.environ.get(variable):
             nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
             if nvcc is None:  # looking elsewhere would build with a toolkit that the user did not choose
-                raise Missing(f"{variable}={home} is broken: it holds no bin/nvcc")
+                raise Broken(f"{variable}={home} is broken: it holds no bin/nvcc")
             return nvcc
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
@@ -185,12 +195,12 @@ def _toolkit_root(nvcc: str) -> Path:
 
 
 def _output_of(command: list[str], complaint: str) -> str:
-    """What a command prints on both streams; `Missing` with the complaint and its last line if it fails."""
+    """What a command prints on both streams; `Broken` with the complaint and its last line if it fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
-        raise Missing(f"{complaint}: {error.strerror}") from error
+        raise Broken(f"{complaint}: {error.strerror}") from error
     if done.returncode != 0:
         end = f"exited with {done.returncode}: {last_line(done.stdout)}"
-        raise Missing(f"{complaint} {shlex.join(command[1:])} {end}")
+        raise Broken(f"{complaint} {shlex.join(command[1:])} {end}")
     return done.stdout

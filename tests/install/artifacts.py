@@ -16,16 +16,18 @@ from pathlib import Path
 
 from tests.install.surroundings import ROOT
 
+BUILT = re.compile(r"__pycache__|\.so$|_build\.json$")
 METADATA = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
 SDIST_FILES = {".ci/run", "LICENSE", "MANIFEST.in", "README.md", "PKG-INFO", "pyproject.toml", "setup.cfg", "setup.py"}
 
 
-def check_wheel(wheel: Path) -> None:
-    """The package's Python files, its extension and marker, and the licence; for any Python from 3.10 on."""
-    assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name), f"the wheel's tags are wrong: {wheel.name}"
+def check_wheel(wheel: Path, built: bool = True) -> None:
+    """The package without its kernels' sources, with the extension if built, and the licence; for Python 3.10 on."""
+    assert re.search(r"-cp310-abi3-\w*linux_\w+\.whl$", wheel.name), f"the wheel's tags are wrong: {wheel.name}"
     package = ROOT / "reimplementation"
-    expected = {f"reimplementation/{path.relative_to(package)}" for path in package.rglob("*.py")}
-    expected |= {f"reimplementation/{name}" for name in ("_C.abi3.so", "_build.json", "py.typed")}
+    files = [path for path in package.rglob("*") if path.is_file() and not BUILT.search(str(path))]
+    expected = {str(path.relative_to(ROOT)) for path in files if package / "ops" / "csrc" not in path.parents}
+    expected |= {"reimplementation/_build.json"} | ({"reimplementation/_C.abi3.so"} if built else set())
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     found = {name.partition(".dist-info/")[2] for name in names if ".dist-info/" in name}
@@ -51,12 +53,11 @@ def check_sdist(sdist: Path) -> None:
     """All that is needed to build and to test; nothing that was built."""
     folders = ("build_tools", "reimplementation", "tests")
     sources = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
-    built = re.compile(r"__pycache__|\.so$|_build\.json$")
-    expected = {str(path.relative_to(ROOT)) for path in sources if not built.search(str(path))} | SDIST_FILES
+    expected = {str(path.relative_to(ROOT)) for path in sources if not BUILT.search(str(path))} | SDIST_FILES
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     assert names >= expected, f"the sdist lacks {sorted(expected - names)}"
-    stray = [name for name in names if built.search(name) or name.split("/")[0] in (".git", ".venv", "build", "dist")]
+    stray = [name for name in names if BUILT.search(name) or name.split("/")[0] in (".git", ".venv", "build", "dist")]
     assert not stray, f"the sdist should not hold {stray}"
 
 

@@ -1,7 +1,7 @@
 """`python -m tests.install.matrix`: install the package in every way and in every surroundings, and call it.
 
-Each row runs its command in a fresh copy of the project and a fresh virtual environment, then calls both ops there and
-compares them with the formula (tests/install/first_call.py). That takes many minutes, so pytest does not run it.
+Each row runs its command in a fresh copy of the project and a fresh virtual environment, then calls every op there and
+compares them with plain PyTorch (tests/install/first_call.py). That takes many minutes, so pytest does not run it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from tests.install.workshop import NotAvailable, Workshop
 
+FORCE = "FORCE_CUDA=1"
 PIP = "python -m pip install --no-build-isolation"
 NATIVE = ("cpu", "grid_sample")
 FALLBACK = ("grid_sample",)
@@ -71,7 +72,8 @@ ROWS = (
     Row("folder, editable", f"{PIP} --editable ."),
     Row("folder with spaces", f"cp -r . '../a b' && {PIP} '../a b'"),
     Row("uninstalled", UNINSTALL, backends=()),
-    Row("build isolation", "python -m pip install --no-deps .", "install with --no-build-isolation", FALLBACK),
+    Row("build isolation", "python -m pip install --no-deps ."),
+    Row("NO_EXT", f"REIMPLEMENTATION_NO_EXT=1 {PIP} .", "REIMPLEMENTATION_NO_EXT=1", FALLBACK),
     Row("REQUIRE_EXT", f"REQUIRE_EXT=1 {PIP} ."),
     Row("CUDA_VISIBLE_DEVICES empty", WHEEL, call='CUDA_VISIBLE_DEVICES=""'),
     Row(
@@ -81,26 +83,32 @@ ROWS = (
         FALLBACK,
         lacks=("c++", "g++"),
     ),
-    Row("CXX that is not there", f"CXX=/nonexistent/c++ {PIP} .", "CXX=/nonexistent/c\\+\\+ is not an exec", FALLBACK),
-    Row("CXX that fails", f"CXX=false {PIP} .", "the C\\+\\+ compiler false is broken", FALLBACK),
-    Row("REQUIRE_EXT, no compiler", f"REQUIRE_EXT=1 CXX=/no {PIP} .", "REQUIRE_EXT=1, but CPU kernels", (), fails=True),
-    Row("no ninja", f"{PIP} .", "ninja is missing \\(pip install ninja\\)", FALLBACK, lacks=("ninja",)),
     Row(
-        "nvcc",
-        f"REQUIRE_EXT=1 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0+PTX {PIP} .",
-        "architectures +9.0\\+PTX",
-        needs=("nvcc",),
-    ),
-    Row("no nvcc", f"FORCE_CUDA=1 CUDA_HOME=/nonexistent {PIP} .", "/nonexistent is broken: it holds no bin/nvcc"),
-    Row("nvcc that does not run", f"FORCE_CUDA=1 CUDA_HOME=$BROKEN_NVCC {PIP} .", "libstdc\\+\\+ went missing"),
-    Row("nvcc that does not compile", f"FORCE_CUDA=1 CUDA_HOME=$FAILING_NVCC {PIP} .", "error: no such warp"),
-    Row("nvcc too old", f"FORCE_CUDA=1 CUDA_HOME=$OLD_NVCC {PIP} .", "nvcc compiles for none of 7.5, 8.0"),
-    Row(
-        "REQUIRE_EXT, no nvcc",
-        f"REQUIRE_EXT=1 FORCE_CUDA=1 CUDA_HOME=/nonexistent {PIP} .",
-        "REQUIRE_EXT=1, but CUDA kernels: CUDA_HOME",
+        "REQUIRE_EXT, no compiler",
+        f"REQUIRE_EXT=1 {PIP} .",
+        "REQUIRE_EXT=1, but CPU and CUDA kernels",
         (),
         fails=True,
+        lacks=("c++", "g++"),
+    ),
+    *(
+        Row(name, f"{settings} {PIP} .", says, (), fails=True)
+        for name, settings, says in (
+            ("CXX that is not there", "CXX=/nonexistent/c++", "CXX=/nonexistent/c\\+\\+ is not an executable"),
+            ("CXX that fails", "CXX=false", "the C\\+\\+ compiler false is broken"),
+            ("no nvcc", f"{FORCE} CUDA_HOME=/nonexistent", "/nonexistent is broken: it holds no bin/nvcc"),
+            ("nvcc that does not run", f"{FORCE} CUDA_HOME=$BROKEN_NVCC", "libstdc\\+\\+ went missing"),
+            ("nvcc that does not compile", f"{FORCE} CUDA_HOME=$FAILING_NVCC", "error: no such warp"),
+            ("nvcc too old", f"{FORCE} CUDA_HOME=$OLD_NVCC", "nvcc compiles for none of 7.5, 8.0"),
+        )
+    ),
+    Row("NO_CUDA", f"{FORCE} CUDA_HOME=$BROKEN_NVCC REIMPLEMENTATION_NO_CUDA=1 {PIP} .", "REIMPLEMENTATION_NO_CUDA=1"),
+    Row("no torch", f"{PIP} .", "torch cannot be imported by .* \\(install torch first", (), fails=True, torch=""),
+    Row(
+        "nvcc",
+        f"REQUIRE_EXT=1 {FORCE} TORCH_CUDA_ARCH_LIST=9.0+PTX {PIP} .",
+        "architectures +9.0\\+PTX",
+        needs=("nvcc",),
     ),
     *(Row(f"the wheel in Python {python}", WHEEL, python=python) for python in ("3.10", "3.11", "3.12", "3.13")),
     *(
@@ -126,7 +134,7 @@ def main() -> int:
     options = _parser().parse_args()
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="install-matrix-") as folder:
-        workshop = Workshop(Path(folder), options.torch_index)
+        workshop = Workshop(Path(folder), options.torch_index, options.wheel)
         for row in (row for row in ROWS if re.search(options.only, row.name)):
             outcomes.append(_outcome(row, workshop))
             print(f"{outcomes[-1].outcome:13}  {row.name}  ({outcomes[-1].seconds:.0f} s)", file=sys.stderr, flush=True)
@@ -162,7 +170,7 @@ def run(row: Row, workshop: Workshop) -> None:
         said += room.run("python -m reimplementation info", elsewhere=True)
     assert re.search(row.says, said), f"it does not say {row.says!r}: {said[-1500:]}"
     if row.backends:
-        room.run(f'{row.call} python "$FIRST_CALL" "$PROJECT" {" ".join(row.backends)}', elsewhere=True)
+        room.run(f'{row.call} python "$FIRST_CALL" {" ".join(row.backends)}', elsewhere=True)
 
 
 def _print_table(outcomes: list[Outcome]) -> None:
@@ -189,6 +197,12 @@ def _markdown(outcomes: list[Outcome]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.install.matrix", description=__doc__.partition("\n")[2])
     parser.add_argument("--only", default="", metavar="REGEX", help="only rows whose name matches")
+    parser.add_argument(
+        "--wheel",
+        metavar="FILE",
+        type=lambda file: Path(file).resolve(),
+        help="the wheel to try (default: one is built)",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the outcomes")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument(

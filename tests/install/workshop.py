@@ -17,7 +17,7 @@ import torch
 from tests.install.surroundings import ROOT, copy_tree, environment, fake_toolkit
 
 LIMIT = 1800  # seconds for one command
-BUILD_PACKAGES = ("pip", "setuptools>=77", "wheel", "ninja")
+BUILD_PACKAGES = ("pip", "setuptools>=77", "wheel")
 TORCH_NEEDS = ("numpy", "filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec")
 
 
@@ -50,9 +50,11 @@ class Workshop:
     Python or PyTorch get one that is installed from `torch_index`, which must be an index of CPU builds.
     """
 
-    def __init__(self, folder: Path, torch_index: str):
+    def __init__(self, folder: Path, torch_index: str, wheel: Path | None = None):
+        """Builds a wheel unless it is given one."""
         self._folder = folder
         self._torch_index = torch_index
+        self._given_wheel = wheel and wheel.resolve()
         self._count = 0
 
     def require(self, tools: tuple[str, ...]) -> None:
@@ -70,8 +72,7 @@ class Workshop:
         """
         interpreter = _interpreter(python or _own_python())
         packages = None if torch_release == "" else self._packages(interpreter, python, torch_release)
-        wheel, sdist = self._distributions
-        return self._new_room(interpreter, packages, lacks, WHEEL=str(wheel), SDIST=str(sdist))
+        return self._new_room(interpreter, packages, lacks, WHEEL=str(self._wheel), SDIST=str(self._sdist))
 
     def _new_room(self, interpreter: Path, packages: Path | None, lacks: tuple[str, ...] = (), **variables) -> Room:
         self._count += 1
@@ -88,7 +89,6 @@ class Workshop:
             **{name: str(toolkit) for name, toolkit in self._toolkits.items()},
             "PATH": f"{venv / 'bin'}{os.pathsep}{path}",
             "FIRST_CALL": str(ROOT / "tests" / "install" / "first_call.py"),
-            "PROJECT": str(ROOT),
             "TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
             "PYTHONNOUSERSITE": "1",
         }
@@ -96,13 +96,20 @@ class Workshop:
         return Room(folder, {k: v for k, v in environment(**variables).items() if k not in without})
 
     @functools.cached_property
-    def _distributions(self) -> tuple[Path, Path]:
-        """The project's wheel and sdist, built as they are for a release."""
+    def _wheel(self) -> Path:
+        if self._given_wheel is not None:
+            return self._given_wheel
+        return self._distribution("python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .", "*.whl")
+
+    @functools.cached_property
+    def _sdist(self) -> Path:
+        build = "python -c 'from setuptools import build_meta; build_meta.build_sdist(\"dist\")'"
+        return self._distribution(build, "*.tar.gz")
+
+    def _distribution(self, command: str, pattern: str) -> Path:
         room = self._new_room(_interpreter(_own_python()), _own_packages())
-        room.run("python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .")
-        room.run("python -c 'from setuptools import build_meta; build_meta.build_sdist(\"dist\")'")
-        dist = room.folder / "project" / "dist"
-        return next(dist.glob("*.whl")), next(dist.glob("*.tar.gz"))
+        room.run(command)
+        return next((room.folder / "project" / "dist").glob(pattern))
 
     @functools.cached_property
     def _toolkits(self) -> dict[str, Path]:
@@ -162,7 +169,7 @@ def _site_packages(venv: Path) -> Path:
 
 
 def _path() -> str:
-    """The PATH, and last the folder of this process's interpreter, where ninja may lie."""
+    """The PATH, and last the folder of this process's interpreter, where its packages' commands lie."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
