@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment, the packages of requirements-dev.txt, the package built in
-# place. FORCE_CUDA, TORCH_CUDA_ARCH_LIST, REQUIRE_EXT, CXX and CUDA_HOME pass through from the environment.
+# place. The settings of a build (docs/installation.md) pass through from the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,52 +13,73 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 FUZZ := --draws $(N) --seed $(SEED) --device $(DEVICE)
 SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
-SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH)
+SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH) \
+	$(REIMPLEMENTATION_NO_CUDA) $(REIMPLEMENTATION_NO_EXT)
+CLANG_FORMAT = find reimplementation build_tools examples -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format
 
-.PHONY: help demo test test-slow check build fuzz fuzz-sanitized sanitize-cuda test-huge soak install-matrix clean always
+.PHONY: help demo test test-slow check lint format build wheel fuzz fuzz-sanitized sanitize-cuda test-huge soak \
+	install-matrix clean always
 .DEFAULT_GOAL := help
 
-help:  ## list the targets
+help:  ## list what make can do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: build  ## run the op on the built-in scene, with pictures
+demo: build  ## run both ops on the built-in scene, and draw what they see
 	$(BIN)/python -m reimplementation demo
 
-test: build  ## run the tests, JOBS at a time (2); those for a GPU run where there is one
+test: build  ## run the tests, JOBS at a time (2); those that need a GPU run where there is one
 	$(PYTEST)
 
-test-slow: build  ## the tests that compile for long: AOTInductor, the C++ example
+test-slow: build  ## run the tests that compile for long: AOTInductor, and the C++ example
 	$(PYTEST) -m slow
 
-check: build  ## lint, then test
-	$(BIN)/python -m ruff check .
-	$(PYTEST)
+check: lint test  ## do all that a change must pass: lint, then test
 
-build: $(VENV)/built  ## compile the extension and install the package in place
+lint: $(VENV)/installed  ## check style and format of Python and kernels, and the types of ops and models
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(CLANG_FORMAT) --dry-run --Werror {} +
+
+format: $(VENV)/installed  ## bring Python and kernels into their format
+	$(BIN)/ruff format .
+	$(CLANG_FORMAT) -i {} +
+
+build: $(VENV)/built  ## compile the extension, and install the package in place
+
+# setuptools packs whatever it finds in build/lib, files of earlier versions too.
+wheel: $(VENV)/installed  ## build the wheel to publish, for systems since 2018 and every default GPU, and try it; takes long
+	rm -rf build/lib* build/bdist* build/wheel dist
+	MANYLINUX=1 REQUIRE_EXT=1 FORCE_CUDA=1 \
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
+	--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python -m tests.install.matrix --wheel dist/*.whl --only '^wheel'
+	du -h dist/*.whl
 
 soak: build  ## train for half an hour at changing sizes, and watch the memory
 	$(BIN)/python -m tests.soak --minutes 30
 
-install-matrix: build  ## install in every way and surroundings that there are here; takes many minutes
+install-matrix: build  ## install in every way and in every surroundings that this machine has; takes long
 	$(BIN)/python -m tests.install.matrix
 
-fuzz: build  ## N random calls of the ops (10000), drawn from SEED, on DEVICE (cpu or cuda), every answer checked
+fuzz: build  ## check the answers of N random calls of the ops (10000), drawn from SEED, on DEVICE (cpu or cuda)
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 # In a copy of its own: a library with sanitizers in it loads only after theirs. The C++ library comes with them, because
 # Python does not load it before the sanitizers look for it.
-fuzz-sanitized: $(VENV)/installed  ## the same on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
+fuzz-sanitized: $(VENV)/installed  ## do the same on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitized
-	SANITIZE=1 REQUIRE_EXT=1 FORCE_CUDA= CUDA_HOME=/none $(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	SANITIZE=1 REQUIRE_EXT=1 REIMPLEMENTATION_NO_CUDA=1 $(BIN)/python setup.py --quiet build --build-lib build/sanitized
 	cp -r tests build/sanitized
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/python -m tests.fuzz $(FUZZ)
 
-sanitize-cuda: build  ## the tests and 200 random calls on a GPU under compute-sanitizer's four tools; takes long
+sanitize-cuda: build  ## run the tests and 200 random calls on a GPU under compute-sanitizer's four tools; takes long
 	tests/fuzz/sanitize_cuda.sh $(BIN)/python
 
-test-huge: build  ## tensors beyond 2^31 elements, on a GPU with more than 100 GB
+test-huge: build  ## test tensors beyond 2^31 elements, on a GPU with more than 100 GB
 	$(BIN)/python -m pytest -m huge tests/test_huge.py
 
 clean:  ## remove the environment and everything that was built

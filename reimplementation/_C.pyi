@@ -1,0 +1,3 @@
+"""What Python sees of the compiled extension; its operators are registered with PyTorch."""
+
+cuda_architectures: str
