@@ -178,8 +178,8 @@ def _compile(csrc: Path, build_dir: Path, name: str, tools: Tools) -> Path:
         run_steps([Step([*link, "-o", str(linked)], linked, [step.output for step in compiling])], jobs)
         if toolchain.is_set("MANYLINUX"):
             newest, linked = linked, build_dir / "manylinux" / name
-            for round in old_libraries.steps(newest, link, tools.compiler, linked):
-                run_steps(round, jobs)
+            for independent in old_libraries.steps(newest, link, tools.compiler, linked):
+                run_steps(independent, jobs)
     except StepFailed as failed:
         print(failed, flush=True)
         raise Broken(f"compilation failed: {_first_error(str(failed))}") from failed

@@ -38,7 +38,10 @@ _NO_CODE_ON_THE_STACK = """
 
 
 def steps(linked: Path, link: list[str], compiler: list[str], output: Path) -> list[list[Step]]:
-    """What links `output` within the limits, where the command `link` made `linked`: rounds, one after the other."""
+    """What links `output` within the limits, where the command `link` made `linked`.
+
+    Returns lists to run one after the other, of steps that are independent.
+    """
     if platform.machine() != "x86_64":
         raise Broken(f"MANYLINUX=1 is for x86_64; this machine is {platform.machine()}")
     output.parent.mkdir(parents=True, exist_ok=True)
