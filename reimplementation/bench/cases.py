@@ -12,23 +12,30 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
+from reimplementation.bench import modules
+from reimplementation.bench.floor import measure_floor
+from reimplementation.bench.gathers import gathers
 from reimplementation.bench.inputs import (
     AggregationInputs,
     AggregationProblem,
+    AttentionInputs,
     OpInputs,
     aggregation_inputs,
     aggregation_problem,
     attention_inputs,
 )
 from reimplementation.bench.memory import extra_memory
+from reimplementation.bench.peers import PEER_PASSES, PEERS, peer_steps
+from reimplementation.bench.results import FLOOR
+from reimplementation.bench.steps import OP_PASSES, call, op_of, op_step
 from reimplementation.bench.timing import Timing, measure, measure_host
 
-from . import modules
-from .floor import measure_floor
-from .gathers import gathers
-from .results import FLOOR
-
-OP_PASSES = ("forward", "forward warm", "backward", "backward frozen", "backward deterministic", "training")
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 OF_CUDA_ALONE = ("forward warm", "backward deterministic")
 MODULE_PASSES = ("forward", "forward graph", "training")
 HOST_PASSES = ("call no_grad", "call inference_mode", "call forward", "call backward", "call training")
@@ -56,7 +63,7 @@ class Case(Protocol):
     """Something to time."""
 
     def passes(self, backend: str) -> tuple[str, ...]:
-        """The passes that a backend has; "floor" counts as a backend."""
+        """The passes that a backend has; "floor" and the names of peers count as backends."""
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> Prepared:
         """Make the inputs: features in ``dtype``, everything on ``device``."""
@@ -66,14 +73,18 @@ class Case(Protocol):
 class OpCase:
     """An op alone.
 
-    make_inputs: takes ``dtype``, ``device`` and ``seed``.
+    inputs: its operands.
+    make_inputs: makes them; takes ``dtype``, ``device`` and ``seed``.
     """
 
+    inputs: type[OpInputs]
     make_inputs: Callable[..., OpInputs]
 
     def passes(self, backend: str) -> tuple[str, ...]:
         if backend == FLOOR:
             return ("forward",)
+        if backend in PEERS:
+            return PEER_PASSES if PEERS[backend].inputs is self.inputs else ()
         if backend == "grid_sample":  # it has no backward of its own: autograd runs it after a forward
             return ("forward", "training")
         return tuple(p for p in OP_PASSES if backend == "cuda" or p not in OF_CUDA_ALONE)
@@ -103,12 +114,16 @@ class PreparedOp:
         if backend == FLOOR:
             timing = measure_floor([gathers(inputs) for inputs in self.inputs], self.device, repeats)
             return None if timing is None else Figures(timing, self.gathered_bytes)
+        if backend in PEERS:
+            return self._figures(peer_steps(backend, self.inputs, passed), passed, repeats)
         with ops.use_backend(backend), _deterministic() if passed == "backward deterministic" else nullcontext():
             rotated = self.inputs[:1] if passed == "forward warm" else self.inputs
-            steps = [op_step(inputs, backend, passed) for inputs in rotated]
-            timing = measure(steps, self.device, repeats)
-            gathered = self.gathered_bytes if passed == "forward" else None
-            return Figures(timing, gathered, extra_memory(steps[0], self.device))
+            return self._figures([op_step(inputs, backend, passed) for inputs in rotated], passed, repeats)
+
+    def _figures(self, steps: list[Callable[[], object]], passed: str, repeats: int) -> Figures:
+        timing = measure(steps, self.device, repeats)
+        gathered = self.gathered_bytes if passed == "forward" else None
+        return Figures(timing, gathered, extra_memory(steps[0], self.device))
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ class ModuleCase:
     make_problem: Callable[[], AggregationProblem]
 
     def passes(self, backend: str) -> tuple[str, ...]:
-        if backend == FLOOR:
+        if backend == FLOOR or backend in PEERS:
             return ()
         return MODULE_PASSES if backend == "cuda" else ("forward", "training")
 
@@ -148,7 +163,7 @@ class HostCase:
     make_inputs: Callable[..., OpInputs]
 
     def passes(self, backend: str) -> tuple[str, ...]:
-        return () if backend in (FLOOR, "grid_sample") else HOST_PASSES
+        return () if backend in (FLOOR, "grid_sample", *PEERS) else HOST_PASSES
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedCalls:
         return PreparedCalls(self.make_inputs(dtype=dtype, device=device))
@@ -162,7 +177,7 @@ class PreparedCalls:
 
     def measure(self, backend: str, passed: str, repeats: int) -> Figures:
         device = next(iter(self.inputs)).device
-        forward, leaves = _op_call(self.inputs, records=True)
+        forward, leaves = call(op_of(self.inputs).function, self.inputs, records=True)
         grad_output = torch.ones_like(forward())
 
         def backward(output: Tensor) -> None:
@@ -177,32 +192,6 @@ class PreparedCalls:
             return Figures(measure_host(lambda _: forward(), device, repeats))
 
 
-def op_step(inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]:
-    """The work of one of `OP_PASSES` that is timed, on a backend that the caller has chosen."""
-    features, shapes, starts, locations, weights = inputs
-    if backend == "grid_sample":  # it reads the shapes on the host
-        inputs = type(inputs)(features, shapes.cpu(), starts.cpu(), locations, weights)
-    forward, leaves = _op_call(inputs, records=passed == "training")
-    if passed in ("forward", "forward warm"):
-        return forward
-    with torch.no_grad():
-        grad_output = torch.randn_like(forward())
-    if passed == "training":
-        return lambda: torch.autograd.grad(forward(), leaves, grad_output)
-    name = "deformable_aggregation" if isinstance(inputs, AggregationInputs) else "ms_deform_attn"
-    backward = getattr(torch.ops.reimplementation, f"{name}_backward")
-    needs_features, deterministic = passed != "backward frozen", passed == "backward deterministic"
-    return lambda: backward(grad_output, *inputs, needs_features, True, True, deterministic)
-
-
-def _op_call(inputs: OpInputs, records: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A call of an op, and the tensors whose gradients it records."""
-    function = ops.deformable_aggregation_function if isinstance(inputs, AggregationInputs) else ops.ms_deform_attn
-    features, shapes, starts, locations, weights = inputs
-    leaves = [t.detach().requires_grad_(records) for t in (features, locations, weights)]
-    return lambda: function(leaves[0], shapes, starts, *leaves[1:]), leaves
-
-
 @contextmanager
 def _deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
@@ -214,16 +203,16 @@ def _deterministic() -> Iterator[None]:
 
 
 CASES: dict[str, Case] = {
-    "rig-bs1": OpCase(partial(aggregation_inputs, "rig", 1)),
-    "rig-bs6": OpCase(partial(aggregation_inputs, "rig", 6)),
-    "rig-small": OpCase(partial(aggregation_inputs, num_queries=100, channels=64, strides=(16, 32))),
-    "dense-bs1": OpCase(partial(aggregation_inputs, "dense", 1)),
-    "dense-bs6": OpCase(partial(aggregation_inputs, "dense", 6)),
-    "msda-encoder": OpCase(partial(attention_inputs, "encoder")),
-    "msda-encoder-bs1": OpCase(partial(attention_inputs, "encoder", 1)),
-    "msda-decoder": OpCase(partial(attention_inputs, "decoder")),
-    "msda-paper": OpCase(partial(attention_inputs, "paper")),
-    "msda-small": OpCase(partial(attention_inputs, "small-encoder")),
+    "rig-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "rig", 1)),
+    "rig-bs6": OpCase(AggregationInputs, partial(aggregation_inputs, "rig", 6)),
+    "rig-small": OpCase(AggregationInputs, partial(aggregation_inputs, num_queries=100, channels=64, strides=(16, 32))),
+    "dense-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "dense", 1)),
+    "dense-bs6": OpCase(AggregationInputs, partial(aggregation_inputs, "dense", 6)),
+    "msda-encoder": OpCase(AttentionInputs, partial(attention_inputs, "encoder")),
+    "msda-encoder-bs1": OpCase(AttentionInputs, partial(attention_inputs, "encoder", 1)),
+    "msda-decoder": OpCase(AttentionInputs, partial(attention_inputs, "decoder")),
+    "msda-paper": OpCase(AttentionInputs, partial(attention_inputs, "paper")),
+    "msda-small": OpCase(AttentionInputs, partial(attention_inputs, "small-encoder")),
     "module-bs1": ModuleCase(partial(aggregation_problem, batch_size=1)),
     "module-bs6": ModuleCase(partial(aggregation_problem, batch_size=6)),
     "overhead-aggregation": HostCase(

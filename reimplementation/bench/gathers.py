@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
-from reimplementation.bench.inputs import AggregationInputs, AttentionInputs
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
 
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # x, y of a footprint's four pixels, from its first
 
@@ -36,12 +37,15 @@ class Gathers:
         return self.rows.numel() * self.row_bytes
 
 
-def gathers(inputs: AggregationInputs | AttentionInputs) -> Gathers:
-    """The rows that a forward pass on these inputs reads."""
-    return (_aggregation if isinstance(inputs, AggregationInputs) else _attention)(*inputs)
+@singledispatch
+def gathers(inputs: OpInputs) -> Gathers:
+    """The rows that a forward pass on these inputs reads; TypeError where nobody told which."""
+    raise TypeError(f"the rows of {type(inputs).__name__} are not known: gathers has no function for it")
 
 
-def _aggregation(features: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, _: Tensor) -> Gathers:
+@gathers.register
+def _aggregation(inputs: AggregationInputs) -> Gathers:
+    features, shapes, starts, locations, _ = inputs
     batch_size, num_rows, channels = features.shape
     visible = ((locations > 0) & (locations < 1)).all(-1)
     pixels = locations[..., None, :] * shapes.flip(-1) - 0.5  # (bs, queries, points, cams, levels, 2)
@@ -52,7 +56,9 @@ def _aggregation(features: Tensor, shapes: Tensor, starts: Tensor, locations: Te
     return _bags(features.view(-1, channels), rows.permute(order), inside.permute(order), bag_dims=2)
 
 
-def _attention(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, _: Tensor) -> Gathers:
+@gathers.register
+def _attention(inputs: AttentionInputs) -> Gathers:
+    value, shapes, starts, locations, _ = inputs
     num_rows, num_heads, channels = value.shape[1:]
     sizes = shapes.flip(-1)[:, None]
     pixels = locations * sizes - 0.5  # (N, Lq, M, L, P, 2)

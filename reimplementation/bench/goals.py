@@ -1,8 +1,8 @@
 """The figures to reach, in microseconds.
 
-Their source is section 7 of the project's design: what rough prototypes of the kernels took, and a step beyond it.
-Those of the module at batch 1 and of the host are the benchmark's own. Those for CUDA are meant for one NVIDIA H200,
-those for the CPU for two cores.
+Rough prototypes of the kernels were timed before the kernels were written, and the goals of the ops lie a step beyond
+what those took. The goals of the module at batch 1 and of the host were set when the benchmark first measured them.
+Those for CUDA are meant for one NVIDIA H200, those for the CPU for two cores.
 """
 
 from __future__ import annotations

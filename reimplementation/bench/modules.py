@@ -129,6 +129,17 @@ def measure(of: Timed, expected: Tensor, case: Case) -> Timing:
     )
 
 
+def measure_all(of: Timed, begins: Callable[[str], None]) -> list[Timing]:
+    """Time the module in all of `cases`; ``begins`` is told what comes next, in words."""
+    begins("the module in float64")
+    expected = reference(of)
+    timings = []
+    for case in cases():
+        begins(f"the module on {case.backend}, {case.dtype_name}")
+        timings.append(measure(of, expected, case))
+    return timings
+
+
 def module_document(name: str, queries: int, sizes: str, timings: Sequence[Timing]) -> dict:
     """What was timed and what came out, ready for JSON."""
     return {

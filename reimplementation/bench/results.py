@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import torch
@@ -16,6 +17,7 @@ import reimplementation
 from reimplementation.bench.timing import Timing
 from reimplementation.data import documents
 from reimplementation.data.documents import entries_of, numbers, require_keys, shown, text
+from reimplementation.ops.backends import BACKENDS
 
 FLOOR = "floor"
 MAX_RESULTS = 10_000
@@ -28,7 +30,8 @@ class Result:
     """One figure.
 
     case, passed: what was timed, names in `cases.CASES` and of one of its passes.
-    backend: one of `reimplementation.ops.backends.BACKENDS`; or "floor", the kernel that only gathers the same rows.
+    backend: one of `reimplementation.ops.backends.BACKENDS`; or "floor", the kernel that only gathers the same rows; or
+        a peer, a name in `peers.PEERS`.
     dtype: of the features, such as "float32".
     gathered_bytes: of all rows that the pass gathers, see `gathers.Gathers`; None where nobody counted.
     extra_bytes: most memory that the pass held beyond its inputs; None if unknown.
@@ -44,6 +47,11 @@ class Result:
     extra_bytes: int | None = None
 
     @property
+    def is_ours(self) -> bool:
+        """Whether kernels of ours ran, not plain PyTorch, a peer, or the floor."""
+        return self.backend in BACKENDS and self.backend != "grid_sample"
+
+    @property
     def gather_bandwidth(self) -> float | None:
         """GB/s: `gathered_bytes` over the median time."""
         return None if self.gathered_bytes is None else self.gathered_bytes / self.timing.median_us / 1e3
@@ -54,7 +62,7 @@ class Document:
     """The results of one machine.
 
     machine: "device" (its name), "cpu", "threads", and "copy_gb_per_s" (read and written; may be missing).
-    versions: "reimplementation", "torch", "cuda" (None for a CPU build), "python".
+    versions: "reimplementation", "torch", "cuda" (None for a CPU build), "python", and packages of peers.
     date: ISO 8601; those of merged files, joined.
     results: of one dataclass: `Result`, or a sweep's.
     """
@@ -68,8 +76,13 @@ class Document:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def describe(device: torch.device, results: list, copy_gb_per_s: float | None = None) -> Document:
-    """Results of today on this machine."""
+def describe(
+    device: torch.device,
+    results: list,
+    copy_gb_per_s: float | None = None,
+    packages: Mapping[str, str] = MappingProxyType({}),
+) -> Document:
+    """Results of today on this machine; ``packages`` are others' that were timed, with their versions."""
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpu": cpu_name(),
@@ -82,6 +95,7 @@ def describe(device: torch.device, results: list, copy_gb_per_s: float | None = 
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        **packages,
     }
     return Document(machine, versions, datetime.date.today().isoformat(), results)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+
+from reimplementation import __version__
 
 from . import bench, demo, export, info, sweep
 
@@ -15,35 +19,46 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
 }
 USER_ERROR = 2
+INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as a shell counts programs that a signal ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    What a user can put right is one line on stderr and exit code 2. Warnings are one line each as well.
+    What a user can put right is one line on stderr and exit code 2. Warnings are one line each as well. Where nobody
+    reads the output to its end, as before `| head -1`, the command stops without a word.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m reimplementation",
-        description="Fused deformable-sampling ops for multi-camera perception.",
-    )
-    subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             options.run(options)
+        sys.stdout.flush()  # here, where a reader that has gone is noticed in time
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
         return _fail(f"{package} is missing; install it with: pip install 'reimplementation[{EXTRAS[package]}]'")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it exits
+        return READER_GONE
     except (ValueError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m reimplementation",
+        description="Fused deformable-sampling ops for multi-camera perception.",
+    )
+    parser.add_argument("--version", action="version", version=f"reimplementation {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
 
 
 def _fail(message: str) -> int:

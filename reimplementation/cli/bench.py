@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
 
 from reimplementation import ops
-from reimplementation.bench import results
-from reimplementation.bench.cases import CASES, DEFAULT_CASES, PASSES
-from reimplementation.bench.floor import build, copy_bandwidth
-from reimplementation.bench.results import FLOOR, Document, Result
+from reimplementation.bench import page, peers, results
+from reimplementation.bench.cases import CASES, DEFAULT_CASES, DTYPES, PASSES
+from reimplementation.bench.floor import build
+from reimplementation.bench.results import FLOOR, Document
+from reimplementation.bench.run import Choice, measure_all
 from reimplementation.bench.tables import markdown, print_table
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+from . import arguments
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -40,26 +37,41 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--backends", nargs="+", choices=ops.backends.BACKENDS, help="default: all of the device")
     parser.add_argument(
+        "--peers",
+        action="store_true",
+        help=f"time other packages' kernels too, where they are installed: {', '.join(peers.PEERS)}",
+    )
+    parser.add_argument(
         "--floor", action="store_true", help="CUDA: time a kernel too that only gathers the same rows; needs nvcc"
     )
-    parser.add_argument("--repeats", type=positive, default=20, help="timed runs (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=arguments.positive, default=20, help="timed runs of each figure (default: %(default)s)"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, with the machine's name")
     parser.add_argument(
         "--read", nargs="+", metavar="FILE", type=Path, help="measure nothing: show these files' figures"
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the figures as bars")
+    parser.add_argument("--plot", metavar="FILE", help="draw the figures as bars, as PNG, SVG, …")
+    parser.add_argument(
+        "--page",
+        metavar="FOLDER",
+        type=Path,
+        help="measure nothing: print docs/benchmarks.md, made from the results in FOLDER (benchmarks)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.plot:  # before the work begins: a missing extra is named at once
-        from reimplementation.bench.plots import draw
-
+    if options.page:
+        print(page.write(options.page), end="")
+        return
+    # Before the work begins: a missing extra or a wrong file name is said at once.
+    picture = arguments.picture("--plot", options.plot) if options.plot else None
     if options.read:
         documents = [_chosen(document, options) for document in results.read(options.read)]
     else:
-        documents = [measure_all(options)]
+        documents = [_measure(options)]
         if options.json:
             documents[0].write(options.json)
     for document in documents:
@@ -67,59 +79,52 @@ def run(options: argparse.Namespace) -> None:
             print(markdown(document), end="\n\n")
         else:
             print_table(document)
-    if options.plot:
-        draw(options.plot, documents)
+    if picture:
+        from reimplementation.bench.plots import draw_bars
+
+        draw_bars(picture, documents)
 
 
-def measure_all(options: argparse.Namespace) -> Document:
-    """Time every case, dtype, backend and pass that the options name; what fails is said on stderr and left out.
-
-    Raises:
-        ValueError: the floor is asked for on another device than CUDA.
-        RuntimeError: the floor's kernel cannot be built, or nothing could be timed.
-    """
+def _measure(options: argparse.Namespace) -> Document:
+    """Time what the options name, with a progress bar; what fails or is missing is said on stderr."""
     from rich.console import Console
     from rich.progress import Progress
 
-    device = torch.device(options.device)
+    device = arguments.device(options.device)
+    choice = Choice(
+        options.cases or DEFAULT_CASES[device.type],
+        options.dtypes or ["float32"],
+        _backends(options, device),
+        options.passes or PASSES,
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(choice))
+        return measure_all(
+            choice,
+            device,
+            options.repeats,
+            begins=lambda what: progress.update(task, advance=1, description=what),
+            fails=lambda message: progress.console.print(message, markup=False, soft_wrap=True),
+        )
+
+
+def _backends(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """Everything that is to be timed on a device: backends, peers, the floor."""
+    backends = list(options.backends or ops.available_backends(device))
+    missing = ops.backends.why_missing(device)
+    if missing and not options.backends:
+        warnings.warn(f"timing grid_sample alone: no {device.type} kernels: {missing}", RuntimeWarning, stacklevel=1)
+    if options.peers:
+        found, reasons = peers.installed(device)
+        backends += found
+        for name, reason in reasons.items():
+            warnings.warn(f"{name} is left out: {reason}", RuntimeWarning, stacklevel=1)
     if options.floor:
         if device.type != "cuda":
             raise ValueError(f"--floor is a CUDA kernel: it needs --device cuda; got {device}")
         build(device)  # now, lest it fail when half is measured
-    cases = options.cases or DEFAULT_CASES[device.type]
-    dtypes = options.dtypes or ["float32"]
-    backends = (options.backends or ops.available_backends(device)) + ([FLOOR] if options.floor else [])
-    passes = {
-        case: [(b, p) for b in backends for p in CASES[case].passes(b) if p in (options.passes or PASSES)]
-        for case in cases
-    }
-    figures = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(dtypes) * sum(map(len, passes.values())))
-        for case in filter(passes.get, cases):
-            for dtype in dtypes:
-                progress.update(task, description=f"{case} {dtype}")
-                prepared = CASES[case].prepare(DTYPES[dtype], device)
-                for backend, passed in passes[case]:
-                    progress.update(task, description=f"{case} {dtype} {backend} {passed}")
-                    try:
-                        found = prepared.measure(backend, passed, options.repeats)
-                    except RuntimeError as error:  # too little memory, say
-                        progress.console.print(f"{case} {dtype} {backend} {passed} failed: {error}", markup=False)
-                        found = None
-                    if found is not None:
-                        figures.append(Result(case, str(device), backend, dtype, passed, **vars(found)))
-                    progress.advance(task)
-    if not figures:
-        raise RuntimeError("nothing was timed: no case has such a pass on such a backend, or all of them failed")
-    return results.describe(device, figures, copy_bandwidth(device, options.repeats))
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+        backends.append(FLOOR)
+    return backends
 
 
 def _chosen(document: Document, options: argparse.Namespace) -> Document:

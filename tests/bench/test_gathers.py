@@ -9,7 +9,14 @@ from reimplementation import ops
 from reimplementation.bench.cases import OpCase
 from reimplementation.bench.floor import WARP, gather_step, measure_floor, team_lanes
 from reimplementation.bench.gathers import Gathers, gathers
-from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, aggregation_inputs, attention_inputs
+from reimplementation.bench.inputs import (
+    AggregationInputs,
+    AttentionInputs,
+    OpInputs,
+    aggregation_inputs,
+    attention_inputs,
+)
+from reimplementation.bench.steps import op_step
 
 
 def at_pixel_corners(location: torch.Tensor, width: int, height: int) -> torch.Tensor:
@@ -56,6 +63,18 @@ def test_nothing_outside_is_gathered():
         assert len(found.rows) == 0 and found.starts.tolist() == [0] * 4
 
 
+class OtherInputs(OpInputs):
+    """Operands of an op that the benchmark does not know."""
+
+
+def test_an_unknown_op_is_refused():
+    """It must not be taken for attention, whose rows are others."""
+    with pytest.raises(TypeError, match="the rows of OtherInputs are not known"):
+        gathers(OtherInputs())
+    with pytest.raises(TypeError, match="ops for AggregationInputs, AttentionInputs; got OtherInputs"):
+        op_step(OtherInputs(), "cpu", "forward")
+
+
 @pytest.mark.parametrize(("dtype", "channel_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_gathered_bytes(dtype, channel_bytes):
     base = aggregation_inputs("dense", 1, num_queries=3, num_points=2, channels=8, strides=(32, 16), dtype=dtype)
@@ -97,4 +116,4 @@ def test_floor_is_timed_as_a_graph():
     inputs = aggregation_inputs(num_queries=30, channels=64, strides=(16, 32), device="cuda")
     timing = measure_floor([gathers(inputs)], torch.device("cuda"), repeats=2)
     assert timing.method == "graph" and timing.median_us > 0
-    assert OpCase(aggregation_inputs).passes("floor") == ("forward",)
+    assert OpCase(AggregationInputs, aggregation_inputs).passes("floor") == ("forward",)

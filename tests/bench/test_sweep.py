@@ -11,9 +11,9 @@ import torch
 from reimplementation import ops
 from reimplementation.bench.gathers import gathers
 from reimplementation.bench.shapes import INPUTS, Shape
+from reimplementation.bench.sweep import Figure, outliers
 from reimplementation.bench.timing import Timing
 from reimplementation.cli import main
-from reimplementation.cli.sweep import Figure, outliers
 
 SMALL = "--channels 8 16 --points 1 2 --levels 1 --batch-sizes 1 --repeats 2".split()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +12,19 @@ import pytest
 import torch
 
 from reimplementation import ops
-from reimplementation.bench import cases, floor, goals, results, tables, timing
-from reimplementation.bench.inputs import aggregation_inputs, aggregation_problem, attention_inputs
-from reimplementation.bench.results import Document, Result
-from reimplementation.bench.timing import Timing, measure, measure_host
+from reimplementation.bench import cases, floor, peers, run, timing
+from reimplementation.bench.inputs import (
+    AggregationInputs,
+    AttentionInputs,
+    aggregation_inputs,
+    aggregation_problem,
+    attention_inputs,
+)
 from reimplementation.cli import bench, main
 from reimplementation.data.rig import nuscenes_like_rig
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,13 +32,16 @@ def tiny():
     """Small cases instead of the real ones."""
     rig = nuscenes_like_rig().scaled_to(88, 32)
     tiny_cases = {
-        "aggregation": cases.OpCase(partial(aggregation_inputs, num_queries=5, channels=8, strides=(16, 32))),
-        "attention": cases.OpCase(partial(attention_inputs, "small-decoder")),
+        "aggregation": cases.OpCase(
+            AggregationInputs, partial(aggregation_inputs, num_queries=5, channels=8, strides=(16, 32))
+        ),
+        "attention": cases.OpCase(AttentionInputs, partial(attention_inputs, "small-decoder")),
         "module": cases.ModuleCase(partial(aggregation_problem, rig, num_queries=4, batch_size=2)),
         "overhead-msda": cases.HostCase(partial(attention_inputs, "one-query")),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "CASES", tiny_cases)
+        patch.setattr(run, "CASES", tiny_cases)
         patch.setattr(bench, "DEFAULT_CASES", {"cpu": list(tiny_cases), "cuda": list(tiny_cases)})
         patch.setattr(cases, "ROTATED_BYTES", 2**16)
         patch.setattr(floor, "COPIED_BYTES", {"cpu": 2**16, "cuda": 2**16})
@@ -51,15 +58,6 @@ def measured(tiny, tmp_path_factory):
     with redirect_stdout(io.StringIO()) as printed:
         assert main(["bench", "--device", "cpu", "--repeats", "2", "--json", str(file)]) == 0
     return file, printed.getvalue()
-
-
-def result(case="rig-bs1", backend="cuda", passed="forward", us=10.0, dtype="float32", **fields) -> Result:
-    return Result(case, "cuda", backend, dtype, passed, Timing(us, 0.1, "graph"), **fields)
-
-
-def document(*found: Result, **machine) -> Document:
-    machine = {"device": "NVIDIA H200", "cpu": "a", "threads": 1, **machine}
-    return Document(machine, {"torch": "2.11", "cuda": "13.0"}, "2026-01-02", list(found))
 
 
 def test_every_backend_and_pass(tiny, measured):
@@ -112,34 +110,9 @@ def test_markdown_of_a_file(measured, capsys):
     assert main(["bench", "--read", str(measured[0]), "--markdown"]) == 0
     table = capsys.readouterr().out
     if len(ops.available_backends("cpu")) > 1:
-        assert "| aggregation | forward |" in table and "| module | training |" in table and "x |" in table
+        assert "| aggregation | forward |" in table and "| module | training |" in table
+        assert "| case | pass | dtype | ours | grid_sample |" in table and "x) |" in table
         assert "| overhead-msda | call backward |" in table
-
-
-def test_files_of_one_machine_are_merged(tmp_path):
-    first = document(result(us=1), result(passed="backward", us=2))
-    second = document(result(us=3), result(dtype="float16", us=4))
-    other = document(result(us=5), device="another")
-    paths = []
-    for i, each in enumerate((first, replace(second, date="2026-01-01"), other)):
-        paths.append(tmp_path / f"{i}.json")
-        each.write(paths[-1])
-    merged, alone = results.read(paths)
-    assert [r.timing.median_us for r in merged.results] == [3, 2, 4]
-    assert merged.date == "2026-01-01, 2026-01-02"
-    assert alone == other
-
-
-@pytest.mark.parametrize(("device", "documents"), [("NVIDIA H200", 1), ("a", 2)], ids=["GPU", "CPU"])
-def test_threads_of_the_host_tell_cpus_apart(tmp_path, device, documents):
-    paths = [tmp_path / "2.json", tmp_path / "16.json"]
-    for path, case in zip(paths, ("rig-bs1", "rig-bs6")):
-        both = result("module-bs1", us=1, passed=path.stem), result(case, us=2)
-        document(*both, device=device, threads=int(path.stem)).write(path)
-    read = results.read(paths)
-    assert len(read) == documents
-    cases = [r.case for r in read[0].results]
-    assert cases == sorted(cases, key=cases.index) and len(cases) == 4 / documents  # the parts of a case lie together
 
 
 def test_another_file_is_refused(tmp_path, capsys):
@@ -147,33 +120,6 @@ def test_another_file_is_refused(tmp_path, capsys):
     file.write_text('{"results": [{"case": "rig-bs1"}]}')
     assert main(["bench", "--read", str(file)]) == 2
     assert f"{file}: missing machine" in capsys.readouterr().err
-
-
-def test_ratios_and_goals():
-    backward = result(passed="backward", us=100)
-    found = document(
-        result(us=12, gathered_bytes=24_000_000, extra_bytes=5),
-        result(us=600, backend="grid_sample"),
-        result(us=8, backend="floor"),
-        backward,
-        result(passed="backward frozen", us=50),
-    )
-    forward = found.results[0]
-    assert forward.gather_bandwidth == pytest.approx(2000)  # 24 MB in 12 us
-    assert (tables.grid_sample_us(forward, found), tables.floor_us(forward, found)) == (600, 8)
-    assert tables.grid_sample_us(backward, found) is None and tables.floor_us(backward, found) is None
-    assert [tables.default_us(r, found) for r in found.results] == [None, None, None, None, 100]
-    assert [goals.goal_us(r) for r in found.results] == [24, None, None, 105, None]
-    table = tables.markdown(found)
-    assert "| rig-bs1 | forward | 12 / 24 | 50.0x | 1.50x |" in table
-    assert "| rig-bs1 | backward frozen | 50 |  |  |" in table
-
-
-def test_every_goal_belongs_to_a_case():
-    for device, case, passed, dtype in goals.GOALS:
-        assert device in goals.MACHINES and dtype in bench.DTYPES
-        assert passed in cases.CASES[case].passes(device), (case, passed)
-        assert case in cases.DEFAULT_CASES[device]
 
 
 def test_plot(measured, tmp_path):
@@ -192,23 +138,6 @@ def test_committed_figures_can_be_read(file, capsys):
 def test_floor_is_for_cuda(capsys):
     assert main(["bench", "--device", "cpu", "--floor"]) == 2
     assert "--floor is a CUDA kernel" in capsys.readouterr().err
-
-
-def test_floor_names_what_it_needs(monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(floor, "TOOLKIT", tmp_path)
-    with pytest.raises(RuntimeError, match="--floor needs nvcc"):
-        floor.find_nvcc()
-
-
-def test_floor_is_built_by_nvcc(monkeypatch):
-    try:
-        floor.find_nvcc()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert callable(floor.build.__wrapped__(torch.device("cuda")))
 
 
 def figures() -> dict:
@@ -293,26 +222,6 @@ def test_every_case_has_its_inputs():
     assert {case for names in cases.DEFAULT_CASES.values() for case in names} <= set(cases.CASES)
 
 
-def test_measure_runs_every_step_in_turn():
-    order = []
-    taken = measure([lambda i=i: order.append(i) for i in range(3)], torch.device("cpu"), repeats=4)
-    assert order == [0, 1, 2] * (len(order) // 3)
-    assert taken.method == "wall"
-    assert taken.median_us >= 0
-
-
-def test_measure_host_prepares_each_call():
-    made, used = [], []
-
-    def prepare():
-        made.append(len(made))
-        return made[-1]
-
-    taken = measure_host(used.append, torch.device("cpu"), repeats=2, prepare=prepare)
-    assert used == made and len(made) > 2
-    assert taken.method == "host" and taken.median_us >= 0
-
-
 def test_what_fails_is_said_and_left_out(tiny, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("too little memory")
@@ -325,3 +234,99 @@ def test_what_fails_is_said_and_left_out(tiny, tmp_path, capsys, monkeypatch):
     assert [r["case"] for r in json.loads(file.read_text())["results"]] == ["attention"]
     assert main(["bench", "--device", "cpu", *chosen, "--cases", "module"]) == 2
     assert "nothing was timed" in capsys.readouterr().err
+
+
+def test_missing_kernels_are_named(monkeypatch, tmp_path, capsys):
+    """Where plain PyTorch alone would be timed, a line on stderr says why, and what to do."""
+    monkeypatch.setattr(ops, "available_backends", lambda device: ["grid_sample"])
+    monkeypatch.setattr(ops.backends, "why_missing", lambda device: "it is not built. To build it: pip install it")
+    chosen = ["--cases", "attention", "--passes", "forward", "--repeats", "2", "--json", str(tmp_path / "figures.json")]
+    assert main(["bench", "--device", "cpu", *chosen]) == 0
+    said = capsys.readouterr().err
+    assert "timing grid_sample alone: no cpu kernels: it is not built. To build it: pip install it" in said
+    assert main(["bench", "--device", "cpu", *chosen, "--backends", "grid_sample"]) == 0  # asked for, so not missed
+    assert "no cpu kernels" not in capsys.readouterr().err
+
+
+def test_peers_are_timed_beside_ours(monkeypatch, tmp_path, capsys):
+    """Those that are there and right; of the others a line says why not."""
+
+    def grid_sample(*operands):
+        with ops.use_backend("grid_sample"):
+            return ops.ms_deform_attn(*operands)
+
+    def missing(device):
+        raise ModuleNotFoundError("No module named 'elsewhere'", name="elsewhere")
+
+    stand_ins = {
+        "right": peers.Peer("numpy", AttentionInputs, lambda device: grid_sample),
+        "wrong": peers.Peer("numpy", AttentionInputs, lambda device: lambda *operands: 2 * grid_sample(*operands)),
+        "absent": peers.Peer("elsewhere", AttentionInputs, missing),
+    }
+    for name in list(peers.PEERS):
+        monkeypatch.delitem(peers.PEERS, name)
+    for name, peer in stand_ins.items():
+        monkeypatch.setitem(peers.PEERS, name, peer)
+    file, picture = tmp_path / "figures.json", tmp_path / "bars.png"
+    chosen = ["--cases", "attention", "aggregation", "--backends", "grid_sample", "--repeats", "2", "--peers"]
+    assert main(["bench", "--device", "cpu", *chosen, "--json", str(file), "--plot", str(picture)]) == 0
+    shown = capsys.readouterr()
+    assert "absent is left out: elsewhere is not installed; try: pip install elsewhere" in shown.err
+    assert "attention float32 wrong forward failed: its output is 1.0e+00 of its length away from ours" in shown.err
+    assert "│ right" in shown.out and picture.read_bytes().startswith(b"\x89PNG")
+    document = json.loads(file.read_text())
+    timed = {(r["case"], r["passed"]) for r in document["results"] if r["backend"] == "right"}
+    assert timed == {("attention", "forward"), ("attention", "training")}
+    assert "wrong" not in {r["backend"] for r in document["results"]}
+    assert document["versions"]["numpy"] == __import__("numpy").__version__
+
+
+def test_a_device_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    for command in (["bench"], ["sweep"]):
+        assert main([*command, "--device", "cuda"]) == 2
+        said = capsys.readouterr().err
+        assert "--device cuda needs a PyTorch with CUDA" in said and said.count("\n") == 1
+        for odd in ("mps", "meta", "gpu"):
+            assert main([*command, "--device", odd]) == 2
+            assert f"--device must be cpu, cuda or cuda:N; got '{odd}'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["bench", "--device", "cuda:1"]) == 2
+    assert "--device cuda:1 is not there: PyTorch sees 1 GPU\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_is_what_its_suffix_says(measured, tmp_path, suffix, begins):
+    picture = tmp_path / f"bars.{suffix}"
+    assert main(["bench", "--read", str(measured[0]), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(begins)
+
+
+def test_a_suffix_without_a_format_is_refused(measured, tmp_path, capsys):
+    for name in ("bars.txt", "bars"):
+        assert main(["bench", "--read", str(measured[0]), "--plot", str(tmp_path / name)]) == 2
+        said = capsys.readouterr()
+        assert f"--plot {tmp_path / name} must end in one of" in said.err and ".svg" in said.err and said.out == ""
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_repeats_must_be_a_number(count, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--repeats", count])
+    assert stopped.value.code == 2
+    assert f"--repeats: expected a positive whole number; got '{count}'" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_what_the_command_writes(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["bench", "--page", "benchmarks"]) == 0
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert capsys.readouterr().out == page, "write it again: python -m reimplementation bench --page benchmarks"
+    assert "python -m reimplementation bench --page benchmarks > docs/benchmarks.md" in page
+
+
+def test_a_folder_without_results(tmp_path, capsys):
+    assert main(["bench", "--page", str(tmp_path)]) == 2
+    assert f"there are no results in {tmp_path / 'results'}" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from reimplementation.bench.gathers import Gathers
 from reimplementation.bench.timing import Timing, measure
 
-SOURCE = Path(__file__).parent / "gather.cu"
+SOURCE = files(__package__) / "gather.cu"
 TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's installer puts it
 VECTOR_BYTES = 16  # of one load
 THREADS, WARP = 256, 32  # a block of the kernel, and its longest team
@@ -93,15 +94,13 @@ def build(device: torch.device) -> Callable[..., int]:
     The folder of the build goes as soon as the library is loaded.
     """
     nvcc = find_nvcc()
-    if not SOURCE.exists():
-        raise RuntimeError(f"--floor needs {SOURCE}, which is not part of an installed package: run from a clone")
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, as_file(SOURCE) as source:
         library = Path(folder) / "floor.so"
         options = ["-O3", "-std=c++17", f"-arch={architecture}", "--shared", "-Xcompiler", "-fPIC"]
-        built = subprocess.run([nvcc, *options, "-o", library, SOURCE], capture_output=True, text=True)
+        built = subprocess.run([nvcc, *options, "-o", library, source], capture_output=True, text=True)
         if built.returncode != 0:
-            raise RuntimeError(f"--floor: {nvcc} could not build {SOURCE}: {built.stderr.strip() or built.stdout}")
+            raise RuntimeError(f"--floor: {nvcc} could not build {source}: {built.stderr.strip() or built.stdout}")
         function = ctypes.CDLL(str(library)).gather_rows
     pointer, whole = ctypes.c_void_p, ctypes.c_int
     function.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_int64, whole, whole, whole, pointer]

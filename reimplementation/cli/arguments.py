@@ -1,0 +1,66 @@
+"""What several commands ask of their arguments; each message says what was expected, and what came."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    return _whole(text, None)
+
+
+def at_most(limit: int) -> Callable[[str], int]:
+    """An argument's type: a whole number from 1 to a limit."""
+    return lambda text: _whole(text, limit)
+
+
+def device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        ValueError: it is neither the CPU nor a GPU that this PyTorch can use.
+    """
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise ValueError(f"--device {name} needs a PyTorch with CUDA; {torch.__version__} is a build without it")
+    count = torch.cuda.device_count()
+    if (found.index or 0) >= count:
+        raise ValueError(f"--device {name} is not there: PyTorch sees {count or 'no'} GPU{'' if count == 1 else 's'}")
+    return found
+
+
+def picture(option: str, path: str | Path) -> Path:
+    """The file that an option names for a picture.
+
+    Raises:
+        ModuleNotFoundError: matplotlib, which draws, is missing.
+        ValueError: there is no such folder, or the file's name has no suffix of a format that matplotlib writes.
+    """
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"{option} {path} must name a file in a folder that exists")
+    suffixes = [f".{name}" for name in sorted(Figure().canvas.get_supported_filetypes())]
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} {path} must end in one of {' '.join(suffixes)}")
+    return path
+
+
+def _whole(text: str, limit: int | None) -> int:
+    if not text.isdecimal() or int(text) == 0 or (limit is not None and int(text) > limit):
+        wanted = "a positive whole number" if limit is None else f"a whole number between 1 and {limit}"
+        raise argparse.ArgumentTypeError(f"expected {wanted}; got {text!r}")
+    return int(text)
