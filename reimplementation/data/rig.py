@@ -11,11 +11,14 @@ import math
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .documents import entries_of, file_below, numbers, read_json, require_keys, shown, text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_IMAGE_PIXELS = 40_000_000
 MAX_RIG_PIXELS = 200_000_000  # of all images together, which are held at once
@@ -299,11 +302,19 @@ def _read_image(path: Path, width: int, height: int) -> np.ndarray:
             with Image.open(path, formats=("JPEG", "PNG")) as image:
                 if image.size != (width, height):  # before a single pixel is decoded
                     raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels; expected {width} x {height}")
-                return np.array(image.convert("RGB"))
+                return _rgb(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"image {path}: not a JPEG or PNG file") from None
     except Exception as error:  # a decoder raises anything on broken data: Pillow's also IndexError
         raise ValueError(f"image {path}: {error}") from None
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8. Grey of 16 bits is scaled to 8, where Pillow would cut it off at 255."""
+    if image.mode.startswith("I"):
+        grey = np.round(np.asarray(image) / 257).astype(np.uint8)  # 65535 is white: 257 times 255
+        return np.repeat(grey[..., None], 3, axis=-1)
+    return np.array(image.convert("RGB"))
 
 
 def _resized(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from reimplementation.data.rig import MAX_BOXES, MAX_CAMERAS, Box, Camera, Rig, nuscenes_like_rig
 
-NUSCENES = Path(__file__).resolve().parents[2] / "shared" / "data" / "nuscenes_sample"
+NUSCENES = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuscenes_sample"
 WIDTH, HEIGHT = 40, 30
 
 
@@ -304,6 +304,18 @@ def test_images_that_are_none(tmp_path, document):
         (tmp_path / "front.png").write_bytes(content)
         with pytest.raises(ValueError, match=r"sample.json: cameras\[0\]: image .*front.png"):
             Rig.load(tmp_path)
+
+
+def test_grey_of_sixteen_bits_is_scaled(tmp_path, document):
+    """65535 is as white as 255 is in eight bits; what lies between keeps its place."""
+    image = pytest.importorskip("PIL.Image")
+    grey = np.linspace(0, 65535, WIDTH * HEIGHT).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    image.fromarray(grey).save(tmp_path / "front.png")
+    with image.open(tmp_path / "front.png") as written:
+        assert written.mode.startswith("I")  # not already eight bits
+    read = Rig.load(save(tmp_path, document)).cameras[0].image
+    assert read.shape == (HEIGHT, WIDTH, 3) and read.dtype == np.uint8
+    np.testing.assert_array_equal(read, np.round(grey / 65535 * 255).astype(np.uint8)[..., None].repeat(3, -1))
 
 
 @pytest.mark.parametrize("size", [(5000, 4000), (20000, 5000), (20000, 10000)])  # the last two alarm Pillow itself
