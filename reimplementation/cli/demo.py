@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
 
 import reimplementation
-from reimplementation.bench.inputs import EMBED_DIMS, aggregation_problem
-from reimplementation.bench.modules import Timing, cases, measure, module_document, reference
-from reimplementation.data.rig import Rig
-from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH, View, built_in_scene, trace_boxes
-from reimplementation.demo import attention
-from reimplementation.demo.recovery import MIN_PIXELS_ACROSS, Recovery, recover_colors
+from reimplementation import ops
+from reimplementation.bench import modules
+from reimplementation.demo import aggregation, attention
 
-from .demo_tables import print_report
+from . import arguments
 
-OPS = ("aggregation", "msda")
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+SHOWS = {"aggregation": aggregation.show, "msda": attention.show}
 MAX_QUERIES = 100_000
-STEPS_BESIDE_TIMING = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Surroundings:
-    """What the demo looks at. painted: (num_boxes, 3) uint8, the truth; None for real images."""
-
-    rig: Rig
-    views: tuple[View, ...]
-    painted: np.ndarray | None
+STEPS_BESIDE_CASES = 4
+MAX_ROWS = 100
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,15 +34,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "a grid of queries in one image through multi-scale deformable attention; draw what was read and where; "
         "and time the op's whole module on every backend of this machine.",
     )
-    parser.add_argument("--op", choices=OPS, default="aggregation", help="which op (default: %(default)s)")
+    parser.add_argument("--op", choices=SHOWS, default="aggregation", help="which op (default: %(default)s)")
     parser.add_argument(
         "--rig", metavar="DIR", help="a folder with sample.json and images (default: a built-in street)"
     )
-    parser.add_argument("--output", metavar="FILE", default="demo.png", help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--output", metavar="FILE", default="demo.png", help="the picture, as PNG, SVG, … (default: %(default)s)"
+    )
     parser.add_argument(
         "--queries",
         metavar="N",
-        type=_query_count,
+        type=arguments.at_most(MAX_QUERIES),
         default=900,
         help="queries of the timed module (default: %(default)s)",
     )
@@ -59,24 +53,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    # Here as in the functions that draw, extras are imported before the work begins: a missing one is named at once.
+    # Before the work begins: a missing extra or a wrong file name is said at once.
     from rich.console import Console
     from rich.progress import Progress
 
-    output = Path(options.output)
-    if output.is_dir() or not output.resolve().parent.is_dir():
-        raise ValueError(f"--output {output} must name a file in a folder that exists")
-
+    output = arguments.picture("--output", options.output)
+    # Of the CPU the op itself says so: it reads the colours there.
+    if torch.cuda.is_available() and (missing := ops.backends.why_missing("cuda")):
+        warnings.warn(f"timing grid_sample alone on the GPU: no cuda kernels: {missing}", RuntimeWarning, stacklevel=1)
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("looking around", total=len(cases()) + STEPS_BESIDE_TIMING)
-
-        def step(description: str) -> None:
-            progress.update(task, advance=1, description=description)
-
-        show = {"aggregation": _show, "msda": attention.show}[options.op]
-        found = show(options, output, step)
-
+        task = progress.add_task("", total=len(modules.cases()) + STEPS_BESIDE_CASES)
+        found = SHOWS[options.op](
+            options.rig,
+            options.queries,
+            output,
+            lambda description: progress.update(task, advance=1, description=description),
+        )
     document = {
         "reimplementation": reimplementation.__version__,
         "op": options.op,
@@ -89,81 +82,120 @@ def run(options: argparse.Namespace) -> None:
         print_report(document, Console())
 
 
-def _show(options: argparse.Namespace, output: Path, step: Callable[[str], None]) -> dict:
-    """Draw the picture, time the module; returns everything that was found. ``step`` is told what comes next."""
-    from reimplementation.demo.drawing import draw
-
-    surroundings = look_around(options.rig)
-    step("reading colours")
-    recovery = recover_colors(surroundings.rig, surroundings.views)
-    step("drawing")
-    draw(output, surroundings.rig, surroundings.views, recovery, surroundings.painted)
-    step("the module in float64")
-    batch = aggregation_problem(surroundings.rig, options.queries)
-    expected = reference(batch)
-    timings = []
-    for case in cases():
-        step(f"the module on {case.backend}, {case.dtype_name}")
-        timings.append(measure(batch, expected, case))
-    return _document(surroundings, recovery, timings, options.queries)
+def print_report(document: dict, console: Console) -> None:
+    """Print what `demo --json` would have said, as tables."""
+    if document["op"] == "aggregation":
+        _print_colors(document, console)
+    else:
+        _print_attention(document, console)
+    _print_module(document, console)
+    console.print(f"\nPicture: {document['picture']}", markup=False, highlight=False)
 
 
-def look_around(folder: str | None = None) -> Surroundings:
-    """The built-in street, or the rig in a folder at 704 x 256 pixels, and the box behind every pixel."""
-    if folder is None:
-        scene = built_in_scene()
-        return Surroundings(scene.rig, scene.views, scene.colors)
-    rig = Rig.load(folder).scaled_to(IMAGE_WIDTH, IMAGE_HEIGHT)
-    return Surroundings(rig, tuple(trace_boxes(camera, rig.boxes) for camera in rig.cameras), None)
+def _print_colors(document: dict, console: Console) -> None:
+    from rich.text import Text
+
+    boxes, colors = document["boxes"], document.get("colors")
+    table = _table("Colours read at the key points of each box")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("box")
+    table.add_column("key points seen", justify="right")
+    if colors:
+        table.add_column("painted")
+    table.add_column("recovered" if colors else "mean colour")
+    if colors:
+        table.add_column("error / 255", justify="right")
+    for number, box in enumerate(boxes[:MAX_ROWS], start=1):
+        row = [str(number), Text(box["label"]), str(box["key_points_seen"])]
+        row += [_swatch(box["painted_rgb"])] if colors else []
+        row += [_swatch(box["recovered_rgb"])]
+        if colors:
+            error = "" if box["error"] is None else _error(box["error"])
+            row += [Text(error, style="" if box["counted"] else "dim")]
+        table.add_row(*row)
+    console.print(table)
+    if len(boxes) > MAX_ROWS:
+        console.print(f"and {len(boxes) - MAX_ROWS} more; --json lists them all")
+    if colors:
+        console.print(
+            f"\nMean absolute error {_error(colors['mean_absolute_error'])} / 255 over the "
+            f"{colors['counted_boxes']} boxes of which {colors['rule']}.",
+            highlight=False,
+        )
 
 
-def color_errors(recovered: np.ndarray, painted: np.ndarray) -> np.ndarray:
-    """(num_boxes,) mean absolute error over the three channels, in 1/255; NaN where nothing was recovered."""
-    return np.abs(recovered - painted).mean(axis=1)
+def _print_attention(document: dict, console: Console) -> None:
+    from rich.text import Text
+
+    table = _table(f"Colours read around each query of {document['camera']}")
+    for heading in ("x", "y"):
+        table.add_column(heading, justify="right", style="dim")
+    table.add_column("mean")
+    table.add_column("of each head")
+    for query in document["queries"]:
+        heads = query["heads_rgb"]
+        mean = [sum(channel) / len(heads) for channel in zip(*heads)]
+        table.add_row(*(f"{x:.2f}" for x in query["xy"]), _swatch(mean), Text.assemble(*map(_patch, heads)))
+    console.print(table)
+    colors = document["colors"]
+    console.print(
+        f"\nLargest error {_error(colors['max_absolute_error'])} / 255, against {colors['against']}.",
+        highlight=False,
+    )
 
 
-def _document(surroundings: Surroundings, recovery: Recovery, timings: list[Timing], queries: int) -> dict:
-    """Everything the demo found, ready for JSON."""
-    painted = surroundings.painted
-    boxes = []
-    for i, box in enumerate(surroundings.rig.boxes):
-        unseen = np.isnan(recovery.colors[i, 0])
-        entry = {
-            "label": box.label,
-            "recovered_rgb": None if unseen else recovery.colors[i].tolist(),
-            "key_points_seen": int(recovery.seen[i].any(axis=1).sum()),
-        }
-        if painted is not None:
-            error = color_errors(recovery.colors, painted)[i]
-            entry |= {
-                "painted_rgb": painted[i].tolist(),
-                "error": None if unseen else float(error),
-                "counted": bool(recovery.counted[i]),
-            }
-        boxes.append(entry)
-    document = {
-        "cameras": [camera.name for camera in surroundings.rig.cameras],
-        "boxes": boxes,
-        "module": module_document(
-            "DeformableFeatureAggregation",
-            queries,
-            f"{len(surroundings.rig.cameras)} cameras, {EMBED_DIMS} channels",
-            timings,
-        ),
-    }
-    if painted is not None:
-        counted = [box["error"] for box in boxes if box["counted"]]
-        document["colors"] = {
-            "counted_boxes": len(counted),
-            "rule": f"one view shows every key point, and the box at least {MIN_PIXELS_ACROSS} pixels across",
-            "mean_absolute_error": float(np.mean(counted)),
-            "unit": "1/255",
-        }
-    return document
+def _print_module(document: dict, console: Console) -> None:
+    module = document["module"]
+    table = _table(f"The whole module, {module['name']}: {module['queries']} queries, {module['sizes']}")
+    for heading in ("device", "backend", "dtype"):
+        table.add_column(heading)
+    for heading in ("forward, ms", "fwd + bwd, ms", "memory, MB", "max error"):
+        table.add_column(heading, justify="right")
+    for timing in module["timings"]:
+        memory = timing["extra_memory_bytes"]
+        table.add_row(
+            timing["device"],
+            timing["backend"],
+            timing["dtype"],
+            f"{timing['forward_ms']:.2f}",
+            f"{timing['forward_backward_ms']:.2f}",
+            "-" if memory is None else f"{memory / 1e6:.0f}",
+            f"{timing['max_relative_error']:.1e}",
+        )
+    console.print()
+    console.print(table)
+    console.print(
+        f"Memory: the most held during forward and backward, beyond parameters and inputs. Error: {module['error']}.",
+        style="dim",
+    )
 
 
-def _query_count(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= MAX_QUERIES:
-        raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_QUERIES}")
-    return count
+def _table(title: str):
+    from rich.table import Table
+    from rich.text import Text
+
+    # A camera's name may read like markup.
+    return Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def _error(value: float) -> str:
+    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def _swatch(color: list | None) -> Text:
+    from rich.text import Text
+
+    if color is None:
+        return Text("not seen", style="dim")
+    red, green, blue = _rgb(color)
+    return Text.assemble(_patch(color), f" {red:3d} {green:3d} {blue:3d}")
+
+
+def _patch(color: list) -> Text:
+    from rich.text import Text
+
+    return Text("    ", style="on rgb({},{},{})".format(*_rgb(color)))
+
+
+def _rgb(color: list) -> tuple[int, ...]:
+    return tuple(min(max(round(channel), 0), 255) for channel in color)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 
 import torch
 
 import reimplementation
 from reimplementation import ops
+
+CAPABILITIES = ("default", "avx2", "avx512")  # what REIMPLEMENTATION_CPU_CAPABILITY may say, least first
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,6 +37,8 @@ def collect() -> dict:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "extension": ops.build_info(),
+        "forced_backend": os.environ.get("REIMPLEMENTATION_BACKEND") or None,
+        "cpu_capability": _cpu_capability(),
         "devices": [
             {
                 "device": device,
@@ -44,6 +49,17 @@ def collect() -> dict:
             for device, name in _devices().items()
         ],
     }
+
+
+def _cpu_capability() -> str:
+    """The instruction set that the CPU kernels use: the processor's, or less if a variable asks for less."""
+    limit = os.environ.get("REIMPLEMENTATION_CPU_CAPABILITY") or CAPABILITIES[-1]
+    if limit not in CAPABILITIES:
+        return f"{limit}, which REIMPLEMENTATION_CPU_CAPABILITY asks for, is none of {', '.join(CAPABILITIES)}"
+    supported = torch.backends.cpu.get_cpu_capability().lower()
+    if supported not in CAPABILITIES:  # that of another architecture, for which there is one build
+        supported = CAPABILITIES[0]
+    return min(limit, supported, key=CAPABILITIES.index)
 
 
 def _devices() -> dict[str, str]:
@@ -64,6 +80,9 @@ def _lines(facts: dict) -> list[str]:
     ]
     for kind in ("cpu", "cuda"):
         rows.append((f"{kind} kernels", "there" if extension[kind] else f"missing: {extension['reasons'].get(kind)}"))
+    rows.append(("cpu instructions", facts["cpu_capability"]))
+    if facts["forced_backend"]:
+        rows.append(("forced backend", f"{facts['forced_backend']} (REIMPLEMENTATION_BACKEND)"))
     if extension["architectures"]:
         rows.append(("architectures", " ".join(extension["architectures"])))
     rows += [(tool, extension[tool]) for tool in ("nvcc", "compiler") if extension.get(tool)]

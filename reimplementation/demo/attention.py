@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reimplementation.bench.modules import Timing, cases, measure, module_document, reference
+from reimplementation.bench.modules import Timing, measure_all, module_document
 from reimplementation.data.rig import Camera, Rig
 from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH, built_in_scene
 from reimplementation.demo.reading import NUM_HEADS, NUM_POINTS, STRIDES, Reading, read_colors
@@ -58,23 +57,25 @@ class AttentionProblem:
         )
 
 
-def show(options: argparse.Namespace, output: Path, step: Callable[[str], None]) -> dict:
-    """Draw the picture, time the module; returns everything that was found. ``step`` is told what comes next."""
-    from reimplementation.demo.attention_drawing import draw
+def show(rig_folder: str | None, num_queries: int, output: Path, begins: Callable[[str], None]) -> dict:
+    """Draw the picture and time the module; returns everything that was found, ready for JSON.
 
-    camera = front_camera(options.rig)
-    step("reading colours")
+    Args:
+        rig_folder: a folder with sample.json and images; None stands for the built-in street.
+        num_queries: of the timed module.
+        output: the picture's file; its format follows its suffix.
+        begins: is told what comes next, in words.
+    """
+    from reimplementation.demo.attention_drawing import draw  # first: a missing extra is named before the work begins
+
+    begins("looking around")
+    camera = front_camera(rig_folder)
+    begins("reading colours")
     reading = read_colors(camera.image)
-    step("drawing")
+    begins("drawing")
     draw(output, camera.image, reading)
-    step("the module in float64")
-    batch = problem(options.queries)
-    expected = reference(batch)
-    timings = []
-    for case in cases():
-        step(f"the module on {case.backend}, {case.dtype_name}")
-        timings.append(measure(batch, expected, case))
-    return _document(camera, reading, timings, options.queries)
+    timings = measure_all(problem(num_queries), begins)
+    return _document(camera, reading, timings, num_queries)
 
 
 def front_camera(folder: str | None = None) -> Camera:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Wedge
 
-from .drawing import BACKGROUND, DPI, GAP, MARGIN, MUTED, TEXT, WIDTH, area, write
+from .drawing import BACKGROUND, GAP, MARGIN, MUTED, TEXT, WIDTH, add_panel, area, new_page, save, write
 from .reading import STRIDES, Reading, color_pyramid
 
 HEADER, TITLE, FOOTER = 132, 62, 40  # pixels, like everything below
@@ -23,7 +21,10 @@ _PLACE = {"marker": "o", "color": BACKGROUND, "edgecolors": "#ffffff", "linewidt
 
 
 def draw(path: str | Path, image: np.ndarray, reading: Reading) -> None:
-    """Write the picture as a PNG: the image (H, W, 3) uint8 with its queries, and one query's points level by level."""
+    """Write the picture: the image (H, W, 3) uint8 with its queries, and one query's points level by level.
+
+    The format follows the file's suffix.
+    """
     height, width = image.shape[:2]
     view_width = WIDTH - 2 * MARGIN
     view_height = view_width * height / width
@@ -32,27 +33,18 @@ def draw(path: str | Path, image: np.ndarray, reading: Reading) -> None:
     close_up_top = HEADER + view_height + TITLE
     page_height = close_up_top + close_up_height + FOOTER
 
-    figure = Figure(figsize=(WIDTH / DPI, page_height / DPI), dpi=DPI, facecolor=BACKGROUND)
-    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(page_height, 0))
-    page.axis("off")
-
-    def panel(x: float, top: float, panel_width: float, panel_height: float) -> Axes:
-        bottom = 1 - (top + panel_height) / page_height
-        axes = figure.add_axes((x / WIDTH, bottom, panel_width / WIDTH, panel_height / page_height))
-        axes.axis("off")
-        return axes
-
+    figure, page = new_page(page_height)
     _header(page, reading)
     chosen = int(reading.colors.std(axis=1).sum(axis=-1).argmax())
-    _view(panel(MARGIN, HEADER, view_width, view_height), image, reading, chosen, scale=width / view_width)
+    view = add_panel(figure, MARGIN, HEADER, view_width, view_height)
+    _view(view, image, reading, chosen, scale=width / view_width)
     for level, (stride, pixels) in enumerate(zip(STRIDES, color_pyramid(image), strict=True)):
         x = MARGIN + level * (close_up_width + GAP)
         rows, columns = pixels.shape[1:]
         write(page, x, close_up_top - 14, f"stride {stride}: {columns} x {rows} pixels", 17, MUTED)
-        axes = panel(x, close_up_top, close_up_width, close_up_height)
+        axes = add_panel(figure, x, close_up_top, close_up_width, close_up_height)
         _close_up(axes, pixels.permute(1, 2, 0).numpy(), reading.places[chosen], reading.locations[chosen, :, level])
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", facecolor=BACKGROUND)
+    save(figure, path)
 
 
 def _header(page: Axes, reading: Reading) -> None:

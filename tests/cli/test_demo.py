@@ -1,15 +1,15 @@
-"""The demo: the colours it recovers, and the command from end to end."""
+"""`demo` from end to end."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -17,21 +17,11 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from reimplementation import ops
-from reimplementation.bench.inputs import STRIDES
-from reimplementation.cli import demo, main
-from reimplementation.cli.demo_tables import print_report
-from reimplementation.data.rig import Box, Rig
-from reimplementation.data.scene import trace_boxes
-from reimplementation.demo.drawing import draw
-from reimplementation.demo.recovery import color_pyramid, recover_colors
+from reimplementation.bench import modules
+from reimplementation.cli import main
+from reimplementation.cli.demo import print_report
 
 NUSCENES = Path(__file__).resolve().parents[3] / "shared" / "data" / "nuscenes_sample"
-
-
-@pytest.fixture(scope="module")
-def street():
-    surroundings = demo.look_around()
-    return surroundings, recover_colors(surroundings.rig, surroundings.views)
 
 
 @pytest.fixture(scope="module")
@@ -52,59 +42,6 @@ def report(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), picture
-
-
-def test_recovered_colors_match_the_painted_ones(street):
-    surroundings, recovery = street
-    errors = demo.color_errors(recovery.colors, surroundings.painted)
-    assert recovery.counted.sum() >= 25
-    assert errors[recovery.counted].mean() <= 2
-    assert errors[recovery.counted].max() <= 2  # and not only on average
-
-
-def test_counted_boxes_are_those_in_plain_sight(street):
-    """Every box whose key points are all seen in a view at least 16 pixels wide counts; no other does."""
-    surroundings, recovery = street
-    for i in range(len(surroundings.rig.boxes)):
-        plain = False
-        for camera, view in enumerate(surroundings.views):
-            rows, columns = np.nonzero(view.box_ids == i)
-            if recovery.seen[i, :, camera].all():
-                plain |= min(np.ptp(rows), np.ptp(columns)) + 1 >= 16
-        assert recovery.counted[i] == plain
-
-
-def test_colors_come_from_the_op(street):
-    """Paint a box anew and its recovered colour follows, while no other does."""
-    surroundings, recovery = street
-    index = int(np.flatnonzero(recovery.counted)[0])
-    for camera, view in zip(surroundings.rig.cameras, surroundings.views, strict=True):
-        camera.image[view.box_ids == index] = 255 - camera.image[view.box_ids == index]
-    try:
-        again = recover_colors(surroundings.rig, surroundings.views)
-    finally:
-        for camera, view in zip(surroundings.rig.cameras, surroundings.views, strict=True):
-            camera.image[view.box_ids == index] = 255 - camera.image[view.box_ids == index]
-    np.testing.assert_allclose(again.colors[index], 255 - surroundings.painted[index].astype(float), atol=2)
-    others = recovery.counted & (np.arange(len(recovery.counted)) != index)
-    np.testing.assert_allclose(again.colors[others], recovery.colors[others], atol=1e-3)
-
-
-def test_weights(street):
-    surroundings, recovery = street
-    sums = recovery.weights.sum(axis=(1, 2))
-    seen = recovery.seen.any(axis=(1, 2))
-    np.testing.assert_allclose(sums, seen.astype(float), atol=1e-12)
-    assert not (recovery.weights > 0)[~recovery.seen].any()
-    np.testing.assert_array_equal(np.isnan(recovery.colors).any(axis=1), ~seen)
-
-
-def test_color_pyramid_averages():
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
-    levels = color_pyramid(images)
-    assert [tuple(level.shape) for level in levels] == [(1, 2, 3, 64 // s, 96 // s) for s in STRIDES]
-    expected = images[1, 32:64, 64:96, 2].mean() / 255
-    assert levels[3][0, 1, 2, 1, 2].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_document(report):
@@ -146,7 +83,7 @@ def test_tables(report, capsys):
 
 @pytest.mark.skipif(not NUSCENES.is_dir(), reason="the nuScenes sample is not here")
 def test_real_rig(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "cases", list)  # the module's timing does not depend on the images
+    monkeypatch.setattr(modules, "cases", list)  # the module's timing does not depend on the images
     picture = tmp_path / "real.png"
     assert main(["demo", "--rig", str(NUSCENES), "--queries", "5", "--json", "--output", str(picture)]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -154,20 +91,6 @@ def test_real_rig(tmp_path, capsys, monkeypatch):
     recovered = [box["recovered_rgb"] for box in document["boxes"] if box["recovered_rgb"]]
     assert len(recovered) > 40 and 0 <= np.min(recovered) and np.max(recovered) <= 255
     assert picture.stat().st_size > 100_000
-
-
-def test_drawing_survives_odd_rigs(tmp_path, street):
-    """No box at all; one camera; a label that reads like mathematics."""
-    rig = street[0].rig
-    label = "$\\frac{" + "x" * 50
-    for boxes in (
-        (),
-        (replace(rig.boxes[0], label=label),),
-        tuple([Box([0, 9, 1], [1, 1, 1], 0.0, "car")] * 150),
-    ):
-        odd = Rig(rig.cameras[:1], boxes)
-        views = [trace_boxes(camera, odd.boxes) for camera in odd.cameras]
-        draw(tmp_path / "odd.png", odd, views, recover_colors(odd, views))
 
 
 def fails(arguments: list[str], capsys) -> str:
@@ -191,7 +114,8 @@ def test_query_count(count, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--queries", count])
     assert stopped.value.code == 2
-    assert "--queries" in capsys.readouterr().err
+    expected = f"argument --queries: expected a whole number between 1 and 100000; got '{count}'\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib", "PIL"])
@@ -199,6 +123,7 @@ def test_missing_extra(missing, capsys, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "reimplementation.demo.aggregation_drawing", raising=False)
     monkeypatch.delitem(sys.modules, "reimplementation.demo.drawing", raising=False)
     arguments = ["demo", "--output", str(tmp_path / "demo.png")]
     if missing == "PIL":
@@ -206,3 +131,20 @@ def test_missing_extra(missing, capsys, monkeypatch, tmp_path):
             pytest.skip("only reading images needs Pillow, and the nuScenes sample is not here")
         arguments += ["--rig", str(NUSCENES)]
     assert "pip install 'reimplementation[demo]'" in fails(arguments, capsys)
+
+
+def test_an_output_without_a_format_is_refused(tmp_path, capsys):
+    for name in ("demo.doc", "demo"):
+        assert f"--output {tmp_path / name} must end in one of" in fails(
+            ["demo", "--output", str(tmp_path / name)], capsys
+        )
+
+
+def test_missing_kernels_of_the_gpu_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops.backends, "why_missing", lambda device: f"none for {device}. To build it: …")
+    monkeypatch.setattr(modules, "cases", list)
+    assert main(["demo", "--queries", "5", "--op", "msda", "--json", "--output", str(tmp_path / "demo.png")]) == 0
+    assert (
+        "timing grid_sample alone on the GPU: no cuda kernels: none for cuda. To build it: …" in capsys.readouterr().err
+    )

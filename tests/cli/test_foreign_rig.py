@@ -11,15 +11,15 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from reimplementation.cli import demo, main
-from reimplementation.demo import attention
+from reimplementation.bench import modules
+from reimplementation.cli import main
+from reimplementation.cli.demo import SHOWS
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """One camera and one box before it. The module's timing is left out: it does not depend on the images."""
-    for module in (demo, attention):
-        monkeypatch.setattr(module, "cases", list)
+    monkeypatch.setattr(modules, "cases", list)
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (256, 704, 3), dtype=np.uint8)
     image.fromarray(pixels).save(tmp_path / "front.png")
@@ -51,7 +51,7 @@ def run(folder: Path, op: str) -> int:
     return main(["demo", "--op", op, "--rig", str(folder), "--queries", "5", "--output", str(output)])
 
 
-@pytest.mark.parametrize("op", demo.OPS)
+@pytest.mark.parametrize("op", SHOWS)
 @pytest.mark.parametrize("name", ["[/red]", "$\\frac{ :car: %s {0}"])
 def test_names_are_text_and_nothing_else(folder, capsys, op, name):
     change(folder, "cameras", "name", name)
@@ -60,7 +60,7 @@ def test_names_are_text_and_nothing_else(folder, capsys, op, name):
     assert name in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("op", demo.OPS)
+@pytest.mark.parametrize("op", SHOWS)
 @pytest.mark.parametrize(
     "section, key, value, message",
     [
@@ -77,7 +77,7 @@ def test_what_is_broken_is_one_line(folder, capsys, op, section, key, value, mes
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err and said.err.strip().isprintable()
 
 
-@pytest.mark.parametrize("op", demo.OPS)
+@pytest.mark.parametrize("op", SHOWS)
 def test_a_camera_that_sees_nothing_and_a_box_far_away(folder, op):
     change(folder, "boxes", "center", [9e5, -9e5, 9e5])
     change(folder, "boxes", "size_lwh", [9e5, 1e-2, 9e5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,50 @@ def test_a_gpu_that_the_extension_was_not_built_for(capsys, monkeypatch):
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     assert "Old Card, compute capability 6.1; backends:" in said and "built for 9.0. To build it: …" in said
+
+
+def test_a_forced_backend_is_shown(capsys, monkeypatch):
+    monkeypatch.delenv("REIMPLEMENTATION_BACKEND", raising=False)
+    assert main(["info"]) == 0
+    assert "forced" not in capsys.readouterr().out
+    monkeypatch.setenv("REIMPLEMENTATION_BACKEND", "grid_sample")
+    assert main(["info"]) == 0
+    assert "forced backend    grid_sample (REIMPLEMENTATION_BACKEND)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("supported", "asked", "used"),
+    [
+        ("AVX512", "", "avx512"),
+        ("AVX512", "avx2", "avx2"),
+        ("AVX2", "avx512", "avx2"),
+        ("DEFAULT", "avx2", "default"),
+        ("SVE256", "", "default"),
+        ("AVX2", "sse", "sse, which REIMPLEMENTATION_CPU_CAPABILITY asks for, is none of default, avx2, avx512"),
+    ],
+)
+def test_the_instruction_set_of_the_cpu(capsys, monkeypatch, supported, asked, used):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: supported)
+    monkeypatch.setenv("REIMPLEMENTATION_CPU_CAPABILITY", asked)
+    assert main(["info"]) == 0
+    assert f"cpu instructions  {used}\n" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_is_no_error():
+    """As before `| head -1`: no trace, and nothing on stderr."""
+    command = [sys.executable, "-m", "reimplementation", "info"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], text=True, **pipe) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 128 + signal.SIGPIPE
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"reimplementation {reimplementation.__version__}\n"
 
 
 def test_needs_no_extra():

@@ -17,7 +17,7 @@ from rich.console import Console
 from reimplementation import ops
 from reimplementation.bench import modules
 from reimplementation.cli import main
-from reimplementation.cli.demo_tables import print_report
+from reimplementation.cli.demo import print_report
 from reimplementation.data.rig import nuscenes_like_rig
 from reimplementation.demo import attention
 from reimplementation.demo.attention_drawing import draw
@@ -114,7 +114,7 @@ def test_command(tmp_path, capsys, quick):
 
 @pytest.mark.skipif(not NUSCENES.is_dir(), reason="the nuScenes sample is not here")
 def test_real_image(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(attention, "cases", list)  # the module's timing does not depend on the image
+    monkeypatch.setattr(modules, "cases", list)  # the module's timing does not depend on the image
     picture = tmp_path / "real.png"
     arguments = ["demo", "--op", "msda", "--rig", str(NUSCENES), "--queries", "5", "--json", "--output", str(picture)]
     assert main(arguments) == 0
@@ -131,6 +131,13 @@ def test_drawing_survives_odd_images(tmp_path):
         image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         draw(tmp_path / "odd.png", image, read_colors(image))
         assert (tmp_path / "odd.png").stat().st_size > 1000
+
+
+def test_the_picture_is_what_its_suffix_says(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for suffix, begins in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+        draw(tmp_path / f"picture.{suffix}", image, read_colors(image))
+        assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(begins)
 
 
 def test_op_must_be_known(capsys):
