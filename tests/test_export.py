@@ -87,7 +87,7 @@ class TestOnnx:
         return model.SerializeToString(), [node.op_type for node in model.graph.node]
 
     @staticmethod
-    def run(contents: bytes, arguments: tuple) -> torch.Tensor:
+    def run(contents: bytes | Path, arguments: tuple) -> torch.Tensor:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
@@ -130,6 +130,32 @@ class TestOnnx:
         smaller = (*others, [level[..., 1:, :-3].contiguous() for level in levels], metas)
         with torch.no_grad():
             assert relative_error(self.run(contents, smaller), module(*smaller)) <= 1e-5
+
+    def test_a_file_of_many_levels(self, tmp_path, monkeypatch):
+        """More levels than a file's constants hold by themselves; the file is read from another folder."""
+        shapes = [(4, 6), (3, 5), (2, 3)] * 2
+
+        class Aggregation(torch.nn.Module):
+            def forward(self, maps, locations, weights):
+                return ops.deformable_aggregation_function(*ops.feature_maps_format(maps), locations, weights)
+
+        def call(batch, queries):
+            generator = torch.Generator().manual_seed(queries)
+            maps = [torch.randn(batch, 6, 8, *shape, generator=generator) for shape in shapes]
+            locations = torch.rand(batch, queries, 2, 6, 2, generator=generator)
+            return maps, locations, torch.rand(batch, queries, 2, 6, len(shapes), 2, generator=generator)
+
+        folder = tmp_path / "there"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        dynamic_shapes = ([BATCH] * len(shapes), BOTH, BOTH)
+        torch.onnx.export(
+            Aggregation(), call(2, 5), "model.onnx", dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False
+        )
+        monkeypatch.chdir(tmp_path)
+        for sizes in SIZES:
+            output = self.run(folder / "model.onnx", call(*sizes))
+            assert relative_error(output, Aggregation()(*call(*sizes))) <= 1e-5
 
 
 @pytest.fixture(scope="module", params=["lists", "attention"])

@@ -118,7 +118,8 @@ def _rows_by_level(feature_maps: Tensor, shapes: list, starts: list) -> dict[tup
     """{(camera, level): its rows (bs, H * W, C)}, without the levels that cannot be sampled.
 
     Levels that do not overlap come from one split, whose backward joins their gradients in one go; slices would
-    each make a gradient as large as all features.
+    each make a gradient as large as all features. An export to ONNX has no backward and gets slices: onnxruntime must
+    know a Split's sizes while it loads a file, and more than 32 of them are stored outside of the file.
     """
     spans = {
         (cam, level): (starts[cam][level], height * width)
@@ -126,7 +127,7 @@ def _rows_by_level(feature_maps: Tensor, shapes: list, starts: list) -> dict[tup
         for level, (height, width) in enumerate(levels)
         if _fits(height, width, starts[cam][level], feature_maps.shape[1])
     }
-    if not all(_is_known(*span) for span in spans.values()):
+    if torch.onnx.is_in_onnx_export() or not all(_is_known(*span) for span in spans.values()):
         return {key: feature_maps.narrow(1, *span) for key, span in spans.items()}
     sizes, place, end = [], {}, 0
     for key, (start, count) in sorted(spans.items(), key=lambda item: item[1]):
