@@ -23,8 +23,9 @@ def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
         (num_cams, num_levels, 2) int64 (H, W); (num_cams, num_levels) int64 first row of each level. The two
         integer tensors lie on the maps' device.
 
-        With ``inverse=True`` the list of maps (views of ``col_feats``), or the list of lists where the shapes differ
-        between cameras: neighbouring cameras of equal shapes form one group.
+        With ``inverse=True`` a list of groups of cameras, each a list of (bs, cameras of the group, C, H, W) views of
+        ``col_feats``, one per level: ``[0][-1]`` is the last level of the first group. Neighbouring cameras of equal
+        shapes form one group. SparseDrive nests its maps alike, and this function takes the list back.
 
     Raises:
         ValueError: the list is empty, or the maps' batch sizes, cameras or channels differ.
@@ -46,7 +47,7 @@ def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
         starts.append([])
         for height, width in camera:
             starts[-1].append(end)
-            end += height * width
+            end = end + height * width  # no `+=`: under `torch.jit.trace` this is a tensor, and the list holds it
     device = rows.device
     return [rows, _integers(shapes, device), _integers(starts, device)]
 
@@ -94,4 +95,4 @@ def _split(col_feats: Tensor, spatial_shape: Tensor, scale_start_index: Tensor) 
         rows = col_feats[:, start:end].unflatten(1, (num_cams, -1))
         levels = rows.split([height * width for height, width in camera], dim=2)
         groups.append([level.unflatten(2, shape).permute(0, 1, 4, 2, 3) for level, shape in zip(levels, camera)])
-    return groups[0] if len(groups) == 1 else groups
+    return groups

@@ -30,9 +30,10 @@ def test_round_trip(bs, num_cams, channels, shapes):
     formatted = feature_maps_format(levels)
     if formatted[0].shape[1] == 0:
         return  # no row is left to tell the cameras from
-    back = feature_maps_format(formatted, inverse=True)
+    (back,) = feature_maps_format(formatted, inverse=True)
     assert len(back) == len(levels)
     assert all(torch.equal(got, wanted) for got, wanted in zip(back, levels))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(feature_maps_format([back]), formatted))
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,6 +50,8 @@ def test_round_trip_of_groups(data, bs, channels, num_levels):
     assert [len(group) for group in back] == [len(group) for group in groups]
     for got, wanted in zip(back, groups):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+    again = feature_maps_format(back)
+    assert all(torch.equal(a, b) for a, b in zip(again, feature_maps_format(groups)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,7 +75,7 @@ def test_rows_are_where_the_metadata_says(bs, num_cams, channels, shapes):
 def test_gradients_flow_both_ways():
     levels = [level.requires_grad_() for level in level_maps(2, 3, 4, [(3, 4), (2, 2)])]
     formatted = feature_maps_format(levels)
-    back = feature_maps_format(formatted, inverse=True)
+    (back,) = feature_maps_format(formatted, inverse=True)
     sum((level**2).sum() for level in back).backward()
     assert all(torch.equal(level.grad, 2 * level) for level in levels)
 
@@ -105,3 +108,18 @@ def test_inverse_refuses_metadata_of_other_features():
     rows, spatial_shape, starts = feature_maps_format(level_maps(1, 2, 3, [(2, 3)]))
     with pytest.raises(ValueError, match="spatial_shape must describe all num_feat=11 rows of col_feats; got 12 rows"):
         feature_maps_format([rows[:, 1:], spatial_shape, starts], inverse=True)
+
+
+def test_inverse_nests_as_a_planner_unpacks_it():
+    """SparseDrive's planner takes ``[0][-1]``: the last level of the first group of cameras."""
+    levels = level_maps(1, 2, 3, [(4, 4), (2, 2)])
+    back = feature_maps_format(feature_maps_format(levels), inverse=True)
+    assert torch.equal(back[0][-1], levels[-1])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_computes_the_same():
+    traced = torch.jit.trace(lambda *levels: tuple(feature_maps_format(levels)), level_maps(2, 3, 4, [(4, 6), (2, 3)]))
+    levels = level_maps(1, 3, 4, [(4, 6), (2, 3)])
+    for got, wanted in zip(traced(*levels), feature_maps_format(levels), strict=True):
+        assert torch.equal(got, wanted)
