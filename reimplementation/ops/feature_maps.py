@@ -8,6 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .checks import INTEGER_DTYPES, check_dtype, check_shape
+
 
 def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
     """Lay feature maps out as rows of channels, camera by camera and level by level, or undo that.
@@ -28,10 +30,18 @@ def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
         shapes form one group. SparseDrive nests its maps alike, and this function takes the list back.
 
     Raises:
-        ValueError: the list is empty, or the maps' batch sizes, cameras or channels differ.
-        TypeError: an entry is not a tensor.
+        ValueError: the list is empty, or the maps' batch sizes, cameras or channels differ; with ``inverse=True`` the
+            three do not describe each other.
+        TypeError: these are no lists, or an entry is not a tensor.
     """
+    if not isinstance(feature_maps, (list, tuple)):
+        raise TypeError(f"feature_maps must be a list of maps, one per level; got {type(feature_maps).__name__}")
     if inverse:
+        if len(feature_maps) != 3:
+            raise ValueError(
+                "feature_maps must be [col_feats, spatial_shape, scale_start_index] with inverse=True; "
+                f"got a list of {len(feature_maps)}"
+            )
         return _split(*feature_maps)
     if len(feature_maps) == 0:
         raise ValueError("feature_maps must hold at least one level; got an empty list")
@@ -42,12 +52,7 @@ def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
     blocks = [torch.cat([level.flatten(3).transpose(2, 3) for level in group], dim=2).flatten(1, 2) for group in groups]
     rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
     shapes = [[tuple(level.shape[-2:]) for level in group] for group in groups for _ in range(group[0].shape[1])]
-    starts, end = [], 0
-    for camera in shapes:
-        starts.append([])
-        for height, width in camera:
-            starts[-1].append(end)
-            end = end + height * width  # no `+=`: under `torch.jit.trace` this is a tensor, and the list holds it
+    starts, _ = _first_rows(shapes)
     device = rows.device
     return [rows, _integers(shapes, device), _integers(starts, device)]
 
@@ -57,10 +62,23 @@ def read_integers(tensor: Tensor) -> list:
     return getattr(tensor, "numbers", None) or tensor.tolist()
 
 
+def _first_rows(shapes: Sequence) -> tuple[list[list[int]], int]:
+    """The first row of every level of every camera, and the number of all rows."""
+    starts: list[list[int]] = []
+    end = 0
+    for camera in shapes:
+        starts.append([])
+        for height, width in camera:
+            starts[-1].append(end)
+            end = end + height * width  # no `+=`: under `torch.jit.trace` this is a tensor, and the list holds it
+    return starts, end
+
+
 def _integers(numbers: list, device: torch.device) -> Tensor:
     tensor = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
     if torch.onnx.is_in_onnx_export():
-        tensor.numbers = numbers  # for `read_integers`: the exporter hides the values of its tensors
+        # For `read_integers`: the exporter hides the values of its tensors.
+        tensor.numbers = numbers  # type: ignore[attr-defined]
     return tensor
 
 
@@ -82,11 +100,21 @@ def _check_group(group: Sequence[Tensor], first: Sequence[Tensor]) -> None:
 
 def _split(col_feats: Tensor, spatial_shape: Tensor, scale_start_index: Tensor) -> list:
     """The inverse: slices of the rows, viewed as images; cameras of equal shapes side by side."""
+    check_shape("col_feats", col_feats, ("bs", "num_feat", "C"), {})
+    check_dtype("spatial_shape", spatial_shape, INTEGER_DTYPES)
+    check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), {})
     shapes = [tuple(map(tuple, camera)) for camera in spatial_shape.tolist()]
-    rows_of = [sum(height * width for height, width in camera) for camera in shapes]
-    if sum(rows_of) != col_feats.shape[1]:
+    if any(size < 0 for camera in shapes for level in camera for size in level):
+        raise ValueError(f"spatial_shape must hold heights and widths of at least 0; got {spatial_shape.tolist()}")
+    starts, num_rows = _first_rows(shapes)
+    if num_rows != col_feats.shape[1]:
         raise ValueError(
-            f"spatial_shape must describe all num_feat={col_feats.shape[1]} rows of col_feats; got {sum(rows_of)} rows"
+            f"spatial_shape must describe all num_feat={col_feats.shape[1]} rows of col_feats; got {num_rows} rows"
+        )
+    if scale_start_index.tolist() != starts:
+        raise ValueError(
+            "scale_start_index must count the rows of all levels, camera by camera: "
+            f"expected {starts}; got {scale_start_index.tolist()}"
         )
     groups, end = [], 0
     for camera, members in groupby(shapes):

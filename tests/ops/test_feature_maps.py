@@ -123,3 +123,21 @@ def test_a_trace_computes_the_same():
     levels = level_maps(1, 3, 4, [(4, 6), (2, 3)])
     for got, wanted in zip(traced(*levels), feature_maps_format(levels), strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda rows, shapes, starts: [rows, shapes], ValueError, "with inverse=True; got a list of 2"),
+        (lambda rows, shapes, starts: [rows, -shapes, starts], ValueError, "heights and widths of at least 0"),
+        (lambda rows, shapes, starts: [rows, shapes.float(), starts], TypeError, "spatial_shape must be int64 or"),
+        (
+            lambda rows, shapes, starts: [rows, shapes, starts.flip(0)],
+            ValueError,
+            r"scale_start_index must count the rows of all levels.* expected \[\[0\], \[6\]\]; got \[\[6\], \[0\]\]",
+        ),
+    ],
+)
+def test_inverse_refuses_what_does_not_belong_together(change, error, message):
+    with pytest.raises(error, match=message):
+        feature_maps_format(change(*feature_maps_format(level_maps(1, 2, 3, [(2, 3)]))), inverse=True)
