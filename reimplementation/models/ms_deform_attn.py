@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
-from reimplementation.ops.checks import check_shape
-from reimplementation.ops.dtypes import at_least_float32
+from reimplementation.models.checks import check_positive, check_tensors
+from reimplementation.ops.checks import check_dtype, check_shape
+from reimplementation.ops.dtypes import INTEGER, at_least_float32
 
 
 class MSDeformAttn(nn.Module):
@@ -30,14 +31,15 @@ class MSDeformAttn(nn.Module):
             (ViT-Adapter and DINOv3 set it below 1.)
 
     Raises:
-        ValueError: the channels do not divide among the heads.
+        ValueError: a setting is less than 1, or the channels do not divide among the heads.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4, ratio: float = 1.0):
         super().__init__()
+        check_positive(d_model=d_model, n_levels=n_levels, n_heads=n_heads, n_points=n_points)
         value_channels = int(d_model * ratio)
         for name, channels in (("d_model", d_model), ("int(d_model * ratio)", value_channels)):
-            if channels % n_heads != 0 or channels == 0:
+            if channels % n_heads != 0 or channels < 1:
                 raise ValueError(f"{name} must be a multiple of n_heads={n_heads}; got {channels}")
         head_channels = value_channels // n_heads
         if head_channels & (head_channels - 1):
@@ -98,12 +100,18 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: a shape does not fit, or shapes on the CPU do not add up to S. (Shapes on a GPU are not read,
                 that would wait for it; a level that reaches beyond the input contributes nothing.)
+            TypeError: an argument has the wrong type.
         """
+        check_tensors({"query": query, "reference_points": reference_points, "input_flatten": input_flatten})
+        check_dtype("input_spatial_shapes", input_spatial_shapes, INTEGER)
+        check_dtype("input_level_start_index", input_level_start_index, INTEGER)
         sizes: dict[str, int] = {"d_model": self.d_model, "n_levels": self.n_levels}
         check_shape("query", query, ("N", "Lq", "d_model"), sizes)
         check_shape("input_flatten", input_flatten, ("N", "S", "d_model"), sizes)
         check_shape("input_spatial_shapes", input_spatial_shapes, ("n_levels", 2), sizes)
+        check_shape("input_level_start_index", input_level_start_index, ("n_levels",), sizes)
         if input_padding_mask is not None:
+            check_dtype("input_padding_mask", input_padding_mask, (torch.bool,))
             check_shape("input_padding_mask", input_padding_mask, ("N", "S"), sizes)
         _check_reference_points(reference_points, sizes)
         _check_total(input_spatial_shapes, sizes["S"])

@@ -499,18 +499,93 @@ def test_metas_without_projection_matrix():
         ),
         (
             lambda f, a, e, m, metas: (f, a, e, m[:1], metas),
-            r"spatial_shape must be .*num_levels=2; got \(3, 1, 2\)",
+            "feature_maps must be .* with num_levels=2, bs=2, num_cams=3, embed_dims=16; got num_levels=1, bs=2",
         ),
         (
             lambda f, a, e, m, metas: (f, a, e, [level[:, :, :8] for level in m], metas),
-            r"col_feats must be .*embed_dims=16; got \(2, 480, 8\)",
+            "feature_maps must be num_levels maps of .* embed_dims=16; got .* embed_dims=8",
         ),
         (
             lambda f, a, e, m, metas: (f, a, e, m, {"projection_mat": metas["projection_mat"][:, :2]}),
-            r"projection_mat must be .*num_cams=3; got \(2, 2, 4, 4\)",
+            r"metas\['projection_mat'\] must be .*num_cams=3; got \(2, 2, 4, 4\)",
         ),
     ],
 )
 def test_wrong_shapes(change, message):
     with pytest.raises(ValueError, match=message):
         build()(*change(*scene()))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda rows, shapes, starts: [rows[..., :8], shapes, starts],
+            r"feature_maps\[0\] must be .*got \(2, 480, 8\)",
+        ),
+        (lambda rows, shapes, starts: [rows, shapes[:, :1], starts], r"feature_maps\[1\] must be .*got \(3, 1, 2\)"),
+        (lambda rows, *levels: [rows.to("meta"), *levels], "feature_maps must be on cpu; got meta"),
+    ],
+)
+def test_wrong_formatted_maps(change, message):
+    feature, anchor, embed, maps, metas = scene()
+    with pytest.raises(ValueError, match=message):
+        build()(feature, anchor, embed, change(*ops.feature_maps_format(maps)), metas)
+
+
+@pytest.mark.parametrize(
+    "shape", [(BS, NUM_ANCHOR - 1, EMBED_DIMS), (1, BS, NUM_ANCHOR, EMBED_DIMS), (BS, NUM_ANCHOR, 2)]
+)
+def test_an_embedding_that_does_not_fit(shape):
+    feature, anchor, _, maps, metas = scene()
+    with pytest.raises(ValueError, match=r"anchor_embed must be \(bs, num_anchor, embed_dims\), or broadcast to it"):
+        build()(feature, anchor, torch.zeros(shape).double(), maps, metas)
+
+
+@pytest.mark.parametrize("shape", [(EMBED_DIMS,), (1, NUM_ANCHOR, EMBED_DIMS), (BS, 1, 1)])
+def test_an_embedding_that_broadcasts(shape):
+    feature, anchor, _, maps, metas = scene()
+    module, embed = build(), torch.randn(shape).double()
+    expected = module(feature, anchor, embed.expand(BS, NUM_ANCHOR, EMBED_DIMS), maps, metas)
+    torch.testing.assert_close(module(feature, anchor, embed, maps, metas), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda f, a, e, m, metas: (f, a, e, m, None),
+            "metas must be a dict that holds 'projection_mat' .*got NoneType",
+        ),
+        (
+            lambda f, a, e, m, metas: (f, a, e, m, {"projection_mat": metas["projection_mat"].tolist()}),
+            r"metas\['projection_mat'\] must be a torch.Tensor; got list",
+        ),
+        (lambda f, a, e, m, metas: (f, a, None, m, metas), "anchor_embed must be a torch.Tensor; got NoneType"),
+        (lambda f, a, e, m, metas: (f, a.tolist(), e, m, metas), "anchor must be a torch.Tensor; got list"),
+        (lambda f, a, e, m, metas: (f, a, e, m[0], metas), "feature_maps must be a list of maps.*; got Tensor"),
+    ],
+)
+def test_wrong_types(change, message):
+    with pytest.raises(TypeError, match=message):
+        build()(*change(*scene()))
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        *(
+            ({name: 0}, ValueError, f"{name} must be at least 1; got 0")
+            for name in ("embed_dims", "num_groups", "num_levels", "num_cams")
+        ),
+        ({"num_groups": 8.0}, TypeError, "num_groups must be an integer; got 8.0"),
+        (
+            {"kps_generator": {"type": "SparsePoint3DKeyPointsGenerator"}},
+            ValueError,
+            "kps_generator must place at least one key point; got num_pts=0",
+        ),
+    ],
+)
+def test_settings_out_of_range(settings, error, message):
+    with pytest.raises(error, match=message):
+        DeformableFeatureAggregation(**settings)

@@ -321,3 +321,24 @@ def test_map_generator_needs_learnable_points_and_a_feature():
         SparsePoint3DKeyPointsGenerator(16, num_sample=5)(torch.zeros(2, 4, 10), torch.zeros(2, 4, 16))
     with pytest.raises(ValueError, match="got num_learnable_pts=1 and no instance_feature"):
         SparsePoint3DKeyPointsGenerator(16, num_sample=5, num_learnable_pts=1)(torch.zeros(2, 4, 10))
+
+
+def test_what_is_no_tensor():
+    line = SparsePoint3DKeyPointsGenerator(num_sample=5, num_learnable_pts=1)
+    anchor = [[0.0] * 10]
+    for call in (
+        lambda: SparseBox3DKeyPointsGenerator()(anchor),
+        lambda: SparseBox3DKeyPointsGenerator.anchor_projection(anchor, []),
+        lambda: line(anchor, torch.zeros(1, 1, 256)),
+        lambda: line.anchor_projection(anchor, []),
+    ):
+        with pytest.raises(TypeError, match="anchor must be a torch.Tensor; got list"):
+            call()
+
+
+def test_settings_out_of_range():
+    for build in (SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator):
+        with pytest.raises(ValueError, match="num_learnable_pts must be at least 0; got -1"):
+            build(num_learnable_pts=-1)
+    with pytest.raises(ValueError, match="num_sample must be at least 1; got 0"):
+        SparsePoint3DKeyPointsGenerator(num_sample=0)

@@ -283,3 +283,24 @@ def test_no_host_synchronization():
         module(*arguments, *spatial, mask).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["d_model", "n_levels", "n_heads", "n_points"])
+def test_settings_out_of_range(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+        MSDeformAttn(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": None}, "query must be a torch.Tensor; got NoneType"),
+        ({"input_spatial_shapes": [(1, 1)]}, "input_spatial_shapes must be a torch.Tensor; got list"),
+        ({"input_level_start_index": torch.zeros(3)}, "input_level_start_index must be int64 or .*; got float32"),
+        ({"input_padding_mask": torch.zeros(2, NUM_VALUES)}, "input_padding_mask must be bool; got float32"),
+    ],
+)
+def test_wrong_types(change, message):
+    arguments = dict(zip(ARGUMENTS, (*random_input(), *spatial_arguments())))
+    with pytest.raises(TypeError, match=message):
+        trained()(**(arguments | change))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reimplementation import ops
-from reimplementation.ops.checks import check_shape
+from reimplementation.models.checks import check_positive, check_tensors
+from reimplementation.ops.checks import check_device, check_shape
 from reimplementation.ops.dtypes import as_dtype
 
 from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
@@ -69,6 +71,7 @@ class DeformableFeatureAggregation(nn.Module):
         residual_mode: str | None = "add",
     ):
         super().__init__()
+        check_positive(embed_dims=embed_dims, num_groups=num_groups, num_levels=num_levels, num_cams=num_cams)
         if embed_dims % num_groups != 0:
             raise ValueError(f"embed_dims must be divisible by num_groups; got {embed_dims} and {num_groups}")
         if not 0 <= attn_drop < 1:
@@ -88,8 +91,11 @@ class DeformableFeatureAggregation(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         if kps_generator is None:
             kps_generator = {"type": SparseBox3DKeyPointsGenerator}
-        self.kps_generator = _build("kps_generator", kps_generator, overrides={"embed_dims": embed_dims})
-        self.num_pts = self.kps_generator.num_pts
+        generator: Any = _build("kps_generator", kps_generator, overrides={"embed_dims": embed_dims})
+        self.kps_generator = generator
+        self.num_pts: int = generator.num_pts
+        if self.num_pts < 1:
+            raise ValueError(f"kps_generator must place at least one key point; got num_pts={self.num_pts}")
         self.temp_module = None
         if temporal_fusion_module is not None:
             self.temp_module = _build(
@@ -98,7 +104,7 @@ class DeformableFeatureAggregation(nn.Module):
         self.output_proj = nn.Linear(embed_dims, embed_dims)
         num_weights = num_groups * num_levels * self.num_pts
         if use_camera_embed:
-            self.camera_encoder = nn.Sequential(
+            self.camera_encoder: nn.Module | None = nn.Sequential(
                 nn.Linear(12, embed_dims),
                 nn.ReLU(inplace=True),
                 nn.LayerNorm(embed_dims),
@@ -147,22 +153,24 @@ class DeformableFeatureAggregation(nn.Module):
 
         Raises:
             KeyError: ``metas`` has no ``"projection_mat"``.
-            ValueError, TypeError: an argument has the wrong shape or type.
+            ValueError: an argument has the wrong shape.
+            TypeError: an argument has the wrong type.
         """
-        if "projection_mat" not in metas:
-            raise KeyError(
-                "metas must hold 'projection_mat' (bs, num_cams, 4, 4), and may hold 'image_wh'; "
-                f"got the keys {list(metas)}"
-            )
-        projection_mat, image_wh = metas["projection_mat"], metas.get("image_wh")
+        projection_mat, image_wh = _cameras(metas)
+        check_tensors(
+            {
+                "instance_feature": instance_feature,
+                "anchor": anchor,
+                "anchor_embed": anchor_embed,
+                "metas['projection_mat']": projection_mat,
+            }
+        )
         sizes = {"embed_dims": self.embed_dims, "num_cams": self.num_cams, "num_levels": self.num_levels}
         check_shape("instance_feature", instance_feature, ("bs", "num_anchor", "embed_dims"), sizes)
-        check_shape("projection_mat", projection_mat, ("bs", "num_cams", 4, 4), sizes)
-        if not _is_formatted(feature_maps):
-            feature_maps = ops.feature_maps_format(feature_maps)
-        col_feats, spatial_shape, scale_start_index = feature_maps
-        check_shape("col_feats", col_feats, ("bs", "num_feat", "embed_dims"), sizes)
-        check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), sizes)
+        check_shape("metas['projection_mat']", projection_mat, ("bs", "num_cams", 4, 4), sizes)
+        _check_embed(anchor_embed, instance_feature)
+        col_feats, spatial_shape, scale_start_index = _formatted(feature_maps, sizes)
+        check_device("feature_maps", col_feats, instance_feature.device)
 
         with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
             key_points = self.kps_generator(anchor, instance_feature)
@@ -223,9 +231,54 @@ class DeformableFeatureAggregation(nn.Module):
         )
 
 
+def _cameras(metas: Mapping) -> tuple[Tensor, Tensor | None]:
+    """The projection matrices and the images' sizes."""
+    expected = "'projection_mat' (bs, num_cams, 4, 4), and may hold 'image_wh'"
+    if not isinstance(metas, Mapping):
+        raise TypeError(f"metas must be a dict that holds {expected}; got {type(metas).__name__}")
+    if "projection_mat" not in metas:
+        raise KeyError(f"metas must hold {expected}; got the keys {list(metas)}")
+    return metas["projection_mat"], metas.get("image_wh")
+
+
+def _check_embed(anchor_embed: Tensor, instance_feature: Tensor) -> None:
+    """Raise ValueError unless the embedding has the feature's shape, or broadcasts to it."""
+    shape, wanted = anchor_embed.shape, instance_feature.shape
+    if shape == wanted:
+        return
+    if len(shape) > len(wanted) or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(wanted))):
+        raise ValueError(
+            "anchor_embed must be (bs, num_anchor, embed_dims), or broadcast to it, "
+            f"with bs={wanted[0]}, num_anchor={wanted[1]}, embed_dims={wanted[2]}; got {tuple(shape)}"
+        )
+
+
+def _formatted(feature_maps: Sequence, sizes: dict[str, int]) -> Sequence[Tensor]:
+    """What `ops.feature_maps_format` makes of the maps, if it has not yet; errors speak of what the caller gave."""
+    if _is_formatted(feature_maps):
+        check_tensors({"feature_maps[0]": feature_maps[0]})
+        check_shape("feature_maps[0]", feature_maps[0], ("bs", "num_feat", "embed_dims"), sizes)
+        check_shape("feature_maps[1]", feature_maps[1], ("num_cams", "num_levels", 2), sizes)
+        return feature_maps
+    formatted = ops.feature_maps_format(feature_maps)
+    (bs, _, channels), (num_cams, num_levels, _) = formatted[0].shape, formatted[1].shape
+    got = {"num_levels": num_levels, "bs": bs, "num_cams": num_cams, "embed_dims": channels}
+    if any(got[name] != sizes[name] for name in got):
+        expected, came = (", ".join(f"{name}={known[name]}" for name in got) for known in (sizes, got))
+        raise ValueError(
+            f"feature_maps must be num_levels maps of (bs, num_cams, embed_dims, H, W) with {expected}; got {came}"
+        )
+    return formatted
+
+
 def _is_formatted(feature_maps: Sequence) -> bool:
     """Whether this is [col_feats, spatial_shape, scale_start_index]: integers in second place, no level."""
-    return len(feature_maps) == 3 and isinstance(feature_maps[1], Tensor) and not feature_maps[1].is_floating_point()
+    return (
+        isinstance(feature_maps, (list, tuple))
+        and len(feature_maps) == 3
+        and isinstance(feature_maps[1], Tensor)
+        and not feature_maps[1].is_floating_point()
+    )
 
 
 def _build(

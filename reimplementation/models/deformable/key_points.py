@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
+from reimplementation.models.checks import check_positive, check_tensors
 from reimplementation.ops.box_key_points import CENTRE, LOG_SIZE, SIN_COS_YAW, VELOCITY, check_box_anchor
 from reimplementation.ops.checks import check_shape
 from reimplementation.ops.dtypes import at_least_float32
@@ -37,7 +38,7 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         num_pts: ``num_fixed + num_learnable_pts``.
 
     Raises:
-        ValueError: ``fix_scale`` is not (num_fixed, 3).
+        ValueError: ``fix_scale`` is not (num_fixed, 3), or a number is out of its range.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         fix_scale: Sequence[Sequence[float]] | None = None,
     ):
         super().__init__()
+        check_positive(embed_dims=embed_dims)
+        _check_learnable(num_learnable_pts)
         self.embed_dims = embed_dims
         self.num_learnable_pts = num_learnable_pts
         self._configured_fix_scale = ((0.0, 0.0, 0.0),) if fix_scale is None else fix_scale
@@ -104,7 +107,9 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
 
         Raises:
             ValueError: an argument has the wrong shape.
+            TypeError: an argument has the wrong type.
         """
+        check_tensors({"anchor": anchor})
         check_box_anchor(anchor)
         logits = None
         if self.num_learnable_pts > 0 and instance_feature is not None:
@@ -138,7 +143,9 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
 
         Raises:
             ValueError: ``anchor`` has the wrong shape.
+            TypeError: ``anchor`` is no tensor.
         """
+        check_tensors({"anchor": anchor})
         check_box_anchor(anchor)
         source = at_least_float32(anchor)
         velocity = source[..., VELOCITY]
@@ -184,6 +191,9 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
 
     Attributes:
         num_pts: ``num_sample * len(fix_height) * num_learnable_pts``.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     def __init__(
@@ -195,6 +205,8 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         ground_height: float = 0,
     ):
         super().__init__()
+        check_positive(embed_dims=embed_dims, num_sample=num_sample)
+        _check_learnable(num_learnable_pts)
         self.embed_dims = embed_dims
         self.num_sample = num_sample
         self.num_learnable_pts = num_learnable_pts
@@ -235,6 +247,7 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
 
         Raises:
             ValueError: there are no learnable points or no instance feature, or a shape is wrong.
+            TypeError: ``anchor`` or ``instance_feature`` is no tensor.
         """
         if self.num_learnable_pts <= 0 or instance_feature is None:
             raise ValueError(
@@ -242,8 +255,8 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
                 f"got num_learnable_pts={self.num_learnable_pts} and "
                 f"{'no' if instance_feature is None else 'an'} instance_feature"
             )
+        points = self._polyline(anchor)[:, :, :, None, None]
         _check_feature(instance_feature, anchor, self.embed_dims)
-        points = self._polyline(at_least_float32(anchor))[:, :, :, None, None]
         places = (self.num_sample, len(self.fix_height), self.num_learnable_pts, 2)
         xy = points + self.learnable_fc(instance_feature).to(points.dtype).unflatten(-1, places)
         ground = torch.full_like(xy[:, :, :, :1, :, :1], self.ground_height)
@@ -273,8 +286,9 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
 
         Raises:
             ValueError: ``anchor`` has the wrong shape.
+            TypeError: ``anchor`` is no tensor.
         """
-        points = self._polyline(at_least_float32(anchor))
+        points = self._polyline(anchor)
         anchors = []
         for T_src2dst in T_src2dst_list:
             matrix = T_src2dst.to(points.dtype)[:, None, None]
@@ -286,11 +300,18 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         return f"embed_dims={self.embed_dims}, num_sample={self.num_sample}, num_pts={self.num_pts}"
 
     def _polyline(self, anchor: Tensor) -> Tensor:
-        """The points (bs, num_anchor, num_sample, 2) of the anchors."""
+        """The points (bs, num_anchor, num_sample, 2) of the anchors, in at least float32."""
+        check_tensors({"anchor": anchor})
         check_shape("anchor", anchor, ("bs", "num_anchor", self.num_sample * 2), {})
-        return anchor.unflatten(-1, (self.num_sample, 2))
+        return at_least_float32(anchor).unflatten(-1, (self.num_sample, 2))
+
+
+def _check_learnable(num_learnable_pts: int) -> None:
+    if num_learnable_pts < 0:
+        raise ValueError(f"num_learnable_pts must be at least 0; got {num_learnable_pts}")
 
 
 def _check_feature(instance_feature: Tensor, anchor: Tensor, embed_dims: int) -> None:
+    check_tensors({"instance_feature": instance_feature})
     sizes = {"bs": anchor.shape[0], "num_anchor": anchor.shape[1]}
     check_shape("instance_feature", instance_feature, ("bs", "num_anchor", embed_dims), sizes)
