@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+from reimplementation.models.deformable import (
+    Sparse4DBox3DKeyPointsGenerator,
+    SparseBox3DKeyPointsGenerator,
+    SparsePoint3DKeyPointsGenerator,
+)
 
 FACES = ((0.0, 0.0, 0.0), (0.45, 0.0, 0.0), (-0.45, 0.0, 0.0), (0.0, 0.45, 0.0), (0.0, 0.0, -0.45))
 
@@ -321,6 +325,24 @@ def test_map_generator_needs_learnable_points_and_a_feature():
         SparsePoint3DKeyPointsGenerator(16, num_sample=5)(torch.zeros(2, 4, 10), torch.zeros(2, 4, 16))
     with pytest.raises(ValueError, match="got num_learnable_pts=1 and no instance_feature"):
         SparsePoint3DKeyPointsGenerator(16, num_sample=5, num_learnable_pts=1)(torch.zeros(2, 4, 10))
+
+
+@pytest.mark.parametrize("velocity_dims", [0, 2, 3])
+def test_sparse4d_leaves_cosine_before_sine(velocity_dims):
+    """In the anchors that it projects, and nowhere else; its modules load the same checkpoints."""
+    anchor, matrix = boxes(velocity_dims=velocity_dims), rigid(0.7, (5.0, -1.0, 0.2))
+    generator = Sparse4DBox3DKeyPointsGenerator(fix_scale=FACES)
+    (ours,) = SparseBox3DKeyPointsGenerator.anchor_projection(anchor, [matrix], time_intervals=[0.5])
+    (theirs,) = generator.anchor_projection(anchor, [matrix], time_intervals=[0.5])
+    yaw = torch.atan2(anchor[..., 6], anchor[..., 7]) + 0.7 + 0.1 * torch.arange(2)[:, None]
+    torch.testing.assert_close(theirs[..., 6], yaw.cos())
+    torch.testing.assert_close(theirs[..., 7], yaw.sin())
+    others = [component for component in range(anchor.shape[-1]) if component not in (6, 7)]
+    assert torch.equal(theirs[..., others], ours[..., others])
+
+    plain = SparseBox3DKeyPointsGenerator(fix_scale=FACES)
+    generator.load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(generator(anchor), plain(anchor))
 
 
 def test_what_is_no_tensor():

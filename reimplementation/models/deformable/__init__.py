@@ -7,10 +7,15 @@ In a project that builds its modules through a registry, register these classes 
 from reimplementation.ops import project_points
 
 from .aggregation import DeformableFeatureAggregation
-from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+from .key_points import (
+    Sparse4DBox3DKeyPointsGenerator,
+    SparseBox3DKeyPointsGenerator,
+    SparsePoint3DKeyPointsGenerator,
+)
 
 __all__ = [
     "DeformableFeatureAggregation",
+    "Sparse4DBox3DKeyPointsGenerator",
     "SparseBox3DKeyPointsGenerator",
     "SparsePoint3DKeyPointsGenerator",
     "project_points",

@@ -16,11 +16,16 @@ from reimplementation.models.checks import check_positive, check_tensors
 from reimplementation.ops.checks import check_device, check_shape
 from reimplementation.ops.dtypes import as_dtype
 
-from .key_points import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+from .key_points import (
+    Sparse4DBox3DKeyPointsGenerator,
+    SparseBox3DKeyPointsGenerator,
+    SparsePoint3DKeyPointsGenerator,
+)
 
 PLUGINS: dict[str, Callable[..., nn.Module]] = {
     "SparseBox3DKeyPointsGenerator": SparseBox3DKeyPointsGenerator,
     "SparsePoint3DKeyPointsGenerator": SparsePoint3DKeyPointsGenerator,
+    "Sparse4DBox3DKeyPointsGenerator": Sparse4DBox3DKeyPointsGenerator,
 }
 RESIDUAL_MODES = ("add", "cat", None)
 

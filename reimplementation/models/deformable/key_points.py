@@ -2,7 +2,7 @@
 
 Both generators also say where the key points were in earlier frames, and move anchors between frames. The
 parameters keep the names they have in SparseDrive (arXiv:2405.19620) and Sparse4D (arXiv:2211.10581), whose
-checkpoints load.
+checkpoints load; those of Sparse4D v3 need a generator of their own where anchors move between frames.
 """
 
 from __future__ import annotations
@@ -174,6 +174,34 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embed_dims={self.embed_dims}, num_fixed={len(self.fix_scale)}, num_pts={self.num_pts}"
+
+
+class Sparse4DBox3DKeyPointsGenerator(SparseBox3DKeyPointsGenerator):
+    """`SparseBox3DKeyPointsGenerator` for checkpoints of Sparse4D v3 (arXiv:2311.11722).
+
+    Sparse4D turns the heading of an anchor as (cos yaw, sin yaw), and leaves it in that order where (sin yaw, cos yaw)
+    was; SparseDrive puts it back. A model that was trained on anchors of earlier frames in the one order computes
+    something else with the other, so these checkpoints need this class where the instance bank projects its cached
+    anchors (its ``anchor_handler``). Key points, parameters and everything else are the same.
+    """
+
+    @staticmethod
+    def anchor_projection(
+        anchor: Tensor,
+        T_src2dst_list: Sequence[Tensor],
+        src_timestamp: Tensor | None = None,
+        dst_timestamps: Sequence[Tensor] | None = None,
+        time_intervals: Sequence[Tensor | float] | None = None,
+    ) -> list[Tensor]:
+        """`SparseBox3DKeyPointsGenerator.anchor_projection`, with the headings of its results in swapped order.
+
+        The arguments are the same; so is what it returns, but that (cos yaw, sin yaw) stands in components 6 and 7.
+        """
+        projected = SparseBox3DKeyPointsGenerator.anchor_projection(
+            anchor, T_src2dst_list, src_timestamp, dst_timestamps, time_intervals
+        )
+        order = [0, 1, 2, 3, 4, 5, 7, 6, *range(VELOCITY.start, anchor.shape[-1])]
+        return [frame[..., order] for frame in projected]
 
 
 class SparsePoint3DKeyPointsGenerator(nn.Module):
