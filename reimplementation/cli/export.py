@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
-from reimplementation.models import MSDeformAttn
-from reimplementation.models.deformable import DeformableFeatureAggregation
+from reimplementation.models import DeformableFeatureAggregation, MSDeformAttn
+
+from . import arguments
 
 ANY_BATCH, ANY_BATCH_AND_QUERIES = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 IMAGE_STRIDE = 4  # pixels of an image per pixel of its first level
@@ -33,7 +35,7 @@ class Model:
     inputs: Callable[[int, int], Inputs]
     dynamic_shapes: Inputs
 
-    def to(self, device: str) -> Model:
+    def to(self, device: torch.device) -> Model:
         def inputs(batch: int, queries: int) -> Inputs:
             return tree_map(lambda tensor: tensor.to(device), self.inputs(batch, queries))
 
@@ -65,20 +67,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--levels",
         nargs="+",
-        type=_shape,
+        type=_level,
         default=[(64, 176), (32, 88), (16, 44), (8, 22)],
         metavar="HxW",
         help="rows and columns of each (default: 64x176 32x88 16x44 8x22)",
     )
-    parser.add_argument(
-        "--channels", type=_positive, default=256, help="of queries and features (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--groups", type=_positive, default=8, help="groups of channels, or attention heads (default: %(default)s)"
-    )
-    parser.add_argument("--points", type=_positive, default=4, help="that a query samples (default: %(default)s)")
-    parser.add_argument("--cameras", type=_positive, default=6, help="of the aggregation (default: %(default)s)")
-    parser.add_argument("--queries", type=_positive, default=900, help="of the check (default: %(default)s)")
+    for name, default, what in (
+        ("--channels", 256, "of queries and features"),
+        ("--groups", 8, "groups of channels, or attention heads"),
+        ("--points", 4, "that a query samples"),
+        ("--cameras", 6, "of the aggregation"),
+        ("--queries", 900, "of the check"),
+    ):
+        parser.add_argument(name, type=arguments.positive, default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="that the module is on (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -88,12 +89,15 @@ def run(options: argparse.Namespace) -> None:
     kind = FORMATS[options.format]
     if options.output.suffix != kind.suffix:
         raise ValueError(f"the name of --format {options.format} ends in {kind.suffix}; got {options.output}")
+    if options.channels % options.groups != 0:
+        raise ValueError(f"--channels must be a multiple of --groups {options.groups}; got {options.channels}")
+    device = arguments.device(options.device)
     # PyTorch's exporters warn of packages that nothing here needs, and of their own future.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MODELS[options.module](options).to(options.device)
+        model = MODELS[options.module](options).to(device)
         # An exporter would take a size of 1 for a constant; the check below knows better.
         kind.write(model, model.inputs(2, max(2, options.queries)), options.output)
         print(f"{options.output}: {options.output.stat().st_size / 2**20:.1f} MiB; relative L2 error against PyTorch:")
@@ -199,7 +203,8 @@ def _write_onnx(model: Model, inputs: Inputs, path: Path) -> None:
     program = torch.onnx.export(
         model.module, (), kwargs=inputs, dynamic_shapes=model.dynamic_shapes, dynamo=True, verbose=False
     )
-    program.save(path)
+    assert program is not None  # for it was not given a file to write
+    program.save(path, external_data=False)  # weights in the file itself, so that there is one to move
 
 
 def _read_onnx(path: Path) -> Callable[[Inputs], Tensor]:
@@ -215,11 +220,24 @@ def _read_onnx(path: Path) -> Callable[[Inputs], Tensor]:
     return function
 
 
+def _aoti_settings() -> dict[str, bool]:
+    """What a package needs that is asked to check its inputs: by itself it would refuse a batch of 1.
+
+    The oldest PyTorch may not know the setting; its packages are not asked.
+    """
+    is_known = hasattr(torch._inductor.config.aot_inductor, "check_lowerbound")
+    return {"aot_inductor.check_lowerbound": False} if is_known else {}
+
+
 def _write_aoti(model: Model, inputs: Inputs, path: Path) -> None:
-    torch._inductor.aoti_compile_and_package(model.exported(inputs), package_path=str(path))
+    program = model.exported(inputs)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_aoti_settings())
 
 
 def _read_aoti(path: Path) -> Callable[[Inputs], Tensor]:
+    if _aoti_settings():
+        # A package reads this when it first runs. Unasked, it takes other sizes than it was made for, and reads beyond.
+        os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
     package = torch._inductor.aoti_load_package(str(path))
     return lambda inputs: package(**inputs)
 
@@ -241,12 +259,9 @@ FORMATS = {
 MODELS = {"aggregation": _aggregation, "attention": _attention}
 
 
-def _shape(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return _positive(height), _positive(width)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return int(text)
+def _level(text: str) -> tuple[int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected rows and columns, such as 64x176; got {text!r}")
+    height, width = map(int, sizes)
+    return height, width
