@@ -8,7 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .checks import INTEGER_DTYPES, check_dtype, check_shape
+from .checks import check_dtype, check_shape
+from .dtypes import INTEGER
 
 
 def feature_maps_format(feature_maps: Sequence, inverse: bool = False) -> list:
@@ -101,7 +102,7 @@ def _check_group(group: Sequence[Tensor], first: Sequence[Tensor]) -> None:
 def _split(col_feats: Tensor, spatial_shape: Tensor, scale_start_index: Tensor) -> list:
     """The inverse: slices of the rows, viewed as images; cameras of equal shapes side by side."""
     check_shape("col_feats", col_feats, ("bs", "num_feat", "C"), {})
-    check_dtype("spatial_shape", spatial_shape, INTEGER_DTYPES)
+    check_dtype("spatial_shape", spatial_shape, INTEGER)
     check_shape("spatial_shape", spatial_shape, ("num_cams", "num_levels", 2), {})
     shapes = [tuple(map(tuple, camera)) for camera in spatial_shape.tolist()]
     if any(size < 0 for camera in shapes for level in camera for size in level):
