@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._register import Op, raise_if_out_of_memory
-from ._spec import dtypes_of
+from ._spec import Operands, dtypes_of
 from .backends import select_backend
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 """What a kernel, or the way to it, raises for operands that an op does not take."""
 
 
-def call(op: Op, *operands: Tensor | None) -> Tensor:
+def call(op: Op, *operands: Any) -> Tensor:
     """Run the op on the best backend for the first operand's device.
 
     The kernels refuse what `Spec.check` refuses. It runs where they did, and says why in better words: beforehand it
@@ -42,7 +42,7 @@ def call(op: Op, *operands: Tensor | None) -> Tensor:
         raise
 
 
-def _call_traced(op: Op, operands: Sequence[Tensor | None]) -> Tensor:
+def _call_traced(op: Op, operands: tuple) -> Tensor:
     """The same where a compiler or an exporter records the call. ONNX knows no operator of ours."""
     if torch._C._is_any_autocast_enabled():
         operands = _under_autocast(op, operands)
@@ -57,7 +57,7 @@ def _call_traced(op: Op, operands: Sequence[Tensor | None]) -> Tensor:
     return op.operator(*operands)
 
 
-def _under_autocast(op: Op, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _under_autocast(op: Op, operands: tuple) -> tuple:
     """The operands as the op takes them under autocast; what is no tensor, or on meta, is left to the checks."""
     first = operands[0]
     if not isinstance(first, Tensor) or first.device.type == "meta" or not op.spec.changes_under_autocast:
@@ -65,12 +65,12 @@ def _under_autocast(op: Op, operands: Sequence[Tensor | None]) -> Sequence[Tenso
     return op.spec.under_autocast(operands) if torch.is_autocast_enabled(first.device.type) else operands
 
 
-def _wants_formula(op: Op, operands: Sequence[Tensor | None]) -> bool:
+def _wants_formula(op: Op, operands: Operands) -> bool:
     """Whether a gradient is wanted that the kernels have not, and the formula has."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*[operands[i] for i in op.spec.constants])
 
 
-def _checked(op: Op, operands: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _checked(op: Op, operands: tuple) -> tuple:
     """The operands as kernels and formulas read them, after they have passed the checks."""
     op.spec.check_call(operands)
     dtypes = dtypes_of(operands)
@@ -80,7 +80,7 @@ def _checked(op: Op, operands: Sequence[Tensor | None]) -> Sequence[Tensor | Non
     return op.spec.as_read(operands)
 
 
-def _explain(error: Exception, op: Op, operands: Sequence[Tensor | None]) -> None:
+def _explain(error: Exception, op: Op, operands: Operands) -> None:
     """Raise what says in better words why there was this error; return where nothing does."""
     try:
         op.spec.check_call(operands)

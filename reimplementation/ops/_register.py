@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,16 @@ class Op:
 
     formula: the op in plain PyTorch, of operands as `Spec.as_read` returns them.
     operator: ``torch.ops.reimplementation.NAME``; None without the extension.
-    recorded: its autograd function for calls that nobody traces. It goes past the dispatcher's Python wrappers of
-        registered formulas, which take longer than the rest of a small call.
+    recorded: its autograd function for calls that nobody traces; likewise. It goes past the wrappers in Python that the
+        dispatcher has around registered formulas, which take longer than the rest of a small call.
     read_as_they_are: the operands' dtypes of earlier calls that needed no cast.
     """
 
     spec: Spec
     formula: Callable[..., Tensor]
-    operator: Callable[..., Tensor] | None = None
-    recorded: type[torch.autograd.Function] | None = None
-    read_as_they_are: set[tuple[Dtype | None, ...]] = field(default_factory=set)
+    operator: Any = None
+    recorded: Any = None
+    read_as_they_are: set[tuple] = field(default_factory=set)
 
 
 def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda needs, dtype: ()) -> Op:
@@ -154,6 +155,6 @@ def _differentiate_formula(formula: Callable[..., Tensor], ctx, grad_output: Ten
         # Views: where one operand was computed from another, what reaches the latter through it is not asked for here.
         operands = [operand if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
         output = formula(*operands)
-    wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad) if needed]
+    wanted: list[Any] = [operand for operand, needed in zip(operands, ctx.needs_input_grad) if needed]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

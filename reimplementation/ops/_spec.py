@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .checks import check_device, check_dtype, check_shape
 from .dtypes import FLOATING, HALF, INTEGER, as_dtype
 
 Dtype = torch.dtype
+Operands = Sequence[Any]  # tensors, None for one that is left out, and before the checks anything
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,11 @@ class Spec:
     def changes_under_autocast(self) -> bool:
         return any(operand.role.under_autocast is not None for operand in self.operands)
 
-    def check(self, operands: Sequence[Tensor | None]) -> dict[str, int]:
+    def check(self, operands: Operands) -> dict[str, int]:
         """The sizes of the named dimensions; raises TypeError or ValueError where the op does not take an operand."""
         present = [(op, tensor) for op, tensor in zip(self.operands, operands) if not (op.optional and tensor is None)]
         first = operands[0]
-        dtype = first.dtype if isinstance(first, Tensor) else None  # the first check says that it is no tensor
+        dtype = first.dtype if isinstance(first, Tensor) else torch.float32  # the first check says that it is no tensor
         for operand, tensor in present:
             check_dtype(operand.name, tensor, operand.role.accepted(dtype), operand.role.advice)
         for operand, tensor in present:
@@ -136,25 +138,25 @@ class Spec:
         self.check_sizes(sizes)
         return sizes
 
-    def check_call(self, operands: Sequence[Tensor | None]) -> None:
+    def check_call(self, operands: Operands) -> None:
         """`check`, and the values as well: for operands that have some."""
         self.check(operands)
         self.check_values(*operands)
 
-    def as_read(self, operands: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def as_read(self, operands: Operands) -> tuple:
         """Operands that passed the checks, in the dtypes that kernels and formulas know."""
         return self._cast(operands, [operand.role.read for operand in self.operands])
 
-    def under_autocast(self, operands: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def under_autocast(self, operands: Operands) -> tuple:
         """The operands in dtypes that the op takes beside its first, whatever autocast made of them."""
         return self._cast(operands, [operand.role.under_autocast for operand in self.operands])
 
-    def is_read(self, dtypes: Sequence[Dtype | None]) -> bool:
+    def is_read(self, dtypes: Sequence[Any]) -> bool:
         """Whether kernels read operands of these dtypes as they are."""
         roles = [operand.role for operand in self.operands]
         return all([own is None or own == role.read(own, dtypes[0]) for role, own in zip(roles, dtypes)])
 
-    def fake(self, operands: Sequence[Tensor | None]) -> Tensor:
+    def fake(self, operands: Operands) -> Tensor:
         """An empty tensor like the output that a kernel makes of these operands; raises where it would refuse them."""
         sizes = self.check(operands)
         dtypes = dtypes_of(operands)
@@ -167,9 +169,7 @@ class Spec:
             raise TypeError(f"operands must have the dtypes {', '.join(expected)}; got {dtypes}")
         return operands[0].new_empty(tuple(self.output(sizes)))
 
-    def fake_gradients(
-        self, grad_output: Tensor, operands: Sequence[Tensor | None], needed: Sequence[bool]
-    ) -> tuple[Tensor, ...]:
+    def fake_gradients(self, grad_output: Tensor, operands: Operands, needed: Sequence[bool]) -> tuple[Tensor, ...]:
         """Empty tensors like the gradients of the `differentiable` operands; of no element where none is needed."""
         output = self.fake(operands)
         check_dtype("grad_output", grad_output, (output.dtype,))
@@ -183,7 +183,7 @@ class Spec:
             for i, needs in zip(self.differentiable, needed)
         )
 
-    def _cast(self, operands: Sequence[Tensor | None], rules: Sequence[Callable | None]) -> tuple[Tensor | None, ...]:
+    def _cast(self, operands: Operands, rules: Sequence[Callable | None]) -> tuple:
         first = operands[0].dtype
         return tuple(
             as_dtype(tensor, rule(tensor.dtype, first)) if rule is not None and isinstance(tensor, Tensor) else tensor
@@ -191,5 +191,5 @@ class Spec:
         )
 
 
-def dtypes_of(operands: Sequence[Tensor | None]) -> tuple[Dtype | None, ...]:
+def dtypes_of(operands: Operands) -> tuple:
     return tuple([tensor if tensor is None else tensor.dtype for tensor in operands])

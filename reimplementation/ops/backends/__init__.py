@@ -190,12 +190,17 @@ def _require(name: str, op: str = "Deformable aggregation", index: int | None = 
     """Raises unless the backend is there: on one GPU, or where ``index`` is None on any."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    backend = _BY_NAME[name]
-    if backend.device_type is None:
-        return
-    missing = backend.why_not(torch.device(backend.device_type, index))
-    if missing is None and name == CUDA.name and index is None:
-        gpus = [backend.why_not(torch.device("cuda", gpu)) for gpu in range(torch.cuda.device_count())]
-        missing = next(iter(gpus), None) if all(gpus) else None
+    missing = _why_nowhere(_BY_NAME[name]) if index is None else _BY_NAME[name].why_not(torch.device("cuda", index))
     if missing is not None:
         raise RuntimeError(f"{op} {name.upper()} extension is not available: {missing}")
+
+
+def _why_nowhere(backend: Backend) -> Missing | None:
+    """Why no device here is served; None where one is."""
+    if backend.device_type is None:
+        return None
+    missing = backend.why_not(torch.device(backend.device_type))
+    if missing is None and backend.device_type == "cuda":
+        gpus = [backend.why_not(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        missing = next(iter(gpus), None) if all(gpus) else None
+    return missing

@@ -68,7 +68,7 @@ def ms_deform_attn(
 
 def nothing(*operands: Tensor) -> Tensor:
     """A sum of nothing: without any level to sample, the output still has gradients, and they are zero."""
-    return sum(operand[:0].sum() for operand in operands)
+    return torch.stack([operand[:0].sum() for operand in operands]).sum()
 
 
 def _sum_of_samples(rows: Tensor, shape: Tensor, start: Tensor, location: Tensor, weights: Tensor) -> Tensor:
@@ -108,4 +108,8 @@ def _sum_of_samples(rows: Tensor, shape: Tensor, start: Tensor, location: Tensor
 
 def _as_numbers_beside(features: Tensor, shapes: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes and first rows where the features are, in int64: the numbers of rows need not fit narrower integers."""
-    return tuple(numbers.to(features.device, torch.int64, non_blocking=True) for numbers in (shapes, starts))
+
+    def beside(numbers: Tensor) -> Tensor:
+        return numbers.to(features.device, torch.int64, non_blocking=True)
+
+    return beside(shapes), beside(starts)

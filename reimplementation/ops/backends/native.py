@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from reimplementation._installation import hidden_installation
+
 from .backend import Backend, Missing
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
@@ -40,6 +42,8 @@ def _load_extension() -> tuple[str, Missing | None]:
     except ImportError as error:
         if (_PACKAGE / "_C.abi3.so").exists():
             reason = f"reimplementation._C does not load: {error}"
+        elif hidden := hidden_installation(_PACKAGE):
+            return "", Missing(hidden)
         else:
             reason = _recorded_build().get("reasons", {}).get("cpu") or "reimplementation._C is not built"
         return "", Missing(reason, BUILD_COMMAND)
