@@ -140,7 +140,7 @@ def write(folder: Path) -> str:
     """
     files = sorted((folder / "results").glob("*.json"))
     if not files:
-        raise ValueError(f"--page {folder}: there are no results in {folder / 'results'}")
+        raise ValueError(f"there are no results in {folder / 'results'}")
     documents = [(path, results.read_one(path, results.Result)) for path in files]
     comparisons = [read_comparison(path) for path in sorted((folder / "results" / "peers").glob("*.json"))]
     return PAGE.format(

@@ -69,8 +69,8 @@ def measure_all(
         for backend, passed in pairs:
             what = f"{case} {dtype} {backend} {passed}"
             begins(what)
-            prepared = prepared or CASES[case].prepare(DTYPES[dtype], device)
             try:
+                prepared = prepared or CASES[case].prepare(DTYPES[dtype], device)
                 found = prepared.measure(backend, passed, repeats)
             except RuntimeError as error:  # too little memory, say
                 fails(f"{what} failed: {error}")

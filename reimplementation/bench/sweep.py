@@ -63,9 +63,9 @@ def measure_shapes(
     """
     multiple = max(NUM_GROUPS, NUM_HEADS)
     if odd := sorted({shape.channels for shape in shapes if shape.channels % multiple}):
-        raise ValueError(f"--channels must be multiples of {multiple}; got {odd}")
+        raise ValueError(f"channels must be multiples of {multiple}; got {odd}")
     if (most := max(shape.levels for shape in shapes)) > len(STRIDES):
-        raise ValueError(f"--levels must be at most {len(STRIDES)}; got {most}")
+        raise ValueError(f"levels must be at most {len(STRIDES)}; got {most}")
     figures = []
     with ops.use_backend(device.type):
         for shape in shapes:

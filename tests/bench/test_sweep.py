@@ -78,4 +78,4 @@ def test_channels_must_divide(capsys):
 
 def test_levels_are_bounded(capsys):
     assert main(["sweep", "--device", "cpu", "--levels", "6"]) == 2
-    assert "--levels must be at most 5; got 6" in capsys.readouterr().err
+    assert "levels must be at most 5; got 6" in capsys.readouterr().err

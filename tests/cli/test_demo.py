@@ -135,9 +135,8 @@ def test_missing_extra(missing, capsys, monkeypatch, tmp_path):
 
 def test_an_output_without_a_format_is_refused(tmp_path, capsys):
     for name in ("demo.doc", "demo"):
-        assert f"--output {tmp_path / name} must end in one of" in fails(
-            ["demo", "--output", str(tmp_path / name)], capsys
-        )
+        output = str(tmp_path / name)
+        assert f"--output {output} must end in one of" in fails(["demo", "--output", output], capsys)
 
 
 def test_missing_kernels_of_the_gpu_are_named(tmp_path, capsys, monkeypatch):
@@ -145,6 +144,5 @@ def test_missing_kernels_of_the_gpu_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ops.backends, "why_missing", lambda device: f"none for {device}. To build it: …")
     monkeypatch.setattr(modules, "cases", list)
     assert main(["demo", "--queries", "5", "--op", "msda", "--json", "--output", str(tmp_path / "demo.png")]) == 0
-    assert (
-        "timing grid_sample alone on the GPU: no cuda kernels: none for cuda. To build it: …" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "timing grid_sample alone on the GPU: no cuda kernels: none for cuda. To build it: …" in said

@@ -31,7 +31,7 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def room_of(module: str, name: str) -> str:
-    """ "ops" for reimplementation.ops.backends, and for `from reimplementation import ops`; "" for others' modules."""
+    """The room that an import leads to, as `ops` for reimplementation.ops.backends; empty for others' modules."""
     top, *rest = f"{module}.{name}".split(".")
     return rest[0] if top == "reimplementation" and rest[0] in {"ops", "models", *MAY_IMPORT} else ""
 
