@@ -75,7 +75,8 @@ depend on that host's processor more than on the GPU, and differ between hosts t
 {sweeps}
 ## Measure again
 
-A run writes one file for a machine; a picture of the same name beside it is shown above.
+A machine has one file, and a picture of the same name beside it. Where a run is made in parts, `bench --read` with
+`--json` joins them.
 
 ```sh
 python -m reimplementation bench --device cuda --dtypes float32 float16 bfloat16 --floor --peers \\

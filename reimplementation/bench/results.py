@@ -106,16 +106,15 @@ def read(paths: Sequence[Path]) -> list[Document]:
     Raises:
         ValueError: a file holds no results of the benchmark; the message names it.
     """
-    merged: dict[str, Document] = {}
-    for path in paths:
-        document = read_one(path, Result)
-        on_cpu = document.machine["device"] == document.machine.get("cpu")
-        named = [document.machine["device"], document.machine["threads"] if on_cpu else None]
-        same = json.dumps([named, document.versions], sort_keys=True)
-        if same in merged:
-            document = _joined(merged[same], document)
-        merged[same] = document
-    return list(merged.values())
+    merged: list[Document] = []
+    for document in (read_one(path, Result) for path in paths):
+        for i, other in enumerate(merged):
+            if _belong_together(other, document):
+                merged[i] = _joined(other, document)
+                break
+        else:
+            merged.append(document)
+    return merged
 
 
 def read_one(path: Path, kind: type) -> Document:
@@ -155,13 +154,23 @@ def _value(kind: type, value: Any, where: str) -> Any:
     return number if kind is float else int(number)
 
 
+def _belong_together(first: Document, second: Document) -> bool:
+    """Whether two documents are of one machine, and no version that both name differs."""
+    machines = first.machine, second.machine
+    on_cpu = any(machine["device"] == machine.get("cpu") for machine in machines)
+    same_machine = len({(machine["device"], machine["threads"] if on_cpu else None) for machine in machines}) == 1
+    shared = first.versions.keys() & second.versions.keys()
+    return same_machine and all(first.versions[name] == second.versions[name] for name in shared)
+
+
 def _joined(first: Document, second: Document) -> Document:
     """Both documents' results, case by case; where both have a figure, the second's."""
     cases = list(dict.fromkeys(r.case for r in first.results + second.results))
     figures = {(r.case, r.device, r.backend, r.dtype, r.passed): r for r in first.results + second.results}
     ordered = sorted(figures.values(), key=lambda r: cases.index(r.case))
     dates = sorted({*first.date.split(", "), second.date})
-    return Document(first.machine | second.machine, first.versions, ", ".join(dates), ordered)
+    versions = first.versions | second.versions
+    return Document(first.machine | second.machine, versions, ", ".join(dates), ordered)
 
 
 def cpu_name() -> str:

@@ -49,7 +49,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, with the machine's name")
     parser.add_argument(
-        "--read", nargs="+", metavar="FILE", type=Path, help="measure nothing: show these files' figures"
+        "--read",
+        nargs="+",
+        metavar="FILE",
+        type=Path,
+        help="measure nothing: show these files' figures; with --json, join those of one machine",
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures as bars, as PNG, SVG, …")
@@ -72,8 +76,10 @@ def run(options: argparse.Namespace) -> None:
         documents = [_chosen(document, options) for document in results.read(options.read)]
     else:
         documents = [_measure(options)]
-        if options.json:
-            documents[0].write(options.json)
+    if options.json:
+        if len(documents) > 1:
+            raise ValueError(f"--json {options.json} holds one machine's results; those read are of {len(documents)}")
+        documents[0].write(options.json)
     for document in documents:
         if options.markdown:
             print(markdown(document), end="\n\n")

@@ -24,6 +24,16 @@ def test_files_of_one_machine_are_merged(tmp_path):
     assert alone == other
 
 
+def test_a_peer_in_one_file_alone_does_not_part_them(tmp_path):
+    """But two versions of it do."""
+    paths, versions = [], {"torch": "2.11", "cuda": "13.0"}
+    for peers in ({}, {"deformops": "3.0.1"}, {"deformops": "3.1"}):
+        paths.append(tmp_path / f"{len(paths)}.json")
+        replace(document(result()), versions=versions | peers).write(paths[-1])
+    assert [found.versions for found in results.read(paths[:2])] == [versions | {"deformops": "3.0.1"}]
+    assert len(results.read(paths)) == 2
+
+
 @pytest.mark.parametrize(("device", "documents"), [("NVIDIA H200", 1), ("a", 2)], ids=["GPU", "CPU"])
 def test_threads_of_the_host_tell_cpus_apart(tmp_path, device, documents):
     paths = [tmp_path / "2.json", tmp_path / "16.json"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from reimplementation.bench.inputs import (
     aggregation_problem,
     attention_inputs,
 )
-from reimplementation.cli import bench, main
+from reimplementation.cli import bench, main, sweep
 from reimplementation.data.rig import nuscenes_like_rig
 
 ROOT = Path(__file__).parents[2]
@@ -330,3 +332,25 @@ def test_the_committed_page_is_what_the_command_writes(capsys, monkeypatch):
 def test_a_folder_without_results(tmp_path, capsys):
     assert main(["bench", "--page", str(tmp_path)]) == 2
     assert f"there are no results in {tmp_path / 'results'}" in capsys.readouterr().err
+
+
+def test_parts_of_a_run_are_joined(tmp_path, capsys):
+    parts = [tmp_path / "forward.json", tmp_path / "training.json"]
+    for part in parts:
+        part.write_text(changed("results", 0, "passed", value=part.stem))
+    whole = tmp_path / "whole.json"
+    assert main(["bench", "--read", *map(str, parts), "--json", str(whole)]) == 0
+    assert [r["passed"] for r in json.loads(whole.read_text())["results"]] == ["forward", "training"]
+    parts[1].write_text(changed("machine", "threads", value=4))
+    assert main(["bench", "--read", *map(str, parts), "--json", str(whole)]) == 2
+    assert "holds one machine's results; those read are of 2" in capsys.readouterr().err
+
+
+def test_what_the_page_tells_to_type_is_understood(monkeypatch):
+    page = (ROOT / "docs" / "benchmarks.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"python -m reimplementation ([^`\n>]+)", page)
+    taken = []
+    for command in (bench, sweep):
+        monkeypatch.setattr(command, "run", taken.append)
+    assert [main(shlex.split(command)) for command in commands] == [0] * len(taken)
+    assert any(options.peers for options in taken if "peers" in options) and len(taken) > 4
