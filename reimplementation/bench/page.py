@@ -133,7 +133,7 @@ LINE = 120  # characters of a line of prose
 SHOWN_RUN = ("bfloat16-autocast", 8)
 
 
-def write(folder: Path) -> str:
+def render(folder: Path) -> str:
     """The page, from the results in a folder: results/*.json, results/peers/*.json and sweep/*.json.
 
     Raises:

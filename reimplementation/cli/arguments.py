@@ -41,18 +41,30 @@ def device(name: str) -> torch.device:
     return found
 
 
-def picture(option: str, path: str | Path) -> Path:
-    """The file that an option names for a picture.
+def file(option: str, path: str | None) -> Path | None:
+    """The file that an option names to be written, None where it names none.
+
+    Raises:
+        ValueError: it is a folder, or lies in none that exists.
+    """
+    if path is None:
+        return None
+    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"{option} {path} must name a file in a folder that exists")
+    return Path(path)
+
+
+def picture(option: str, path: str | None) -> Path | None:
+    """The file that an option names for a picture, None where it names none.
 
     Raises:
         ModuleNotFoundError: matplotlib, which draws, is missing.
-        ValueError: there is no such folder, or the file's name has no suffix of a format that matplotlib writes.
+        ValueError: as for `file`; or the file's name has no suffix of a format that matplotlib writes.
     """
+    if (path := file(option, path)) is None:
+        return None
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ValueError(f"{option} {path} must name a file in a folder that exists")
     suffixes = [f".{name}" for name in sorted(Figure().canvas.get_supported_filetypes())]
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{option} {path} must end in one of {' '.join(suffixes)}")

@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--repeats", type=arguments.positive, default=20, help="timed runs of each figure (default: %(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, with the machine's name")
+    parser.add_argument("--json", metavar="FILE", help="write the figures, with the machine's name")
     parser.add_argument(
         "--read",
         nargs="+",
@@ -68,18 +68,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.page:
-        print(page.write(options.page), end="")
+        print(page.render(options.page), end="")
         return
     # Before the work begins: a missing extra or a wrong file name is said at once.
-    picture = arguments.picture("--plot", options.plot) if options.plot else None
+    figures, picture = arguments.file("--json", options.json), arguments.picture("--plot", options.plot)
     if options.read:
         documents = [_chosen(document, options) for document in results.read(options.read)]
     else:
         documents = [_measure(options)]
-    if options.json:
+    if figures:
         if len(documents) > 1:
-            raise ValueError(f"--json {options.json} holds one machine's results; those read are of {len(documents)}")
-        documents[0].write(options.json)
+            raise ValueError(f"--json {figures} holds one machine's results; those read are of {len(documents)}")
+        documents[0].write(figures)
     for document in documents:
         if options.markdown:
             print(markdown(document), end="\n\n")

@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=arguments.positive, default=5, help="timed runs (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, with the machine's name")
+    parser.add_argument("--json", metavar="FILE", help="write the figures, with the machine's name")
     parser.add_argument("--read", metavar="FILE", type=Path, help="measure nothing: show the figures in FILE")
     parser.add_argument("--plot", metavar="FILE", help="draw a map of the time per gathered byte, as PNG, SVG, …")
     parser.set_defaults(run=run)
@@ -43,13 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     # Before the work begins: a missing extra or a wrong file name is said at once.
-    picture = arguments.picture("--plot", options.plot) if options.plot else None
+    figures, picture = arguments.file("--json", options.json), arguments.picture("--plot", options.plot)
     if options.read:
         document = results.read_one(options.read, Figure)
     else:
         document = _measure(options)
-        if options.json:
-            document.write(options.json)
+        if figures:
+            document.write(figures)
     _print(document)
     if picture:
         from reimplementation.bench.plots import draw_map

@@ -23,7 +23,7 @@ def test_what_determinism_costs_is_the_worst_of_the_figures(tmp_path):
         result(case="msda-decoder", dtype="float16", passed="backward", us=10),
         result(case="msda-decoder", dtype="float16", passed="backward deterministic", us=33),
     ).write(tmp_path / "results" / "some.json")
-    written = page.write(tmp_path).replace("\n", " ")
+    written = page.render(tmp_path).replace("\n", " ")
     assert "up to 3.3 times as long (msda-decoder in float16, NVIDIA H200)" in written
 
 

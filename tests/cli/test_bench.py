@@ -334,6 +334,15 @@ def test_a_folder_without_results(tmp_path, capsys):
     assert f"there are no results in {tmp_path / 'results'}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["bench", "sweep"])
+def test_a_folder_that_is_not_there_is_named_before_the_work_begins(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "_measure", lambda options: pytest.fail("it began"))
+    monkeypatch.setattr(sweep, "_measure", lambda options: pytest.fail("it began"))
+    for name in (tmp_path, tmp_path / "nowhere" / "figures.json"):
+        assert main([command, "--json", str(name)]) == 2
+        assert f"--json {name} must name a file in a folder that exists" in capsys.readouterr().err
+
+
 def test_parts_of_a_run_are_joined(tmp_path, capsys):
     parts = [tmp_path / "forward.json", tmp_path / "training.json"]
     for part in parts:
