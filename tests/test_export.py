@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +68,21 @@ def test_exported_program(backend, kind):
     for sizes in SIZES:
         call = MODULES[kind][1](*sizes)
         assert relative_error(program.module()(*call), module(*call)) <= TOLERANCE[torch.float32]
+
+
+@every_module
+@pytest.mark.parametrize("backend", ["cpu", "grid_sample"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_trace(backend, kind):
+    """TorchScript by tracing: any batch and number of queries, the levels as they were."""
+    if backend not in ops.available_backends("cpu"):
+        pytest.skip("the CPU kernels are not built")
+    make, call = MODULES[kind]
+    module = make().eval()
+    with ops.use_backend(backend):
+        traced = torch.jit.trace(module, call(*SIZES[0]), strict=False)
+    for sizes in SIZES:
+        assert relative_error(traced(*call(*sizes)), module(*call(*sizes))) <= TOLERANCE[torch.float32]
 
 
 class TestOnnx:
@@ -185,23 +202,68 @@ def test_package_in_a_process_of_torch_alone(package):
     assert relative_error(torch.load(folder / "outputs.pt"), expected) <= TOLERANCE[torch.float32]
 
 
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
 @pytest.fixture(scope="module")
-def cpp_program(tmp_path_factory) -> Path:
+def example(tmp_path_factory) -> Path:
+    """The C++ example's folder, after what its README has people type there."""
     if shutil.which("make") is None or (shutil.which("c++") or shutil.which("g++")) is None:
         pytest.skip("needs make and a C++ compiler")
     folder = tmp_path_factory.mktemp("aot_cpp")
-    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
-    subprocess.run(["make", f"TORCH={torch.__path__[0]}"], cwd=folder, check=True)
-    return folder / "run_package"
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run_package", "*.pt", "*.pt2"))
+    (recipe,) = re.findall(r"```sh\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(EXAMPLE.parents[1])}
+    subprocess.run(["sh", "-e", "-c", recipe], cwd=folder, env=os.environ | there, check=True)
+    return folder
 
 
 @pytest.mark.slow
 @needs_kernels
-def test_package_in_cpp(package, cpp_program):
+def test_the_example_as_its_readme_types_it(example):
+    (output,) = torch.load(example / "outputs.pt")
+    assert output.shape == (1, 900, 64) and output.isfinite().all() and output.std() > 0
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_what_the_example_cannot_do_is_said_in_a_line(example):
+    """Each of these crashed, or passed in silence. The library's name alone is enough, wherever the system looks."""
+    shutil.copy(ops.build_info()["file"], example / "operators.so")
+    torch.save({}, example / "dict.pt")
+    inputs = torch.load(example / "inputs.pt")
+    torch.save([*inputs[:3], inputs[3][..., :-2].contiguous(), *inputs[4:]], example / "narrow.pt")
+    files = {"operators": "operators.so", "model": "model.pt2", "inputs": "inputs.pt", "outputs": "again.pt"}
+    for change, message in (
+        ({}, None),
+        ({"operators": "none.so"}, "none.so: cannot open shared object file"),
+        ({"model": "none.pt2"}, "none.pt2 is not a file"),
+        ({"inputs": "none.pt"}, "none.pt is not a file"),
+        ({"inputs": "dict.pt"}, "dict.pt must hold a list of tensors"),
+        ({"inputs": "narrow.pt"}, "unmatched dim value at 4, expected: 44, but got: 42"),
+        ({"outputs": "none/again.pt"}, "none/again.pt cannot be written"),
+    ):
+        command = ["./run_package", *(files | change).values()]
+        done = subprocess.run(command, cwd=example, capture_output=True, text=True)
+        assert done.returncode == (message is not None), done.stderr
+        if message is not None:
+            assert message in done.stderr.strip().splitlines()[-1]
+
+
+@needs_make
+def test_the_example_names_what_its_makefile_misses():
+    done = subprocess.run(["make", "TORCH=/nowhere"], cwd=EXAMPLE, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert 'no libtorch in the folder "/nowhere": run make where python3 has PyTorch, or name one' in done.stderr
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_package_in_cpp(package, example):
     folder, expected = package
     files = [folder / name for name in ("model.pt2", "inputs.pt", "outputs.pt")]
     # LD_BIND_NOW resolves every symbol of our library at once, and there is no Python to find any in.
-    command = [str(cpp_program), ops.build_info()["file"], *map(str, files)]
+    command = [str(example / "run_package"), ops.build_info()["file"], *map(str, files)]
     done = subprocess.run(command, env={"LD_BIND_NOW": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{list(expected.shape)}, mean ")
