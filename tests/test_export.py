@@ -85,6 +85,14 @@ def test_trace(backend, kind):
         assert relative_error(traced(*call(*sizes)), module(*call(*sizes))) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("make", [aggregation_module, attention_module])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_script(make):
+    """An error, and no module that computes something else."""
+    with pytest.raises((RuntimeError, ValueError, torch.jit.frontend.NotSupportedError)):
+        torch.jit.script(make().eval())
+
+
 class TestOnnx:
     @pytest.fixture(autouse=True)
     def quiet_exporter(self):

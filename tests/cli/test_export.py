@@ -107,6 +107,24 @@ def test_an_onnx_file_of_the_usual_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_exporter_by_itself_at_the_usual_size(tmp_path, monkeypatch):
+    """As people type it: the weights lie in a second file beside the first."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = export.MODELS["aggregation"](parsed("--format=onnx", "--module=aggregation", "unused.onnx"))
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    inputs, dynamic_shapes = model.inputs(2, 50), model.dynamic_shapes
+    torch.onnx.export(model.module, (), "model.onnx", kwargs=inputs, dynamic_shapes=dynamic_shapes, dynamo=True)
+    monkeypatch.chdir(tmp_path)
+    inputs = model.inputs(1, 33)
+    with torch.no_grad():
+        expected = model.module(**inputs)
+    output = export.FORMATS["onnx"].read(Path("there/model.onnx"))(inputs)
+    assert (output - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
 def test_a_package_refuses_other_sizes(tmp_path, monkeypatch):
     """Where it is asked to check them, as `export` asks; without, it reads beyond the end of what it was given."""
     monkeypatch.delenv("AOTI_RUNTIME_CHECK_INPUTS", raising=False)
