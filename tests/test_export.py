@@ -158,7 +158,7 @@ class TestOnnx:
 
     def test_a_file_of_many_levels(self, tmp_path, monkeypatch):
         """More levels than a file's constants hold by themselves; the file is read from another folder."""
-        shapes = [(4, 6), (3, 5), (2, 3)] * 2
+        shapes, num_cams = [(4, 6), (2, 3)], 17
 
         class Aggregation(torch.nn.Module):
             def forward(self, maps, locations, weights):
@@ -166,21 +166,19 @@ class TestOnnx:
 
         def call(batch, queries):
             generator = torch.Generator().manual_seed(queries)
-            maps = [torch.randn(batch, 6, 8, *shape, generator=generator) for shape in shapes]
-            locations = torch.rand(batch, queries, 2, 6, 2, generator=generator)
-            return maps, locations, torch.rand(batch, queries, 2, 6, len(shapes), 2, generator=generator)
+            maps = [torch.randn(batch, num_cams, 8, *shape, generator=generator) for shape in shapes]
+            locations = torch.rand(batch, queries, 2, num_cams, 2, generator=generator)
+            return maps, locations, torch.rand(batch, queries, 2, num_cams, len(shapes), 2, generator=generator)
 
-        folder = tmp_path / "there"
+        module, folder = Aggregation().eval(), tmp_path / "there"
         folder.mkdir()
         monkeypatch.chdir(folder)
         dynamic_shapes = ([BATCH] * len(shapes), BOTH, BOTH)
-        torch.onnx.export(
-            Aggregation(), call(2, 5), "model.onnx", dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False
-        )
+        torch.onnx.export(module, call(2, 5), "model.onnx", dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False)
         monkeypatch.chdir(tmp_path)
         for sizes in SIZES:
             output = self.run(folder / "model.onnx", call(*sizes))
-            assert relative_error(output, Aggregation()(*call(*sizes))) <= 1e-5
+            assert relative_error(output, module(*call(*sizes))) <= 1e-5
 
 
 @pytest.fixture(scope="module", params=["lists", "attention"])
