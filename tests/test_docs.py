@@ -109,10 +109,17 @@ class TestMigration:
     )
     def test_registries_of_mmcv_1(self, monkeypatch, registry, name):
         registered = {}
-        stand_in = types.SimpleNamespace(register_module=lambda: lambda cls: registered.setdefault(cls.__name__, cls))
-        provide(monkeypatch, "mmcv.cnn.bricks.registry", **{registry: stand_in})
+        provide(monkeypatch, "mmcv.cnn.bricks.registry", **{registry: self.registry(registered)})
         run(self.blocks(f"{registry}.register_module()"))
         assert list(registered) == [name]
+
+    def registry(self, registered: dict):
+        """Like one of mmcv 1: it registers a class under its name, or another."""
+
+        def register_module(name=None):
+            return lambda cls: registered.setdefault(name or cls.__name__, cls)
+
+        return types.SimpleNamespace(register_module=register_module)
 
     def test_the_planner_of_sparsedrive_reads_a_level_back(self):
         (code,) = [code for code in code_blocks(MIGRATION, "python") if code.count("\n") == 1]
@@ -128,8 +135,11 @@ class TestMigration:
         plain = torch.nn.functional.grid_sample(level[0], point.view(1, 1, 1, 2) * 2 - 1, align_corners=False)
         torch.testing.assert_close(plain, torch.full_like(plain, 0.42))  # 8 pixels wide: at pixel -0.58
 
-    def test_cached_anchors_of_sparse4d(self):
-        swapping = run(self.blocks("class SparseBox3DKeyPointsGenerator"))["SparseBox3DKeyPointsGenerator"]
+    def test_cached_anchors_of_sparse4d(self, monkeypatch):
+        registered = {}
+        provide(monkeypatch, "mmcv.cnn.bricks.registry", PLUGIN_LAYERS=self.registry(registered))
+        run(self.blocks("Sparse4DBox3DKeyPointsGenerator"))
+        swapping = registered["SparseBox3DKeyPointsGenerator"]
         anchor, moves = torch.randn(2, 5, 11), [torch.eye(4).expand(2, 4, 4)]
         (ours,) = SparseBox3DKeyPointsGenerator.anchor_projection(anchor, moves, time_intervals=[0.5])
         (theirs,) = swapping.anchor_projection(anchor, moves, time_intervals=[0.5])
