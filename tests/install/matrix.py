@@ -103,7 +103,14 @@ ROWS = (
         )
     ),
     Row("NO_CUDA", f"{FORCE} CUDA_HOME=$BROKEN_NVCC REIMPLEMENTATION_NO_CUDA=1 {PIP} .", "REIMPLEMENTATION_NO_CUDA=1"),
-    Row("no torch", f"{PIP} .", "torch cannot be imported by .* \\(install torch first", (), fails=True, torch=""),
+    Row(
+        "no torch",
+        "python -m pip install --no-deps .",
+        "torch cannot be imported by .* \\(install torch first",
+        (),
+        fails=True,
+        torch="",
+    ),
     Row(
         "nvcc",
         f"REQUIRE_EXT=1 {FORCE} TORCH_CUDA_ARCH_LIST=9.0+PTX {PIP} .",
