@@ -143,7 +143,9 @@ def test_a_library_that_does_not_load_is_not_installed(csrc, tmp_path):
     assert not (tmp_path / "_C.abi3.so").exists()
 
 
-def test_only_what_has_changed_is_compiled_again(csrc, tmp_path, capsys):
+def test_only_what_has_changed_is_compiled_again(csrc, tmp_path, clean_settings, capsys):
+    clean_settings.setenv("MAX_JOBS", "1")  # one after the other, in their order
+
     def build() -> tuple[str, list[str]]:
         """The library's content, and the names of what was made."""
         build_extension(csrc, tmp_path / "build", tmp_path / "_C.abi3.so")
