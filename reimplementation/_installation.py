@@ -16,6 +16,8 @@ def hidden_installation(package: Path) -> str | None:
         package: the folder of the package that was imported.
     """
     package = package.resolve()
+    if not (package / "ops" / "csrc").is_dir():  # an installed package, which comes without the kernels' sources
+        return None
     for distribution in metadata.distributions(name=package.name):
         installed = Path(str(distribution.locate_file(package.name))).resolve()
         if installed != package and (installed / "_C.abi3.so").exists():

@@ -38,9 +38,15 @@ def install(site: Path, *, built: bool) -> Path:
     return package
 
 
+def clone(folder: Path) -> Path:
+    """A source folder, as far as the search for what it hides goes; returns the package in it."""
+    package = folder / "clone" / "reimplementation"
+    (package / "ops" / "csrc").mkdir(parents=True)
+    return package
+
+
 def test_a_source_folder_that_hides_an_installed_package_says_so(tmp_path, monkeypatch):
-    source = tmp_path / "clone" / "reimplementation"
-    source.mkdir(parents=True)
+    source = clone(tmp_path)
     package = install(tmp_path / "site", built=True)
     monkeypatch.setattr(sys, "path", [str(source.parent), str(tmp_path / "site")])
     said = hidden_installation(source)
@@ -49,8 +55,7 @@ def test_a_source_folder_that_hides_an_installed_package_says_so(tmp_path, monke
 
 
 def test_nothing_is_hidden(tmp_path, monkeypatch):
-    source = tmp_path / "clone" / "reimplementation"
-    source.mkdir(parents=True)
+    source = clone(tmp_path)
     (source.parent / "reimplementation.egg-info").mkdir()
     (source.parent / "reimplementation.egg-info" / "PKG-INFO").write_text("Name: reimplementation\n")
     monkeypatch.setattr(sys, "path", [str(source.parent)])
@@ -61,3 +66,5 @@ def test_nothing_is_hidden(tmp_path, monkeypatch):
     built = install(tmp_path / "built", built=True)
     monkeypatch.setattr(sys, "path", [str(built.parent)])
     assert hidden_installation(built) is None, "the installed package is the one that runs"
+    monkeypatch.setattr(sys, "path", [str(unbuilt.parent), str(built.parent)])
+    assert hidden_installation(unbuilt) is None, "an installed package is no source folder, whatever comes behind it"
