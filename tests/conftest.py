@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from reimplementation import ops
-from tests.models.cases import MODULES, ModuleCase
-from tests.ops.cases import OPS, Op
+from tests.models.table import MODULES, ModuleCase
+from tests.ops.table import OPS, Op
 
 CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
 
@@ -33,6 +33,14 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def kernels(device) -> torch.device:
+    """A device that the extension has kernels for."""
+    if device.type not in ops.available_backends(device):
+        pytest.skip(f"the {device.type} kernels are not built")
+    return device
+
+
 @pytest.fixture(
     params=[
         ("cpu", "cpu"),
@@ -42,13 +50,23 @@ def device(request) -> torch.device:
     ],
     ids=["cpu", "grid_sample", "cuda", "grid_sample-on-cuda"],
 )
-def backend_device(request):
-    """The device to put tensors on, while one backend is forced."""
+def forced(request):
+    """While one backend is forced: its name, and the device to put tensors on."""
     backend, device = request.param
     if backend not in ops.available_backends(device) and not os.environ.get("REQUIRE_EXT"):
         pytest.skip(f"the {backend} kernels are not built: {ops.build_info()['reasons']}")
     with ops.use_backend(backend):
-        yield torch.device(device)
+        yield backend, torch.device(device)
+
+
+@pytest.fixture
+def backend(forced) -> str:
+    return forced[0]
+
+
+@pytest.fixture
+def backend_device(forced) -> torch.device:
+    return forced[1]
 
 
 @pytest.fixture
@@ -58,11 +76,11 @@ def cuda_kernels() -> None:
         pytest.skip("the CUDA kernels are not built")
 
 
-@pytest.fixture(params=OPS, ids=lambda op: op.name)
+@pytest.fixture(params=OPS, ids=str)
 def op(request) -> Op:
     return request.param
 
 
-@pytest.fixture(params=MODULES, ids=lambda module: module.name)
+@pytest.fixture(params=MODULES, ids=str)
 def case(request) -> ModuleCase:
     return request.param

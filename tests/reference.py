@@ -1,68 +1,134 @@
-"""The ops once more, from their formula: float64, one gather per corner, nothing shared with the package."""
+"""The ops once more, from their formulas, in float64: what every test compares with.
+
+Nothing is shared with the package. Gradients are autograd's; for random calls `tests.fuzz.rules` forms them by hand.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def bilinear(rows: Tensor, height: int, width: int, x: Tensor, y: Tensor) -> Tensor:
-    """Sample ``rows`` (height * width, C) of an image at pixel positions (x, y) of any one shape; zero outside."""
-    left, top = x.floor(), y.floor()
-    sampled = 0
-    for row, row_weight in ((top, top + 1 - y), (top + 1, y - top)):
-        for column, column_weight in ((left, left + 1 - x), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = torch.where(inside, row * width + column, 0).long()
-            sampled = sampled + torch.where(inside, row_weight * column_weight, 0)[..., None] * rows[index]
-    return sampled
+@dataclass(frozen=True)
+class Samples:
+    """What sampling comes down to: K samples a query in one image each, G weights a sample, each for C / G channels.
+
+    features (B, R, C), location (B, Q, K, 2), weights (B, Q, K, G), all float64; levels: for each of the K its
+    (height, width, first row), which are zero where the metadata reaches beyond the R rows.
+    """
+
+    features: Tensor
+    location: Tensor
+    weights: Tensor
+    levels: Tensor
+    unit_square_only: bool
+
+    def pixel(self) -> tuple[Tensor, Tensor]:
+        """(B, Q, K, 2) positions in pixels, and (B, Q, K) which of the samples count; the others are at a pixel 0."""
+        height, width, _ = self.levels.unbind(-1)
+        size = torch.stack([width, height], -1).double()
+        pixel = self.location * size - 0.5
+        if self.unit_square_only:
+            live = ((self.location > 0) & (self.location < 1)).all(-1)
+        else:
+            live = ((pixel > -1) & (pixel < size)).all(-1)
+        live = live & (height > 0)
+        return torch.where(live[..., None], pixel, 0.0), live
+
+    def corners(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the four corners of each sample, (B, Q, K, 4, ...): row, weight, slopes (x and y), whether they exist."""
+        height, width, start = self.levels.unbind(-1)
+        pixel, live = self.pixel()
+        low = pixel.detach().floor()
+        (x, y), (fraction_x, fraction_y) = low.unbind(-1), (pixel - low).unbind(-1)
+        rows, weights, slopes, inside = [], [], [], []
+        for down in (0, 1):
+            for right in (0, 1):
+                column, line = (x + right).long(), (y + down).long()
+                inside.append(live & (column >= 0) & (column < width) & (line >= 0) & (line < height))
+                rows.append(start + line * width + column)
+                along_x, along_y = (fraction_x if right else 1 - fraction_x), (fraction_y if down else 1 - fraction_y)
+                weights.append(along_x * along_y)
+                slope_x, slope_y = (2 * right - 1) * width * along_y, (2 * down - 1) * height * along_x
+                slopes.append(torch.stack([slope_x, slope_y], -1))
+        exists = torch.stack(inside, -1)
+        # What does not exist reads a row of zeros behind the last one.
+        row = torch.where(exists, torch.stack(rows, -1), self.features.shape[1])
+        return row, torch.stack(weights, -1), torch.stack(slopes, -2), exists
+
+    def pixels(self, features: Tensor, row: Tensor) -> Tensor:
+        """(B, Q, K, 4, C): the features in these rows of the corners."""
+        batch, _, channels = features.shape
+        padded = torch.cat([features, features.new_zeros(batch, 1, channels)], 1)
+        index = row.flatten(1)[..., None].expand(-1, -1, channels)
+        return padded.gather(1, index).view(*row.shape, channels)
+
+    def output(self) -> Tensor:
+        """(B, Q, C); differentiable in features, location and weights."""
+        row, corner_weight, _, exists = self.corners()
+        num_groups = self.weights.shape[-1]
+        weights = torch.where(exists.any(-1)[..., None], self.weights, 0.0)  # may be anything where nothing is read
+        scale = torch.where(exists, corner_weight, 0.0)[..., None] * weights[..., None, :]
+        pixels = self.pixels(self.features, row)
+        pixels = pixels.view(*row.shape, num_groups, pixels.shape[-1] // max(num_groups, 1))
+        return torch.einsum("bqkfgc,bqkfg->bqgc", pixels, scale).flatten(2)
+
+
+def fits(height: int, width: int, start: int, num_rows: int) -> bool:
+    """Whether a level lies within its features' rows; of Python's integers, which do not overflow."""
+    return height >= 0 and width >= 0 and start >= 0 and start + height * width <= num_rows
+
+
+def fitting_levels(shapes: Tensor, starts: Tensor, num_rows: int) -> Tensor:
+    """(levels, 3) height, width and first row; all zero for a level that is empty or does not fit."""
+    rows = [
+        (height, width, start) if fits(height, width, start, num_rows) and height * width > 0 else (0, 0, 0)
+        for (height, width), start in zip(shapes.reshape(-1, 2).tolist(), starts.reshape(-1).tolist())
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+
+def samples_of_aggregation(features, shapes, starts, location, weights) -> Samples:
+    """The samples of a query are its points, times cameras, times levels."""
+    batch, num_queries, num_points, num_cams, num_levels, num_groups = weights.shape
+    levels = fitting_levels(shapes, starts, features.shape[1]).view(num_cams, num_levels, 3)
+    every_level = location.double()[:, :, :, :, None].expand(-1, -1, -1, -1, num_levels, -1)
+    samples = (batch, num_queries, num_points * num_cams * num_levels)
+    return Samples(
+        features.double(),
+        every_level.reshape(*samples, 2),
+        weights.double().reshape(*samples, num_groups),
+        levels.expand(num_points, -1, -1, -1).reshape(-1, 3),
+        unit_square_only=True,
+    )
+
+
+def samples_of_attention(value, shapes, starts, locations, weights) -> Samples:
+    """Every head is an image of its own: the batch of samples is that of (N, M)."""
+    batch, num_values, num_heads, channels = value.shape
+    num_queries, num_levels, num_points = locations.shape[1], locations.shape[3], locations.shape[4]
+    samples = (batch * num_heads, num_queries, num_levels * num_points)
+    return Samples(
+        value.double().transpose(1, 2).reshape(batch * num_heads, num_values, channels),
+        locations.double().transpose(1, 2).reshape(*samples, 2),
+        weights.double().transpose(1, 2).reshape(*samples, 1),
+        fitting_levels(shapes, starts, num_values).repeat_interleave(num_points, 0),
+        unit_square_only=False,
+    )
 
 
 def deformable_aggregation(features, spatial_shape, scale_start_index, location, weights) -> Tensor:
     """(bs, num_queries, C) float64; differentiable in features, location and weights."""
-    features, location, weights = features.double(), location.double(), weights.double()
-    channels, num_groups = features.shape[-1], weights.shape[-1]
-    inside = ((location > 0) & (location < 1)).all(-1)
-    location = torch.where(inside[..., None], location, 0.5)
-    weights = torch.where(inside[..., None, None], weights, 0)
-    output = features.new_zeros(features.shape[0], location.shape[1], channels)
-    for cam, shapes in enumerate(spatial_shape.tolist()):
-        for level, (height, width) in enumerate(shapes):
-            start = int(scale_start_index[cam, level])
-            if height * width == 0:
-                continue
-            x, y = (location[:, :, :, cam] * location.new_tensor([width, height]) - 0.5).unbind(-1)
-            sampled = torch.stack(
-                [
-                    bilinear(rows[start : start + height * width], height, width, x[b], y[b])
-                    for b, rows in enumerate(features)
-                ]
-            )
-            weight = weights[:, :, :, cam, level].repeat_interleave(channels // num_groups, dim=-1)
-            output = output + (sampled * weight).sum(2)
-    return output
+    return samples_of_aggregation(features, spatial_shape, scale_start_index, location, weights).output()
 
 
 def ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights) -> Tensor:
     """(N, Lq, M * D) float64; differentiable in value, locations and weights."""
-    value, locations, weights = value.double(), locations.double(), weights.double()
-    output = value.new_zeros(value.shape[0], locations.shape[1], *value.shape[2:])
-    for level, (height, width) in enumerate(spatial_shapes.tolist()):
-        start = int(level_start_index[level])
-        size = locations.new_tensor([width, height])
-        pixel = locations[:, :, :, level] * size - 0.5
-        touches = ((pixel > -1) & (pixel < size)).all(-1)
-        x, y = torch.where(touches[..., None], pixel, 0.0).unbind(-1)
-        weight = torch.where(touches, weights[:, :, :, level], 0)
-        if height * width == 0:
-            continue
-        rows = value[:, start : start + height * width]
-        sampled = [
-            torch.stack([bilinear(head, height, width, x[n, :, m], y[n, :, m]) for m, head in enumerate(heads)], 1)
-            for n, heads in enumerate(rows.transpose(1, 2))
-        ]
-        output = output + (torch.stack(sampled) * weight[..., None]).sum(-2)
-    return output.flatten(2)
+    batch, _, num_heads, channels = value.shape
+    output = samples_of_attention(value, spatial_shapes, level_start_index, locations, weights).output()
+    return output.view(batch, num_heads, locations.shape[1], channels).transpose(1, 2).flatten(2)
 
 
 def project_points(key_points, projection_mat, image_wh=None) -> Tensor:
@@ -80,7 +146,7 @@ def box_key_points(anchor, fix_scale, logits=None) -> Tensor:
     places = fix_scale.double().expand(*anchor.shape[:2], -1, -1)
     if logits is not None:
         learned = 1 / (1 + torch.exp(-logits.double())) - 0.5
-        places = torch.cat([places, learned.reshape(*anchor.shape[:2], -1, 3)], dim=2)
+        places = torch.cat([places, learned.unflatten(-1, (learned.shape[-1] // 3, 3))], dim=2)
     sin, cos = anchor[..., 6], anchor[..., 7]
     zero, one = torch.zeros_like(sin), torch.ones_like(sin)
     turn = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).unflatten(-1, (3, 3))

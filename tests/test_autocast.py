@@ -7,11 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from reimplementation import ops
-from tests.models.cases import trainable
-from tests.ops.agreement import run
+from tests.models.table import trainable
+from tests.ops.agreement import assert_close, assert_same, run
+from tests.ops.table import FLOATING
 from tests.reference import TOLERANCE, relative_error
-
-OP_OF = {"DeformableFeatureAggregation": "deformable_aggregation_function", "MSDeformAttn": "ms_deform_attn"}
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
@@ -19,38 +18,60 @@ def half(request) -> torch.dtype:
     return request.param
 
 
-@pytest.mark.parametrize("features_in_half", [True, False])
-def test_gradients_of_an_op(op, backend_device, half, features_in_half):
-    """Each gradient has its operand's dtype, whatever the op cast the operand to."""
-    inputs = op.inputs(21).to("cpu", half)
-    features, *rest = inputs.to(backend_device, half)
-    features = features if features_in_half else features.float()
-    _, _, locations, weights = rest
+def under_autocast(op, device: torch.device, half: torch.dtype):
+    """The op's forward; backwards run outside of autocast, as PyTorch wants it."""
 
-    def under_autocast(*operands):
-        with torch.autocast(backend_device.type, half):
+    def function(*operands):
+        with torch.autocast(device.type, half):
             return op.function(*operands)
 
-    exact = inputs.to("cpu", torch.float64)
-    grad_output = torch.randn(op.formula(*exact).shape, generator=torch.Generator().manual_seed(0)).to(half)
-    output, *gradients = run(under_autocast, (features, *rest), grad_output)
-    assert output.dtype == features.dtype
-    _, *expected = run(op.formula, exact, grad_output)
-    for operand, got, wanted in zip((features, locations, weights), gradients, expected):
-        assert got.dtype == operand.dtype
-        assert relative_error(got.cpu(), wanted) <= TOLERANCE[half]
+    return function
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_op(op, backend_device, half, first):
+    """The output is as without autocast, and each gradient has its operand's dtype, whatever autocast made of them."""
+    rounded = [t.to(half) if t.is_floating_point() else t for t in op.random(21)]
+    operands = [t.to(backend_device) for t in (rounded[0].to(first), *rounded[1:])]
+
+    exact = [t.double() if t.is_floating_point() else t for t in (rounded[0].to(first), *rounded[1:])]
+    toward = torch.randn(op.formula(*exact).shape, generator=torch.Generator().manual_seed(0)).to(half)
+    output, *gradients = run(op, operands, toward, function=under_autocast(op, backend_device, half))
+    expected_output, *expected = run(op, exact, toward, function=op.formula)
+    assert output.dtype == op.output_dtype(first)
+    assert relative_error(output.cpu(), expected_output) <= TOLERANCE[output.dtype]
+    assert [gradient.dtype for gradient in gradients] == [operands[i].dtype for i in op.differentiable]
+    assert_close(op, gradients, expected, max(TOLERANCE[half], TOLERANCE[first]))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_what_an_op_takes_without_autocast_it_takes_with_it(op, backend_device, half, dtype):
+    """And gives the same."""
+    operands = op.on(backend_device, dtype, 14)
+    expected = run(op, operands)
+    actual = run(op, operands, function=under_autocast(op, backend_device, half))
+    assert_same(op, actual, expected)
+    assert torch.equal(actual[0], expected[0])
+
+
+def test_an_operator_called_under_autocast(op, kernels, half):
+    """A compiler calls it without the Python function around it."""
+    operands = op.on(kernels, torch.float32 if op.is_pointwise else half)
+    operands = [t if op.is_pointwise or not t.is_floating_point() else t.to(half) for t in operands]
+    with torch.autocast(kernels.type, half):
+        output = op.forward(*operands)
+    assert torch.equal(output, op.function(*op.moved(operands, kernels, operands[0].dtype)))
 
 
 def test_what_a_module_gives_its_op(case, backend_device, half, monkeypatch):
-    name = OP_OF[case.name]
-    original, seen = getattr(ops, name), []
+    original, seen = getattr(ops, case.op), []
 
     def spy(features, shapes, starts, locations, weights):
         output = original(features, shapes, starts, locations, weights)
         seen.append((locations.dtype, output.dtype == features.dtype))
         return output
 
-    monkeypatch.setattr(ops, name, spy)
+    monkeypatch.setattr(ops, case.op, spy)
     with torch.autocast(backend_device.type, half):
         case.call(case.trained(backend_device), case.operands_on(backend_device))
     assert seen == [(torch.float32, True)]

@@ -10,33 +10,26 @@ import pytest
 import torch
 
 from reimplementation import ops
-from tests.ops.agreement import run
-from tests.ops.inputs import random_attention_inputs, random_inputs
-from tests.reference import TOLERANCE, relative_error
+from tests.ops.agreement import KernelCalls, assert_same, run
+from tests.ops.table import AGGREGATION
 
 THREADS = 8
-CALLS = [
-    pytest.param(ops.deformable_aggregation_function, random_inputs, id="deformable_aggregation"),
-    pytest.param(ops.ms_deform_attn, random_attention_inputs, id="ms_deform_attn"),
-]
 
 
 @pytest.mark.parametrize("streams", ["own", "shared"])
-@pytest.mark.parametrize(("function", "inputs"), CALLS)
-def test_threads_do_not_disturb_each_other(function, inputs, streams, backend_device):
+def test_threads_do_not_disturb_each_other(op, streams, backend, backend_device):
     """Each thread has inputs of its own, and on a GPU a stream of its own, or all have one, whose memory they reuse."""
     if streams == "shared" and backend_device.type == "cpu":
         pytest.skip("there are no streams")
-    own = [inputs(seed, num_queries=40).to(backend_device, torch.float32) for seed in range(THREADS)]
-    backend = ops.backends.select_backend(backend_device)
-    alone = [run(function, each) for each in own]
+    own = [op.on(backend_device, torch.float32, seed, num_queries=40) for seed in range(THREADS)]
+    alone = [run(op, each) for each in own]
     barrier = threading.Barrier(THREADS)
 
     def repeatedly(each):
         stream = torch.cuda.Stream() if streams == "own" and backend_device.type == "cuda" else None
         barrier.wait()
         with ops.use_backend(backend), torch.cuda.stream(stream):
-            results = [run(function, each) for _ in range(5)]
+            results = [run(op, each) for _ in range(5)]
         if backend_device.type == "cuda":
             (stream or torch.cuda.current_stream()).synchronize()
         return results
@@ -45,47 +38,33 @@ def test_threads_do_not_disturb_each_other(function, inputs, streams, backend_de
         torch.cuda.synchronize()
     with ThreadPoolExecutor(THREADS) as pool:
         together = list(pool.map(repeatedly, own))
-    for wanted, results in zip(alone, together):
-        for got in results:
-            assert torch.equal(got[0], wanted[0])
-            # Atomics and grid_sample's backward may sum in another order.
-            assert all(relative_error(a, b) <= TOLERANCE[torch.float32] for a, b in zip(got[1:], wanted[1:]))
+    for expected, results in zip(alone, together):
+        for actual in results:
+            assert torch.equal(actual[0], expected[0])
+            assert_same(op, actual, expected)  # but for atomics and grid_sample's backward
 
 
-def test_a_forced_backend_is_forced_for_its_thread_alone():
-    inputs = random_inputs(1).to("cpu", torch.float32)
+def test_a_forced_backend_is_forced_for_its_thread_alone(kernels):
+    operands = AGGREGATION.on(kernels, torch.float32, 1)
     inside, done = threading.Event(), threading.Event()
+
+    def operators_called() -> list[str]:
+        with KernelCalls() as calls:
+            assert AGGREGATION.function(*operands).isfinite().all()
+        return calls.names
 
     def force():
         with ops.use_backend("grid_sample"):
             inside.set()
             assert done.wait(10)
-            return ops.backends.select_backend(torch.device("cpu"))
+            return operators_called()
 
     with ThreadPoolExecutor(1) as pool:
         forced = pool.submit(force)
         assert inside.wait(10)
-        expected = ops.available_backends("cpu")[0]
-        assert ops.backends.select_backend(torch.device("cpu")) == expected
-        assert ops.deformable_aggregation_function(*inputs).isfinite().all()
+        assert operators_called() == [AGGREGATION.name]
         done.set()
-        assert forced.result() == "grid_sample"
-
-
-@pytest.mark.parametrize(("function", "inputs"), CALLS)
-def test_any_number_of_threads_gives_the_same_forward(function, inputs):
-    if "cpu" not in ops.available_backends("cpu"):
-        pytest.skip("the extension is not built")
-    operands = inputs(2, num_queries=400).to("cpu", torch.float32)
-    before = torch.get_num_threads()
-    try:
-        outputs = []
-        for num_threads in range(1, THREADS + 1):
-            torch.set_num_threads(num_threads)
-            outputs.append(function(*operands))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
+        assert forced.result() == []
 
 
 def forward_in_a_fork(function, operands, connection):
@@ -94,14 +73,13 @@ def forward_in_a_fork(function, operands, connection):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(("function", "inputs"), CALLS)
-def test_a_fork_after_use(function, inputs):
+def test_a_fork_after_use(op):
     """A process that has run forward and backward on several threads forks; the child calls the op."""
-    operands = inputs(3, num_queries=400).to("cpu", torch.float32)
-    expected = run(function, operands)[0]
+    operands = op.on("cpu", torch.float32, 3, **op.many)
+    expected = run(op, operands)[0]
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=forward_in_a_fork, args=(function, operands, sender))
+    child = fork.Process(target=forward_in_a_fork, args=(op.function, operands, sender))
     child.start()
     try:
         assert receiver.poll(60), "the child hangs"

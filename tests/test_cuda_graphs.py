@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.cases import trainable
+from reimplementation import ops
+from tests.models.table import ATTENTION, trainable
+from tests.ops.agreement import leaves_of
 from tests.reference import TOLERANCE, relative_error
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
@@ -58,8 +60,9 @@ def assert_replays(function: Callable, static: Sequence[Tensor], batches: Sequen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_op(op, dtype, training):
-    static, *batches = (list(op.inputs(seed).to("cuda", dtype)) for seed in (0, 1, 2))
-    leaves = [t.requires_grad_(training) for t in static if t.is_floating_point()]
+    """Capture refuses whatever waits for the GPU, in our kernels too: the ops are free of it."""
+    static, *batches = (op.on("cuda", dtype, seed) for seed in (0, 1, 2))
+    leaves = leaves_of(op, static) if training else []
 
     def call():
         return op.function(*static)
@@ -67,9 +70,22 @@ def test_op(op, dtype, training):
     assert_replays(lambda: forward_and_gradients(call, leaves) if training else (call(),), static, batches)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "grid_sample"])
+@pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("training", [False, True])
-def test_module(case, training):
+def test_module(case, training, way, backend):
+    """grid_sample reads the levels' shapes as numbers, for which it waits; what a compiler makes of it need not."""
+    if backend == "grid_sample" and way == "eager":
+        pytest.skip("it waits for the GPU")
+    with ops.use_backend(backend):
+        assert_module_replays(case, training, compiled=way == "compiled")
+
+
+def assert_module_replays(case, training: bool, compiled: bool) -> None:
     module = case.trained("cuda").train(training)
+    if compiled:
+        torch._dynamo.reset()
+        module = torch.compile(module, fullgraph=True, backend="aot_eager")
     static, *batches = (case.operands_on("cuda", seed) for seed in (0, 1, 2))
     leaves = [*static[: case.num_leaves], *trainable(module)]
 
@@ -83,19 +99,31 @@ def test_module(case, training):
     assert_replays(training_step if training else inference, static, batches)
 
 
+def test_attention_with_padding():
+    module = ATTENTION.trained("cuda")
+    static, *batches = (ATTENTION.operands_on("cuda", seed) for seed in (0, 1, 2))
+    leaves = [*static[: ATTENTION.num_leaves], *trainable(module)]
+    mask = torch.arange(static[1].shape[1], device="cuda") % 3 == 0
+
+    def call():
+        return module(*ATTENTION.arguments(*static), mask.expand(static[1].shape[:2]))
+
+    assert_replays(lambda: forward_and_gradients(call, leaves), static, batches)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_operands_freed_while_another_stream_still_needs_them(op, dtype):
     """Outputs, gradients and whatever the kernels allocate belong to the stream that they run on."""
 
-    def operands():
-        features, shapes, starts, locations, weights = op.inputs(23).to("cuda", dtype)
-        return features.requires_grad_(), shapes, starts, locations.requires_grad_(), weights.requires_grad_()
+    def call(operands):
+        return forward_and_gradients(lambda: op.function(*operands), [operands[i] for i in op.differentiable])
 
-    def call(features, shapes, starts, locations, weights):
-        leaves = features, locations, weights
-        return forward_and_gradients(lambda: op.function(features, shapes, starts, locations, weights), leaves)
+    def operands() -> list[Tensor]:
+        drawn = op.on("cuda", dtype, 23)
+        leaves_of(op, drawn)
+        return drawn
 
-    expected = call(*operands())
+    expected = call(operands())
     # A kernel's first call may wait for the whole GPU: whatever comes later has been called before.
     torch.full((1,), 255, dtype=torch.uint8, device="cuda")
     torch.cuda._sleep(1)
@@ -105,7 +133,7 @@ def test_operands_freed_while_another_stream_still_needs_them(op, dtype):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(LONG)
-        actual = call(*given)
+        actual = call(given)
     for tensor in given:
         tensor.record_stream(stream)
     sizes = [tensor.numel() * tensor.element_size() for tensor in (*given, *actual)]
@@ -122,11 +150,11 @@ def test_operands_freed_while_another_stream_still_needs_them(op, dtype):
 
 
 def test_backward_from_another_stream_than_the_forward(op):
-    features, shapes, starts, locations, weights = op.inputs(24).to("cuda", torch.float32)
-    leaves = [tensor.requires_grad_() for tensor in (features, locations, weights)]
+    operands = op.on("cuda", torch.float32, 24)
+    leaves = leaves_of(op, operands)
 
     def call():
-        return op.function(features, shapes, starts, locations, weights)
+        return op.function(*operands)
 
     _, *expected = forward_and_gradients(call, leaves)
     stream = torch.cuda.Stream()

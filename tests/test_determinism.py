@@ -7,23 +7,24 @@ import warnings
 import pytest
 import torch
 
-from tests.ops.agreement import run
-from tests.reference import TOLERANCE, relative_error
+from tests.ops.agreement import assert_close, run
+from tests.ops.table import FLOATING, SAMPLING_OPS
+from tests.reference import TOLERANCE
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-NAMES = ("output", "features", "locations", "weights")
 RUNS = 100
 
+sampling = pytest.mark.parametrize("op", SAMPLING_OPS, ids=str)
 
-@pytest.fixture(params=DTYPES, ids=str)
-def inputs(request, op):
-    """Work enough for eight threads, and many queries to each pixel."""
-    return op.inputs(22, num_queries=400, channels=128).to("cpu", request.param)
+
+@pytest.fixture(params=FLOATING, ids=str)
+def operands(request, op) -> list:
+    """Work enough for eight threads; to a sampling op, many queries to each pixel."""
+    return op.on("cpu", request.param, 22, **op.many)
 
 
 @pytest.fixture
-def cuda_inputs(inputs, cuda_kernels):
-    return type(inputs)(*(operand.cuda() for operand in inputs))
+def cuda_operands(operands, cuda_kernels) -> list:
+    return [operand.cuda() for operand in operands]
 
 
 @pytest.fixture
@@ -42,72 +43,79 @@ def deterministic_algorithms():
 
 
 def assert_same_bits(actual, expected):
-    for name, got, wanted in zip(NAMES, actual, expected):
-        assert torch.equal(got, wanted), f"{name} differs"
+    for i, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(got, wanted), f"gradient {i} differs" if i else "the output differs"
 
 
-def test_any_number_of_threads(op, inputs, threads):
+def test_any_number_of_threads(op, operands, threads):
     threads(1)
-    expected = run(op.function, inputs)
-    for count in range(1, 9):
+    expected = run(op, operands)
+    for count in (1, 2, 3, 5, 8):
         threads(count)
         for _ in range(2):
-            assert_same_bits(run(op.function, inputs), expected)
+            assert_same_bits(run(op, operands), expected)
+
+
+def test_the_forward_on_every_backend(op, backend_device):
+    """grid_sample's too, whose gradients PyTorch adds up in any order."""
+    operands = op.on(backend_device, torch.float32, 6, num_queries=200)
+    first = op.function(*operands)
+    assert all(torch.equal(first, op.function(*operands)) for _ in range(5))
 
 
 @pytest.mark.cuda
-def test_forward_on_a_gpu(op, cuda_inputs):
-    expected = op.function(*cuda_inputs)
-    assert all(torch.equal(op.function(*cuda_inputs), expected) for _ in range(RUNS))
+def test_forward_on_a_gpu(op, cuda_operands):
+    expected = op.function(*cuda_operands)
+    assert all(torch.equal(op.function(*cuda_operands), expected) for _ in range(RUNS))
 
 
 @pytest.mark.cuda
-def test_deterministic_gradients_on_a_gpu(op, cuda_inputs, deterministic_algorithms):
-    atomic = run(op.function, cuda_inputs)
+def test_deterministic_gradients_on_a_gpu(op, cuda_operands, deterministic_algorithms):
+    """A pointwise op's are so in any case."""
+    default = run(op, cuda_operands)
     deterministic_algorithms(True)
-    expected = run(op.function, cuda_inputs)
+    expected = run(op, cuda_operands)
     for _ in range(RUNS):
-        assert_same_bits(run(op.function, cuda_inputs), expected)
-    for got, wanted in zip(expected, atomic):
-        assert relative_error(got, wanted) <= TOLERANCE[got.dtype]
+        assert_same_bits(run(op, cuda_operands), expected)
+    assert_close(op, expected, default, 0 if op.is_pointwise else TOLERANCE[expected[0].dtype])
 
 
+@sampling
 @pytest.mark.cuda
 @pytest.mark.parametrize("place", [0.3, 0.43, 0.5, 0.56, 0.69])
-def test_every_sample_in_one_place(op, cuda_inputs, deterministic_algorithms, place):
+def test_every_sample_in_one_place(op, cuda_operands, deterministic_algorithms, place):
     """The kernels that share out the work on crowded pixels have all of it to share, at a tile's border or within."""
-    features, shapes, starts, locations, weights = cuda_inputs
-    crowded = type(cuda_inputs)(features, shapes, starts, torch.full_like(locations, place), weights)
-    expected = run(op.function, crowded)
+    features, shapes, starts, locations, weights = cuda_operands
+    crowded = [features, shapes, starts, torch.full_like(locations, place), weights]
+    expected = run(op, crowded)
     deterministic_algorithms(True)
-    actual = run(op.function, crowded)
     rounding = (locations.numel() / 2) ** 0.5 * torch.finfo(locations.dtype).eps  # of sums over all samples
-    for got, wanted in zip(actual, expected):
-        assert relative_error(got, wanted) <= max(TOLERANCE[got.dtype], rounding)
+    assert_close(op, run(op, crowded), expected, max(TOLERANCE[features.dtype], rounding))
 
 
+@sampling
 @pytest.mark.cuda
 @pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("num_points", [3, 24])
 @pytest.mark.parametrize("spread", [0, 0.2])
 def test_crowds_are_put_in_order(op, deterministic_algorithms, num_points, spread):
     """Thousands of samples of one pixel, more than a block looks at; and so many that blocks merge theirs."""
-    inputs = op.inputs(24, num_queries=4000, num_points=num_points, channels=8).to("cuda", torch.float32)
-    features, shapes, starts, locations, weights = inputs
-    crowded = type(inputs)(features, shapes, starts, 0.43 + spread * (locations - 0.5), weights)
+    features, shapes, starts, locations, weights = op.on(
+        "cuda", torch.float32, 24, num_queries=4000, num_points=num_points, channels=8
+    )
+    crowded = [features, shapes, starts, 0.43 + spread * (locations - 0.5), weights]
     deterministic_algorithms(True)
-    expected = run(op.function, crowded)
+    expected = run(op, crowded)
     for _ in range(20):
-        assert_same_bits(run(op.function, crowded), expected)
+        assert_same_bits(run(op, crowded), expected)
 
 
 @pytest.mark.cuda
-def test_only_a_warning_asked_for(op, cuda_inputs, deterministic_algorithms):
+def test_only_a_warning_asked_for(op, cuda_operands, deterministic_algorithms):
     """The default kernels run, and agree."""
-    expected = run(op.function, cuda_inputs)
+    expected = run(op, cuda_operands)
     deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        actual = run(op.function, cuda_inputs)
-    for got, wanted in zip(actual, expected):
-        assert relative_error(got, wanted) <= TOLERANCE[got.dtype]
+        actual = run(op, cuda_operands)
+    assert_close(op, actual, expected, TOLERANCE[expected[0].dtype])

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.models.cases import MODULES, ModuleCase
+from tests.models.table import MODULES, ModuleCase
 from tests.reference import TOLERANCE, relative_error
 
 WORLD_SIZE, BATCH_SIZE = 2, 4

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,21 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from reimplementation import ops
-from tests.module_inputs import aggregation_call, aggregation_module, attention_call, attention_module
-from tests.ops.inputs import attention_border_inputs, border_inputs
+from tests.models.table import AGGREGATION, AGGREGATION_OF_MAPS, ATTENTION, CALLS
+from tests.ops.table import OPS, SAMPLING_OPS
 from tests.reference import TOLERANCE, relative_error
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "aot_cpp"
 BATCH, BOTH = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 METAS = {"projection_mat": BATCH, "image_wh": BATCH}
 DYNAMIC = {  # which sizes of the arguments may vary: batch and queries
-    "lists": (BOTH, BOTH, BOTH, [BATCH, BATCH], METAS),
-    "formatted": (BOTH, BOTH, BOTH, [BATCH, None, None], METAS),
-    "attention": (BOTH, BOTH, BATCH, None, None),
-}
-MODULES = {
-    "lists": (aggregation_module, aggregation_call),
-    "formatted": (aggregation_module, lambda batch, queries: aggregation_call(batch, queries, formatted=True)),
-    "attention": (attention_module, attention_call),
+    AGGREGATION_OF_MAPS: (BOTH, BOTH, BOTH, [BATCH, BATCH], METAS),
+    AGGREGATION: (BOTH, BOTH, BOTH, [BATCH, None, None], METAS),
+    ATTENTION: (BOTH, BOTH, BATCH, None, None),
 }
 SIZES = ((2, 5), (3, 9), (1, 1))  # batch, queries; the first is the one that an exporter sees
 
-every_module = pytest.mark.parametrize("kind", MODULES)
+every_call = pytest.mark.parametrize("case", CALLS, ids=str)
 needs_kernels = pytest.mark.skipif("cpu" not in ops.available_backends("cpu"), reason="the CPU kernels are not built")
 
 
@@ -45,52 +41,80 @@ class Op(torch.nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, features, shapes, starts, locations, weights):
-        return self.function(features, shapes, starts, locations, weights)
+    def forward(self, *operands):
+        return self.function(*operands)
 
 
-def exported(kind: str):
-    """The module, and its exported program."""
-    make, call = MODULES[kind]
-    module = make().eval()
-    return module, torch.export.export(module, call(*SIZES[0]), dynamic_shapes=DYNAMIC[kind])
+def call_of(case, batch: int, queries: int) -> tuple:
+    return case.arguments(*case.operands(batch_size=batch, num_queries=queries))
 
 
-@every_module
+@lru_cache
+def exported(case, backend: str):
+    """The module, and its exported program, while that backend is forced."""
+    module = case.trained().eval()
+    with ops.use_backend(backend):
+        return module, torch.export.export(module, call_of(case, *SIZES[0]), dynamic_shapes=DYNAMIC[case])
+
+
+@every_call
 @pytest.mark.parametrize("backend", ["cpu", "grid_sample"])
-def test_exported_program(backend, kind):
+def test_exported_program(backend, case):
     if backend not in ops.available_backends("cpu"):
         pytest.skip("the CPU kernels are not built")
-    with ops.use_backend(backend):
-        module, program = exported(kind)
+    module, program = exported(case, backend)
     ours = [node for node in program.graph.nodes if str(node.target).startswith("reimplementation.")]
     assert len(ours) == (backend == "cpu")
     for sizes in SIZES:
-        call = MODULES[kind][1](*sizes)
+        call = call_of(case, *sizes)
         assert relative_error(program.module()(*call), module(*call)) <= TOLERANCE[torch.float32]
 
 
-@every_module
+@needs_kernels
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_exported_op(op):
+    """A sampling op's kernel is one node; others are made of standard operators."""
+    seen, *others = (tuple(op.on("cpu", torch.float32, batch_size=b, num_queries=q)) for b, q in SIZES)
+    varies = [
+        {dim: Dim.DYNAMIC for dim in range(2) if dim < a.dim() and a.shape[dim] != b.shape[dim]}
+        for a, b in zip(seen, others[0])
+    ]
+    program = torch.export.export(Op(op.function), seen, dynamic_shapes=(tuple(varies),))
+    ours = [node for node in program.graph.nodes if str(node.target).startswith("reimplementation.")]
+    assert len(ours) == (not op.is_pointwise)
+    for operands in (seen, *others):
+        assert relative_error(program.module()(*operands), op.function(*operands)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("op", [op for op in OPS if op.is_pointwise], ids=str)
+def test_traced_to_standard_operators(op):
+    operands = op.on("cpu", torch.float32)
+    traced = torch.jit.trace(op.function, operands)
+    assert {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
+    torch.testing.assert_close(traced(*operands), op.function(*operands))
+
+
+@every_call
 @pytest.mark.parametrize("backend", ["cpu", "grid_sample"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
-def test_trace(backend, kind):
+def test_trace(backend, case):
     """TorchScript by tracing: any batch and number of queries, the levels as they were."""
     if backend not in ops.available_backends("cpu"):
         pytest.skip("the CPU kernels are not built")
-    make, call = MODULES[kind]
-    module = make().eval()
+    module = case.trained().eval()
     with ops.use_backend(backend):
-        traced = torch.jit.trace(module, call(*SIZES[0]), strict=False)
+        traced = torch.jit.trace(module, call_of(case, *SIZES[0]), strict=False)
     for sizes in SIZES:
-        assert relative_error(traced(*call(*sizes)), module(*call(*sizes))) <= TOLERANCE[torch.float32]
+        call = call_of(case, *sizes)
+        assert relative_error(traced(*call), module(*call)) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("make", [aggregation_module, attention_module])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_script(make):
+def test_script(case):
     """An error, and no module that computes something else."""
     with pytest.raises((RuntimeError, ValueError, torch.jit.frontend.NotSupportedError)):
-        torch.jit.script(make().eval())
+        torch.jit.script(case.trained().eval())
 
 
 class TestOnnx:
@@ -119,39 +143,36 @@ class TestOnnx:
         names = [argument.name for argument in session.get_inputs()]
         return torch.from_numpy(session.run(None, dict(zip(names, [t.numpy() for t in tree_leaves(arguments)])))[0])
 
-    @every_module
-    def test_modules(self, kind):
-        make, call = MODULES[kind]
-        module = make().eval()
+    @every_call
+    def test_modules(self, case):
+        module = case.trained().eval()
         with ops.use_backend(ops.available_backends("cpu")[0]):  # a forced kernel does not stand in the way
-            contents, nodes = self.convert(module, call(*SIZES[0]), DYNAMIC[kind])
+            contents, nodes = self.convert(module, call_of(case, *SIZES[0]), DYNAMIC[case])
         # Two levels; where the shapes of the two cameras are not known, they cannot share a node.
-        assert nodes.count("GridSample") == {"lists": 2, "formatted": 4, "attention": 2}[kind]
+        assert nodes.count("GridSample") == {AGGREGATION_OF_MAPS: 2, AGGREGATION: 4, ATTENTION: 2}[case]
         for sizes in SIZES:
+            call = call_of(case, *sizes)
             with torch.no_grad():
-                assert relative_error(self.run(contents, call(*sizes)), module(*call(*sizes))) <= 1e-5
+                assert relative_error(self.run(contents, call), module(*call)) <= 1e-5
 
-    @pytest.mark.parametrize(
-        ("function", "inputs"),
-        [(ops.deformable_aggregation_function, border_inputs), (ops.ms_deform_attn, attention_border_inputs)],
-        ids=["deformable_aggregation", "ms_deform_attn"],
-    )
-    def test_ops(self, function, inputs):
-        features, shapes, starts, locations, weights = inputs().to("cpu", torch.float32)
+    @pytest.mark.parametrize("op", SAMPLING_OPS, ids=str)
+    def test_ops(self, op):
+        features, shapes, starts, locations, weights = op.moved(op.geometries["border"](), "cpu", torch.float32)
         seen = features, shapes, starts, locations[:, :5], weights[:, :5]
         contents, nodes = self.convert(
-            Op(function).eval(), seen, (None, None, None, {1: Dim.DYNAMIC}, {1: Dim.DYNAMIC})
+            Op(op.function).eval(), seen, ((None, None, None, {1: Dim.DYNAMIC}, {1: Dim.DYNAMIC}),)
         )
         assert nodes.count("GridSample") == starts.numel()
         for arguments in (seen, (features, shapes, starts, locations, weights)):
-            assert relative_error(self.run(contents, arguments), function(*arguments)) <= 1e-5
+            assert relative_error(self.run(contents, arguments), op.function(*arguments)) <= 1e-5
 
     @pytest.mark.slow
     def test_maps_of_any_size(self):
-        module, any_map = aggregation_module().eval(), {0: Dim.DYNAMIC, 3: Dim.DYNAMIC, 4: Dim.DYNAMIC}
-        dynamic_shapes = (*DYNAMIC["lists"][:3], [any_map, any_map], METAS)
-        contents, _ = self.convert(module, aggregation_call(2, 5), dynamic_shapes)
-        *others, levels, metas = aggregation_call(2, 6)
+        case = AGGREGATION_OF_MAPS
+        module, any_map = case.trained().eval(), {0: Dim.DYNAMIC, 3: Dim.DYNAMIC, 4: Dim.DYNAMIC}
+        dynamic_shapes = (*DYNAMIC[case][:3], [any_map, any_map], METAS)
+        contents, _ = self.convert(module, call_of(case, 2, 5), dynamic_shapes)
+        *others, levels, metas = call_of(case, 2, 6)
         smaller = (*others, [level[..., 1:, :-3].contiguous() for level in levels], metas)
         with torch.no_grad():
             assert relative_error(self.run(contents, smaller), module(*smaller)) <= 1e-5
@@ -181,13 +202,13 @@ class TestOnnx:
             assert relative_error(output, module(*call(*sizes))) <= 1e-5
 
 
-@pytest.fixture(scope="module", params=["lists", "attention"])
+@pytest.fixture(scope="module", params=[AGGREGATION_OF_MAPS, ATTENTION], ids=str)
 def package(request, tmp_path_factory) -> tuple[Path, list, torch.Tensor]:
     """An AOTInductor package with our kernels, inputs other than those it was made from, and their output."""
-    folder = tmp_path_factory.mktemp(request.param)
-    module, program = exported(request.param)
+    folder = tmp_path_factory.mktemp("package")
+    module, program = exported(request.param, "cpu")
     torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
-    call = MODULES[request.param][1](3, 9)
+    call = call_of(request.param, 3, 9)
     torch.save(tree_leaves(call), folder / "inputs.pt")
     torch.save(call, folder / "call.pt")
     with torch.no_grad():

@@ -45,7 +45,7 @@ def slightly_shifted(function):
 
 
 def without_nan(function):
-    return lambda features, *others: function(features.nan_to_num(0), *others)
+    return lambda first, *others: function(first.nan_to_num(0), *others)
 
 
 def of_the_next_level(function):
@@ -62,10 +62,18 @@ def without_checks(function):
     return call
 
 
-@pytest.mark.parametrize("wrong", [slightly_large, slightly_shifted, without_nan, of_the_next_level, without_checks])
-def test_a_wrong_op_is_noticed(wrong):
-    for number in range(60):
-        drawn = draw(SEED, number, torch.device("cpu"))
+def ignoring_the_last(function):
+    return lambda *operands: function(*operands[:-1])
+
+
+WRONG = [(wrong, False) for wrong in (slightly_large, slightly_shifted, without_nan, of_the_next_level, without_checks)]
+WRONG += [(wrong, True) for wrong in (slightly_large, without_nan, without_checks, ignoring_the_last)]
+
+
+@pytest.mark.parametrize(("wrong", "is_pointwise"), WRONG)
+def test_a_wrong_op_is_noticed(wrong, is_pointwise):
+    draws = (draw(SEED, number, torch.device("cpu")) for number in range(200))
+    for drawn in (drawn for drawn in draws if drawn.op.is_pointwise == is_pointwise):
         drawn.op = replace(drawn.op, function=wrong(drawn.op.function))
         try:
             check(drawn)

@@ -11,9 +11,9 @@ import torch
 
 from reimplementation import ops
 from tests.fuzz.checking import ACCEPTED, check, deterministic
-from tests.fuzz.draws import AGGREGATION, ATTENTION, Draw
-from tests.ops.agreement import run
-from tests.ops.inputs import random_attention_inputs, random_inputs
+from tests.fuzz.drawing import Draw
+from tests.ops.agreement import assert_same, run
+from tests.ops.table import AGGREGATION, ATTENTION, SAMPLING_OPS
 from tests.reference import TOLERANCE, relative_error
 
 LONG = {"cpu": 3_000, "cuda": 70_000}  # a CUDA grid has at most 65535 blocks along y and z
@@ -73,9 +73,10 @@ def random(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
     return torch.rand(shape, device="cuda", dtype=dtype)
 
 
-def assert_slice_agrees(function, whole, part, rows: slice, queries: slice, levels: slice = slice(None)):
+def assert_slice_agrees(function, whole, part, rows: slice | None, queries: slice, levels: slice = slice(None)):
     """The results of a whole call are, at these rows of the features and queries, those of a call on that part.
 
+    rows: None where the features' gradient is of all queries, and so another one in the part.
     levels: whose weights have the same gradients in both calls.
     """
     generator = torch.Generator("cuda").manual_seed(5)
@@ -83,15 +84,18 @@ def assert_slice_agrees(function, whole, part, rows: slice, queries: slice, leve
     grad_output = torch.randn(output.shape, device="cuda", dtype=output.dtype, generator=generator)
     del output
     outputs, features, locations, weights = run_with(function, whole, grad_output)
-    expected = run_with(function, part, grad_output[:, queries])
-    found = outputs[:, queries], features[:, rows], locations[:, queries], weights[:, queries]
-    for name, got, wanted in zip(("output", "features", "locations", "weights"), found, expected):
+    of_part = run_with(function, part, grad_output[:, queries])
+    names = ["output", "locations", "weights"]
+    found, expected = [outputs[:, queries], locations[:, queries], weights[:, queries]], [of_part[0], *of_part[2:]]
+    if rows is not None:
+        names, found, expected = [*names, "features"], [*found, features[:, rows]], [*expected, of_part[1]]
+    for name, got, wanted in zip(names, found, expected):
         if name == "weights":  # levels are the last dimension but one in both ops
             got, wanted = got[..., levels, :], wanted[..., levels, :]
-        if got.shape == wanted.shape:  # else the part has other features
-            assert wanted.any()
-            error = relative_error(got, wanted)
-            assert error <= TOLERANCE[HALF], f"{name}: relative L2 error {error:.2e}"
+        assert got.shape == wanted.shape, f"{name}: {tuple(got.shape)} for {tuple(wanted.shape)}"
+        assert wanted.any(), f"{name}: there is nothing to compare"
+        error = relative_error(got, wanted)
+        assert error <= TOLERANCE[HALF], f"{name}: relative L2 error {error:.2e}"
 
 
 def run_with(function, operands, grad_output):
@@ -221,7 +225,7 @@ class TestBeyondInt:
             function,
             (features, shapes, starts, locations, weights),
             (features, shapes, starts, locations[:, last], weights[:, last]),
-            slice(0, 0),
+            None,
             last,
         )
 
@@ -234,7 +238,7 @@ class TestBeyondInt:
         assert relative_error(whole[..., -256:], part) <= TOLERANCE[HALF]
 
 
-@pytest.mark.parametrize("op", [AGGREGATION, ATTENTION], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", SAMPLING_OPS, ids=str)
 def test_more_than_there_is_memory_for(op, device):
     """Features of a thousand terabytes, expanded and not stored, raise an exception, and the next call is right."""
     small = one_long_side(op, "queries", 3, device, ops.available_backends(device)[0])
@@ -247,16 +251,12 @@ def test_more_than_there_is_memory_for(op, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(
-    ("function", "inputs"),
-    [(ops.deformable_aggregation_function, random_inputs), (ops.ms_deform_attn, random_attention_inputs)],
-)
-def test_memory_that_runs_out_in_a_backward(function, inputs):
+@pytest.mark.parametrize("op", SAMPLING_OPS, ids=str)
+def test_memory_that_runs_out_in_a_backward(op):
     """The backward fails with an exception; the next call, a smaller one, gives what it gave before."""
-    small, large = (inputs(1, channels=channels).to("cuda", torch.float32) for channels in (8, 2**17))
-    expected = run(function, small)
-    leaves = [t.requires_grad_(t.is_floating_point()) for t in large]
-    output = function(*leaves)
+    small, large = (op.on("cuda", torch.float32, 1, channels=channels) for channels in (8, 2**17))
+    expected = run(op, small)
+    output = op.function(*(t.requires_grad_(t.is_floating_point()) for t in large))
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -266,5 +266,4 @@ def test_memory_that_runs_out_in_a_backward(function, inputs):
             output.sum().backward()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    for got, wanted in zip(run(function, small), expected):
-        assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
+    assert_same(op, run(op, small), expected)

@@ -9,34 +9,13 @@ import pickle
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from reimplementation import ops
-from tests.models.cases import trainable
+from tests.models.table import trainable
+from tests.ops.agreement import KernelCalls, leaves_of, of_leaves
+from tests.ops.table import SAMPLING_OPS
 from tests.reference import TOLERANCE, relative_error
-
-
-class BackwardCalls(TorchDispatchMode):
-    """Records which gradients the kernels of the sampling ops are asked for: (features, locations, weights)."""
-
-    def __init__(self):
-        super().__init__()
-        self.needs = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("reimplementation::")
-        if name in ("deformable_aggregation_backward", "ms_deform_attn_backward"):
-            self.needs.append(tuple(args[6:9]))  # behind the gradient and five operands
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def kernels(device):
-    """The device, where its kernels are built."""
-    if device.type not in ops.available_backends(device):
-        pytest.skip(f"the {device.type} kernels are not built")
-    return device
 
 
 def through_file(thing, **settings):
@@ -59,79 +38,52 @@ def assert_same(actual, expected):
         assert relative_error(got, wanted) <= (TOLERANCE[torch.float32] if got.is_cuda else 0)
 
 
-class TestGradientsOnDemand:
-    """Frozen operands get no gradient, and the kernels are not asked for one."""
-
-    @pytest.mark.parametrize("frozen", range(3))
-    def test_op(self, op, kernels, frozen):
-        features, shapes, starts, locations, weights = op.inputs().to(kernels, torch.float32)
-        leaves = [features, locations, weights]
-        needs = tuple(i != frozen for i in range(3))
-        for leaf, needed in zip(leaves, needs):
-            leaf.requires_grad_(needed)
-        with BackwardCalls() as calls:
-            op.function(leaves[0], shapes, starts, *leaves[1:]).sum().backward()
-        assert calls.needs == [needs]
-        assert [leaf.grad is not None for leaf in leaves] == list(needs)
-
-    @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-    def test_gradients_that_are_not_asked_for_take_no_memory(self, op, kernels, needs):
-        operands = list(op.inputs().to(kernels, torch.float32))
-        results = op.backward(torch.ones_like(op.forward(*operands)), *operands, *needs)
-        wanted = [operands[i].numel() if needed else 0 for i, needed in zip((0, 3, 4), needs)]
-        assert [gradient.numel() for gradient in results] == wanted
-
-    def test_module_behind_a_frozen_backbone(self, case, kernels):
-        module, operands = case.trained(kernels), [t.detach() for t in case.operands_on(kernels)]
-        if case.name == "MSDeformAttn":  # whose value is projected by a parameter of its own
-            module.value_proj.requires_grad_(False)
-        with BackwardCalls() as calls:
-            case.call(module, operands).sum().backward()
-        assert calls.needs == [(False, True, True)]
-        assert all(parameter.grad is not None for parameter in trainable(module))
-
-
 class TestGraph:
     """Autograd's graph holds the operands as it does for any function of PyTorch's."""
 
     @pytest.fixture
-    def leaves(self, op, kernels):
-        features, shapes, starts, locations, weights = op.inputs().to(kernels, torch.float32)
-        return [features.requires_grad_(), shapes, starts, locations.requires_grad_(), weights.requires_grad_()]
+    def operands(self, op, kernels) -> list:
+        return op.on(kernels, torch.float32)
 
-    def test_backward_twice(self, op, leaves):
-        floating = [leaf for leaf in leaves if leaf.requires_grad]
-        loss = op.function(*leaves).square().sum()
-        first = torch.autograd.grad(loss, floating, retain_graph=True)
-        assert_same(torch.autograd.grad(loss, floating), first)
+    @pytest.fixture
+    def leaves(self, op, operands) -> list:
+        """The operands that the kernel differentiates, in the list of the operands too."""
+        return leaves_of(op, operands)
+
+    def test_backward_twice(self, op, operands, leaves):
+        loss = op.function(*operands).square().sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        assert_same(torch.autograd.grad(loss, leaves), first)
         with pytest.raises(RuntimeError, match="second time"):
-            torch.autograd.grad(loss, floating)
+            torch.autograd.grad(loss, leaves)
 
-    def test_operands_kept_on_the_cpu(self, op, leaves):
-        floating = [leaf for leaf in leaves if leaf.requires_grad]
+    def test_operands_kept_on_the_cpu(self, op, operands, leaves):
         with torch.autograd.graph.save_on_cpu():
-            offloaded = op.function(*leaves)
-        gradients = (torch.autograd.grad(output.sum(), floating) for output in (offloaded, op.function(*leaves)))
+            offloaded = op.function(*operands)
+        gradients = (torch.autograd.grad(output.sum(), leaves) for output in (offloaded, op.function(*operands)))
         assert_same(*gradients)
 
-    @pytest.mark.parametrize("operand", [0, 3, 4])
-    def test_an_operand_overwritten_before_the_backward_is_an_error(self, op, leaves, operand):
-        leaves[operand] = leaves[operand].clone()
-        output = op.function(*leaves)
-        leaves[operand].zero_()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            output.sum().backward()
-
-    def test_several_output_gradients_at_once(self, op, leaves):
-        floating = [leaf for leaf in leaves if leaf.requires_grad]
-        output = op.function(*leaves)
-        several = torch.stack([torch.ones_like(output), output.detach()])
-        batched = torch.autograd.grad(output, floating, several, is_grads_batched=True, retain_graph=True)
-        one_by_one = [torch.autograd.grad(output, floating, one, retain_graph=True) for one in several]
-        assert_same(batched, [torch.stack(gradients) for gradients in zip(*one_by_one)])
+    def test_an_operand_overwritten_before_the_backward_is_an_error(self, op, operands, leaves):
+        for i in op.differentiable:
+            overwritten = list(operands)
+            overwritten[i] = operands[i].clone()
+            output = op.function(*overwritten)
+            overwritten[i].zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                output.sum().backward()
 
 
 class TestModules:
+    def test_behind_a_frozen_backbone(self, case, kernels):
+        """The kernels are not asked for the gradient of features that need none."""
+        module, operands = case.trained(kernels), [t.detach() for t in case.operands_on(kernels)]
+        if case.name == "MSDeformAttn":  # whose value is projected by a parameter of its own
+            module.value_proj.requires_grad_(False)
+        with KernelCalls() as calls:
+            case.call(module, operands).sum().backward()
+        assert [needs for op in SAMPLING_OPS for needs in calls.needs_of(op)] == [(False, True, True)]
+        assert all(parameter.grad is not None for parameter in trainable(module))
+
     def test_functional_call(self, case, backend_device):
         operands = case.operands_on(backend_device)
         module, other = case.trained(backend_device), case.trained(backend_device, seed=1)
@@ -185,9 +137,7 @@ class TestModules:
         assert output.is_meta
         assert output.shape == case.operands()[0].shape
 
-    def test_activation_checkpointing(self, case, backend_device):
-        backend = ops.backends.select_backend(backend_device)
-
+    def test_activation_checkpointing(self, case, backend, backend_device):
         def contexts():
             """For the forward and for the recomputation, which on a GPU runs in another thread."""
             return ops.use_backend(backend), ops.use_backend(backend)
@@ -206,30 +156,23 @@ class TestModules:
             gradient.sum().backward()
 
 
-def test_meta_tensors(op, kernels):
-    """Shapes and dtypes without numbers."""
-    inputs = op.inputs()
-    on_meta = op.function(*inputs.to("meta", torch.bfloat16))
-    assert on_meta.is_meta
-    assert on_meta.dtype == torch.bfloat16
-    assert on_meta.shape == op.function(*inputs).shape
-
-
 class TestTransforms:
     """torch.func, and forward mode: plain PyTorch steps in for the kernels."""
 
     @pytest.fixture
     def function(self, op, device):
-        """The op of its three floating operands, and these."""
-        features, shapes, starts, locations, weights = op.inputs().to(device, torch.float64)
-        return lambda *leaves: op.function(leaves[0], shapes, starts, *leaves[1:]), (features, locations, weights)
+        """The op of what its kernel differentiates, and that."""
+        operands = op.on(device)
+        leaves = leaves_of(op, operands)
+        return of_leaves(op, operands), tuple(leaf.detach() for leaf in leaves)
 
     def test_grad(self, function):
         function, leaves = function
-        actual = torch.func.grad(lambda *leaves: function(*leaves).square().sum(), argnums=(0, 1, 2))(*leaves)
+        argnums = tuple(range(len(leaves)))
+        actual = torch.func.grad(lambda *leaves: function(*leaves).square().sum(), argnums)(*leaves)
         leaves = [leaf.requires_grad_() for leaf in leaves]
         expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
-        for got, wanted in zip(actual, expected):
+        for got, wanted in zip(actual, expected, strict=True):
             torch.testing.assert_close(got, wanted)
 
     def test_vmap(self, function):
@@ -240,28 +183,32 @@ class TestTransforms:
         torch.testing.assert_close(torch.func.vmap(function)(*several), expected)
 
     def test_per_sample_gradients(self, function):
-        function, (features, locations, weights) = function
-        several = torch.stack([weights, 2 * weights])
-        gradient = torch.func.grad(lambda weights: function(features, locations, weights).square().sum())
+        function, (*others, last) = function
+        several = torch.stack([last, 2 * last])
+        gradient = torch.func.grad(lambda last: function(*others, last).square().sum())
         torch.testing.assert_close(torch.func.vmap(gradient)(several), torch.stack([*map(gradient, several)]))
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # as PyTorch does there
     @pytest.mark.parametrize("forward_mode", ["jvp", "dual tensors"])
-    def test_forward_mode_is_refused(self, function, forward_mode):
+    def test_forward_mode(self, op, function, forward_mode):
+        """Elementwise arithmetic has it; grid_sample has not, and says so."""
         function, leaves = function
 
         def derivative():
             if forward_mode == "jvp":
-                return torch.func.jvp(function, leaves, leaves)
+                return torch.func.jvp(function, leaves, leaves)[1]
             with forward_ad.dual_level():
-                return function(*(forward_ad.make_dual(leaf, leaf) for leaf in leaves))
+                duals = (forward_ad.make_dual(leaf, leaf) for leaf in leaves)
+                return forward_ad.unpack_dual(function(*duals)).tangent
 
-        with pytest.raises(NotImplementedError, match="forward AD"):
-            derivative()
+        if not op.is_pointwise:
+            with pytest.raises(NotImplementedError, match="forward AD"):
+                derivative()
+            return
+        moved = [function(*(leaf * (1 + step) for leaf in leaves)) for step in (1e-6, -1e-6)]
+        assert relative_error((moved[0] - moved[1]) / 2e-6, derivative()) <= 1e-6
 
-    def test_forced_kernels_refuse(self, function, device):
+    def test_forced_kernels_refuse(self, function, kernels):
         function, leaves = function
-        if device.type not in ops.available_backends(device):
-            pytest.skip(f"the {device.type} kernels are not built")
-        with ops.use_backend(device.type), pytest.raises(RuntimeError, match="need grid_sample"):
+        with ops.use_backend(kernels.type), pytest.raises(RuntimeError, match="need grid_sample"):
             torch.func.vmap(function)(*(leaf[None] for leaf in leaves))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
-from tests.fuzz.draws import ATTENTION, Draw
+from tests.fuzz import pointwise, rules
+from tests.fuzz.drawing import Draw
 from tests.fuzz.rules import RESULTS, Expected, rounding
+from tests.ops.table import AGGREGATION, ATTENTION
 
 ACCEPTED, REFUSED = "accepted", "refused as documented"
 
@@ -28,15 +30,15 @@ def check(draw: Draw) -> str:
         if draw.error is None or not isinstance(error, draw.error):
             wanted = f"{draw.error} expected, but it" if draw.error else "it"
             raise Mismatch(f"{wanted} raised {type(error).__name__}: {error}") from error
-        if not draw.direct and not any(name in str(error) for name in draw.op.operands):
+        if not draw.direct and not any(name in str(error) for name in draw.op.names):
             raise Mismatch(f"the error names no argument: {error}") from error
         return REFUSED
     if draw.error is not None:
         raise Mismatch(f"{draw.error} expected, but it was accepted")
-    for name, operand, copy in zip(draw.op.operands, draw.operands, before):
-        if not torch.equal(operand.nan_to_num(), copy.nan_to_num()):
+    for name, operand, copy in zip(draw.op.names, draw.operands, before):
+        if operand is not None and not torch.equal(operand.nan_to_num(), copy.nan_to_num()):
             raise Mismatch(f"{name} was written to")
-    compare(draw, output, gradients)
+    (compare_pointwise if draw.op.is_pointwise else compare)(draw, output, gradients)
     return ACCEPTED
 
 
@@ -44,23 +46,23 @@ def run(draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
     """The output, and the gradients that the draw asks for."""
     if draw.direct:
         return run_directly(draw)
-    leaves = [draw.operands[i] for i in (0, 3, 4)]
-    if any(draw.needs) and draw.error is None:
-        leaves = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(leaves, draw.needs)]
-    operands = (leaves[0], *draw.operands[1:3], *leaves[1:])
+    operands, leaves = list(draw.operands), []
+    for i, needed in zip(draw.op.differentiable, draw.needs):
+        if needed and draw.error is None and operands[i] is not None:
+            operands[i] = operands[i].detach().requires_grad_()
+            leaves.append(operands[i])
     device = draw.grad_output.device
     autocast = torch.autocast(device.type, draw.autocast) if draw.autocast else nullcontext()
     with ops.use_backend(draw.backend), autocast:
         output = draw.op.function(*operands)
     if output.device.type != device.type or output.shape != draw.grad_output.shape:
         raise Mismatch(f"the output is {tuple(output.shape)} on {output.device}")
-    gradients: list[Tensor | None] = [None] * 3
-    if any(draw.needs):
-        needed = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(())
+    if leaves:
         with deterministic(draw.deterministic):
-            found = iter(torch.autograd.grad(output, needed, draw.grad_output))
-        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    return output.detach(), gradients
+            found = iter(torch.autograd.grad(output, leaves, draw.grad_output))
+    by_operand = [operands[i] for i in draw.op.differentiable]
+    return output.detach(), [next(found) if any(leaf is each for each in leaves) else None for leaf in by_operand]
 
 
 @contextmanager
@@ -75,10 +77,37 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 def run_directly(draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
     """The same from the registered operators."""
-    output = getattr(torch.ops.reimplementation, draw.op.name)(*draw.operands)
-    backward = getattr(torch.ops.reimplementation, f"{draw.op.name}_backward")
-    gradients = backward(draw.grad_output, *draw.operands, *draw.needs, draw.deterministic)
-    return output, [gradient if needed else None for gradient, needed in zip(gradients, draw.needs)]
+    output = draw.op.forward(*draw.operands)
+    flags = () if draw.op.is_pointwise else (*draw.needs, draw.deterministic)
+    gradients = draw.op.backward(draw.grad_output, *draw.operands, *flags)
+    gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
+    there = [operand is not None for operand in (draw.operands[i] for i in draw.op.differentiable)]
+    return output, [grad if need and is_there else None for grad, need, is_there in zip(gradients, draw.needs, there)]
+
+
+def compare_pointwise(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
+    """With the formula in float64; where operands are not finite, results are not where the formula's are not."""
+    operands = [draw.operands[i] for i in draw.op.differentiable]
+    kept = [gradient for gradient, operand in zip(gradients, operands) if operand is not None]
+    dtypes = [draw.op.output_dtype(draw.operands[0].dtype), *(t.dtype for t in operands if t is not None)]
+    results, tolerances = pointwise.expected(draw.op, draw.operands, draw.grad_output)
+    names = ("output", *(f"gradient of {draw.op.names[i]}" for i in draw.op.differentiable))
+    all_finite = all(operand.isfinite().all() for operand in draw.operands if operand is not None)
+    for name, actual, wanted, dtype, tolerance in zip(names, [output, *kept], results, dtypes, tolerances):
+        if actual is None:
+            continue
+        if actual.dtype != dtype or actual.shape != wanted.shape:
+            raise Mismatch(f"{name}: {actual.dtype} {tuple(actual.shape)} for {dtype} {tuple(wanted.shape)}")
+        actual, finite = actual.cpu(), wanted.to(dtype).isfinite()
+        if (actual.isfinite() & ~finite).any() or (all_finite and not torch.equal(actual.isfinite(), finite)):
+            raise Mismatch(f"{name}: not finite elsewhere than the formula")
+        if not all_finite:  # 0 * inf, which a formula may have and another way to write it not, is NaN
+            continue
+        error = (actual.double() - wanted)[finite].norm().item()
+        wanted = wanted[finite].norm().item()
+        allowed = tolerance + torch.finfo(dtype).eps * wanted + torch.finfo(dtype).tiny * actual.numel()
+        if error > allowed:
+            raise Mismatch(f"{name}: L2 error {error:.1e} of {wanted:.1e}, allowed {allowed:.1e}")
 
 
 def compare(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
@@ -88,7 +117,8 @@ def compare(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
     if draw.autocast and weights.dtype not in (features.dtype, torch.float32):
         read_weights = weights.to(features.dtype)
     grad_output = draw.grad_output.detach().cpu()
-    expected = draw.op.rules(features, shapes, starts, locations.to(compute), read_weights, grad_output)
+    rules_of = {AGGREGATION.name: rules.deformable_aggregation, ATTENTION.name: rules.ms_deform_attn}
+    expected = rules_of[draw.op.name](features, shapes, starts, locations.to(compute), read_weights, grad_output)
 
     operands = (features, locations, weights)
     for i, (name, actual, wanted) in enumerate(zip(RESULTS, [output, *gradients], expected)):
@@ -112,7 +142,7 @@ def sums_in(draw: Draw, expected: Expected, num_levels: int) -> int:
     if draw.backend == "grid_sample":
         return num_levels + 1  # autograd adds the gradients of slices
     most_samples = {torch.float16: 32, torch.bfloat16: 8}.get(draw.operands[0].dtype)
-    if draw.backend == "cuda" and draw.op is ATTENTION and most_samples:
+    if draw.backend == "cuda" and draw.op.name == ATTENTION.name and most_samples:
         footprints = 2 + 2 * num_levels  # that a row is in, of so many samples each: 4 unless levels overlap
         return min(expected.num_terms, footprints * most_samples)
     return 0
@@ -126,7 +156,7 @@ def displacement(
         return 0.0
     pixels = min(max(shapes.max().item(), 0), features.shape[1]) * (locations.abs().max().item() + 2)
     shift = 8 * torch.finfo(compute).eps * pixels
-    weight_dims = (2, 3, 4) if draw.op is not ATTENTION else (3, 4)
+    weight_dims = (2, 3, 4) if draw.op.name != ATTENTION.name else (3, 4)
     return 4 * shift * features.double().abs().max().item() * weights.double().abs().sum(weight_dims).max().item()
 
 

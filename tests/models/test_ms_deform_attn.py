@@ -271,20 +271,6 @@ def test_errors_say_what_was_expected_and_what_came(changes, message):
         trained()(**arguments)
 
 
-@pytest.mark.cuda
-def test_no_host_synchronization():
-    module, arguments = trained().cuda(), [t.cuda() for t in random_input()]
-    spatial = spatial_arguments("cuda")
-    mask = torch.zeros(2, NUM_VALUES, dtype=torch.bool, device="cuda")
-    module(*arguments, *spatial, mask).sum().backward()  # libraries start up
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        module(*arguments, *spatial, mask).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", ["d_model", "n_levels", "n_heads", "n_points"])
 def test_settings_out_of_range(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):

@@ -1,58 +1,105 @@
-"""Compare an op with the float64 formula: its output and its three gradients. See which operators a call takes."""
+"""Run an op with its gradients, compare it with its float64 formula, and see which operators a call takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reimplementation.bench.inputs import OpInputs
+from tests.ops.table import HALF, Op
 from tests.reference import TOLERANCE, relative_error
 
 
-def run(function, inputs: OpInputs, grad_output=None):
-    """Output and the gradients of features, locations and weights; the output's gradient is random but for its seed."""
-    features, shapes, starts, location, weights = inputs
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (features, location, weights)]
-    output = function(leaves[0], shapes, starts, leaves[1], leaves[2])
-    if grad_output is None:
-        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    gradients = torch.autograd.grad(output, leaves, grad_output.to(output))
-    return output.detach(), *gradients
+def leaves_of(op: Op, operands: list[Tensor | None]) -> list[Tensor]:
+    """Detaches the operands that the kernel has gradients of, in their list, and makes them need one."""
+    leaves = []
+    for i in op.differentiable:
+        if operands[i] is not None:
+            operands[i] = operands[i].detach().requires_grad_()
+            leaves.append(operands[i])
+    return leaves
 
 
-def assert_agrees(function, formula, inputs: OpInputs, device, dtype):
-    """The op equals the float64 formula on the same, rounded, numbers."""
-    inputs = inputs.to("cpu", dtype)
-    exact = inputs.to("cpu", torch.float64)
-    grad_output = torch.randn(formula(*exact).shape, generator=torch.Generator().manual_seed(9)).to(dtype)
-    expected = run(formula, exact, grad_output)
-    actual = run(function, inputs.to(device, dtype), grad_output)
-    assert actual[0].dtype == dtype
+def of_leaves(op: Op, operands: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+    """The op as a function of what its kernel differentiates."""
+    places = [i for i in op.differentiable if operands[i] is not None]
+
+    def function(*leaves):
+        replaced = dict(zip(places, leaves))
+        return op.function(*(replaced.get(i, operand) for i, operand in enumerate(operands)))
+
+    return function
+
+
+def run(op: Op, operands: Sequence[Tensor | None], toward: Tensor | None = None, *, function=None) -> list[Tensor]:
+    """The output, and the gradients of what the kernel differentiates, towards a random direction or the one given.
+
+    function: instead of the op's own, such as its formula. The operands are read where they lie.
+    """
+    operands = list(operands)
+    leaves = leaves_of(op, operands)
+    output = (function or op.function)(*operands)
+    if toward is None:
+        toward = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return [output.detach(), *torch.autograd.grad(output, leaves, toward.to(output))]
+
+
+def assert_agrees(op: Op, operands: Sequence[Tensor | None], device, dtype: torch.dtype) -> None:
+    """The op equals its float64 formula on the same, rounded, numbers: its output, and every gradient."""
+    rounded = op.moved(operands, "cpu", dtype)
+    exact = [t.double() if t is not None and t.is_floating_point() else t for t in rounded]
+    toward = torch.randn(op.formula(*exact).shape, generator=torch.Generator().manual_seed(9))
+    toward = toward.to(op.output_dtype(dtype))
+    expected = run(op, exact, toward, function=op.formula)
+    actual = run(op, op.moved(rounded, device, dtype), toward)
+    assert actual[0].dtype == op.output_dtype(dtype)
+    assert_close(op, actual, expected, tolerance_of(op, dtype, channels=expected[0].shape[-1]))
+
+
+def tolerance_of(op: Op, dtype: torch.dtype, channels: int) -> float:
+    """Of the relative L2 error beside float64."""
+    if op.is_pointwise and dtype not in HALF:
+        return 8 * torch.finfo(dtype).eps  # a few roundings; there are no long sums
     # A location's gradient is one sum over all channels, which rounds once a channel.
-    channels = expected[0].shape[-1]
-    rounding = channels**0.5 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
-    tolerance = max(TOLERANCE[dtype], rounding)
-    for name, got, wanted in zip(("output", "features", "locations", "weights"), actual, expected):
-        error = relative_error(got.cpu(), wanted)
-        assert error <= tolerance, f"{name}: relative L2 error {error:.2e} > {tolerance:.0e}"
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return max(TOLERANCE[dtype], channels**0.5 * torch.finfo(wide).eps / 2)
 
 
-def assert_second_derivatives_or_refusal(function, leaves):
-    """Plain PyTorch has second derivatives, or says that it does not, as some releases do."""
-    try:
-        assert torch.autograd.gradgradcheck(function, leaves)
-    except RuntimeError as error:
-        assert "not implemented" in str(error)
+def assert_close(op: Op, actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """What `run` returned has these shapes, and in each a relative L2 error of at most the tolerance."""
+    for i, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        name = f"gradient {i}" if i else "output"
+        assert got.shape == wanted.shape, f"{op.name}, {name}: {tuple(got.shape)} for {tuple(wanted.shape)}"
+        got, wanted = got.cpu(), wanted.cpu()
+        beyond = wanted.to(got.dtype).isinf()  # what the dtype cannot hold
+        assert torch.equal(got.isinf(), beyond), f"{op.name}, {name}: infinite elsewhere than expected"
+        error = relative_error(got.masked_fill(beyond, 0), wanted.masked_fill(beyond, 0))
+        assert error <= tolerance, f"{op.name}, {name}: relative L2 error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_same(op: Op, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Two runs on the same numbers: the same bits, but for sums whose order no one asked for."""
+    assert_close(op, actual, expected, 0 if op.is_pointwise else TOLERANCE[expected[0].dtype])
 
 
 class KernelCalls(TorchDispatchMode):
-    """Records the names of our operators that are called."""
+    """Records the calls of our operators: their names, and the arguments of each."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names: list[str] = []
+        self.arguments: list[tuple] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
         if func.namespace == "reimplementation":
             self.names.append(func.name().removeprefix("reimplementation::"))
+            self.arguments.append(args)
         return func(*args, **(kwargs or {}))
+
+    def needs_of(self, op: Op) -> list[tuple[bool, ...]]:
+        """Which gradients each call of the op's backward was asked for."""
+        first = 1 + len(op.operands)  # behind the output's gradient and the operands
+        calls = zip(self.names, self.arguments)
+        return [args[first : first + len(op.differentiable)] for name, args in calls if name == f"{op.name}_backward"]

@@ -1,7 +1,8 @@
-"""Inputs for both ops: random, rig, encoder and border geometries, at sizes that a test can afford.
+"""Operands of every op, at sizes that a test can afford; `tests.ops.table` says which belong to which.
 
-Locations are multiples of 2^-12, so that pixel positions are exact in float32 too: a position that rounds across a
-pixel's edge would have another gradient, and a comparison with float64 would measure luck.
+All are float64 on the CPU, or integers, and depend on the seed and the sizes alone. Locations are multiples of 2^-12,
+so that pixel positions are exact in float32 too: a position that rounds across a pixel's edge would have another
+gradient, and a comparison with float64 would measure luck.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ def random_inputs(
     channels: int = 32,
     num_groups: int = 4,
     shapes=(((9, 14), (5, 7)), ((9, 14), (5, 7)), ((6, 4), (1, 3))),
+    spare_rows: int = 0,
 ) -> AggregationInputs:
-    """Cameras of different shapes; three points in ten fall outside the image. float64, on the CPU."""
+    """Cameras of different shapes; three points in ten fall outside the image.
+
+    shapes: (num_cams, num_levels, 2); a tensor where there are no cameras or no levels. spare_rows: of no level.
+    """
     generator = torch.Generator().manual_seed(seed)
-    spatial_shape = torch.tensor(shapes).view(len(shapes), -1, 2)
+    spatial_shape = torch.as_tensor(shapes)
     num_cams, num_levels = spatial_shape.shape[:2]
     rows = spatial_shape.prod(-1).flatten()
     starts = (rows.cumsum(0) - rows).view(num_cams, num_levels)
@@ -40,7 +45,7 @@ def random_inputs(
     pairs = (batch_size, num_queries, num_points, num_cams)
     location = torch.rand(*pairs, 2, generator=generator, dtype=torch.float64) * 1.2 - 0.1
     return AggregationInputs(
-        normal(batch_size, int(rows.sum()), channels),
+        normal(batch_size, int(rows.sum()) + spare_rows, channels),
         spatial_shape,
         starts,
         quantized(location),
@@ -49,11 +54,11 @@ def random_inputs(
 
 
 def rig_inputs(seed: int = 0) -> AggregationInputs:
-    """Boxes seen by six cameras, with few queries and channels; float64, on the CPU."""
+    """Boxes seen by six cameras, with few queries and channels."""
     inputs = aggregation_inputs(
         "rig",
         2,
-        num_queries=40,
+        num_queries=16,
         channels=32,
         num_groups=8,
         strides=(16, 32),
@@ -76,14 +81,11 @@ def _special_coordinates() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def border_inputs(seed: int = 0) -> AggregationInputs:
-    """Every pair of coordinates from the edges of the image, of its pixels, and from beyond; float64, on the CPU."""
+    """Every pair of coordinates from the edges of the image, of its pixels, and from beyond."""
     x, y = _special_coordinates()
     base = random_inputs(seed, batch_size=1, num_queries=x.numel(), num_points=1, shapes=(((8, 8), (1, 2)),) * 2)
     location = torch.stack([x, y], -1).view(1, -1, 1, 1, 2).repeat(1, 1, 1, 2, 1)
     return AggregationInputs(*list(base)[:3], location, base.weights)
-
-
-GEOMETRIES = {"random": random_inputs, "rig": rig_inputs, "border": border_inputs}
 
 
 def random_attention_inputs(
@@ -95,8 +97,9 @@ def random_attention_inputs(
     channels: int = 8,
     num_points: int = 3,
     shapes=((9, 14), (5, 7), (1, 3)),
+    spare_rows: int = 0,
 ) -> AttentionInputs:
-    """Levels of odd shapes; half of the samples fall outside the image, most of these near it. float64, on the CPU."""
+    """Levels of odd shapes; half of the samples fall outside the image, most of these near it."""
     generator = torch.Generator().manual_seed(seed)
     spatial_shapes = torch.tensor(shapes, dtype=torch.int64).view(-1, 2)
     rows = spatial_shapes.prod(-1)
@@ -107,7 +110,7 @@ def random_attention_inputs(
 
     locations = torch.rand(*samples, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2
     return AttentionInputs(
-        normal(batch_size, int(rows.sum()), num_heads, channels),
+        normal(batch_size, int(rows.sum()) + spare_rows, num_heads, channels),
         spatial_shapes,
         rows.cumsum(0) - rows,
         quantized(locations),
@@ -116,14 +119,14 @@ def random_attention_inputs(
 
 
 def encoder_inputs(seed: int = 0) -> AttentionInputs:
-    """A query at every pixel of a small pyramid; float64, on the CPU."""
-    inputs = attention_inputs("small-encoder", 2, dtype=torch.float64, seed=seed)
+    """A query at every pixel of a small pyramid."""
+    inputs = attention_inputs("small-encoder", 1, dtype=torch.float64, seed=seed)
     value, shapes, starts, locations, weights = inputs
     return AttentionInputs(value, shapes, starts, quantized(locations), weights)
 
 
 def attention_border_inputs(seed: int = 0) -> AttentionInputs:
-    """As `border_inputs`, for attention; float64, on the CPU."""
+    """As `border_inputs`, for attention."""
     x, y = _special_coordinates()
     value, shapes, starts, _, weights = random_attention_inputs(
         seed, batch_size=1, num_queries=x.numel(), num_heads=2, num_points=1, shapes=((8, 8), (1, 2))
@@ -132,11 +135,43 @@ def attention_border_inputs(seed: int = 0) -> AttentionInputs:
     return AttentionInputs(value, shapes, starts, locations, weights)
 
 
-ATTENTION_GEOMETRIES = {
-    "random": random_attention_inputs,
-    "encoder": encoder_inputs,
-    "border": attention_border_inputs,
-}
+def random_projection(
+    seed: int = 0,
+    *,
+    batch_size: int = 2,
+    num_queries: int = 5,
+    num_points: int = 4,
+    num_cams: int = 3,
+    with_image_size: bool = True,
+    depths: tuple[float, ...] = (8.0, 20.0, -15.0, 8.0),
+) -> list[torch.Tensor | None]:
+    """Key points around these depths, in turn, before cameras at the origin that look along z, and image sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(batch_size, num_queries, num_points, 3, generator=generator, dtype=torch.float64) * 3
+    points[..., 2] += torch.tensor(depths, dtype=torch.float64)[torch.arange(num_points) % len(depths)]
+    matrices = torch.randn(batch_size, num_cams, 4, 4, generator=generator, dtype=torch.float64)
+    matrices[:, :, 2] = matrices[:, :, 2] * 0.1 + torch.tensor([0, 0, 1, 0.0])
+    sizes = torch.rand(batch_size, num_cams, 2, generator=generator, dtype=torch.float64) + 2
+    return [points, matrices, sizes if with_image_size else None]
+
+
+def random_boxes(
+    seed: int = 0,
+    *,
+    batch_size: int = 2,
+    num_queries: int = 5,
+    num_fixed: int = 4,
+    num_learnable: int | None = 3,
+    columns: int = 11,
+) -> list[torch.Tensor | None]:
+    """Box anchors of that many columns, fixed places, and logits of the learnable ones, where there are any."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    anchor, places = normal(batch_size, num_queries, columns), normal(num_fixed, 3)
+    return [anchor, places, None if num_learnable is None else normal(batch_size, num_queries, num_learnable * 3)]
 
 
 def with_memory_reversed(tensor: torch.Tensor) -> torch.Tensor:

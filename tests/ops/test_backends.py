@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
-import threading
 import warnings
 from contextlib import nullcontext
 
@@ -18,6 +18,7 @@ from reimplementation.ops import backends
 from reimplementation.ops.backends import native
 from reimplementation.ops.backends.backend import Missing
 from tests.ops.inputs import random_inputs
+from tests.ops.table import OPS
 
 CPU = torch.device("cpu")
 OP = "Deformable aggregation"
@@ -82,15 +83,6 @@ def test_use_backend_forces_and_gives_back():
     with ops.use_backend("grid_sample"):
         assert backends.select_backend(CPU, OP) == "grid_sample"
     assert backends.select_backend(CPU, OP) == before
-
-
-def test_use_backend_is_the_threads_own():
-    seen = []
-    with ops.use_backend("grid_sample"):
-        thread = threading.Thread(target=lambda: seen.append(backends.select_backend(CPU, OP)))
-        thread.start()
-        thread.join()
-    assert seen == [backends.select_backend(CPU, OP)]
 
 
 def test_use_backend_is_the_asyncio_tasks_own():
@@ -181,15 +173,17 @@ def test_forcing_the_backend_of_another_device(extension):
         backends.select_backend(CPU, OP)
 
 
-def test_the_first_fall_warns_once(no_extension):
-    inputs = random_inputs()
+def test_the_first_fall_warns_once(no_extension, op):
+    """And points to where the op was called; the numbers are the same."""
+    operands = op.on("cpu", torch.float32)
     with pytest.warns(RuntimeWarning, match="running on grid_sample.*no C.. compiler.*pip install") as caught:
-        ops.deformable_aggregation_function(*inputs)
-    assert caught[0].filename == __file__
+        actual = op.function(*operands)
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.deformable_aggregation_function(*inputs)
-        assert backends.select_backend(CPU, OP) == "grid_sample"
+        assert torch.equal(op.function(*operands), actual)
+    with ops.use_backend("grid_sample"):
+        assert torch.equal(op.function(*operands), actual)
 
 
 def test_build_info_names_what_is_missing(no_extension):
@@ -198,23 +192,45 @@ def test_build_info_names_what_is_missing(no_extension):
     assert info["reasons"] == {"cpu": "no C++ compiler", "cuda": "no C++ compiler"}
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("grid_sample", "grid_sample"), ("nonsense", "backend must be one of")]
-)
-def test_environment_variable(value, expected):
-    code = (
-        "import torch; from reimplementation.ops import backends\n"
-        "try: print(backends.select_backend(torch.device('cpu'), 'op'))\n"
-        "except ValueError as error: print(error)"
-    )
+# The variable is read at import: one process imports PyTorch, and forks for every value.
+CALLS_WITH_VARIABLE = """
+import json, os, sys, torch
+
+for value in sys.argv[1:]:
+    if os.fork() == 0:
+        os.environ["REIMPLEMENTATION_BACKEND"] = value
+        from tests.ops.agreement import KernelCalls
+        from tests.ops.table import OPS
+
+        for op in OPS:
+            try:
+                with KernelCalls() as calls:
+                    op.function(*op.on("cpu", torch.float32))
+                found = f"calls {calls.names}"
+            except (ValueError, RuntimeError) as error:
+                found = str(error)
+            print(json.dumps([value, op.name, found]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_environment_variable():
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "REIMPLEMENTATION_BACKEND": value},
+        [sys.executable, "-c", CALLS_WITH_VARIABLE, "grid_sample", "cuda", "nonsense"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert expected in done.stdout
+    found = {(value, name): text for value, name, text in map(json.loads, done.stdout.splitlines())}
+    for op in OPS:
+        assert found["grid_sample", op.name] == "calls []"
+        assert "backend must be one of" in found["nonsense", op.name]
+        if not ops.CUDA_EXT_AVAILABLE:
+            assert "CUDA extension is not available: " in found["cuda", op.name]
+    forced = {text for (value, _), text in found.items() if value == "cuda"}
+    assert ops.CUDA_EXT_AVAILABLE or len(forced) == len(OPS)  # each names its op
 
 
 @pytest.mark.parametrize(

@@ -10,58 +10,56 @@ import pytest
 import torch
 
 from reimplementation import ops
-from tests.reference import TOLERANCE, relative_error
+from tests.ops.agreement import assert_close
+from tests.ops.table import OPS
+from tests.reference import TOLERANCE
 
-# Run in a process of its own: the instruction set is chosen once.
+# An instruction set is chosen once in a process, when the first kernel runs: one process imports for all, and forks.
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 from reimplementation import ops
 from tests.ops.agreement import run
-from tests.ops.inputs import random_attention_inputs, random_inputs
-from tests.ops.pointwise import POINTWISE, output_and_gradients
+from tests.ops.table import OPS, SAMPLING_OPS
 
-results = []
-with ops.use_backend("cpu"):
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        for function, inputs in (
-            (ops.deformable_aggregation_function, random_inputs(1, channels=60)),
-            (ops.ms_deform_attn, random_attention_inputs(1, channels=30)),
-        ):
-            results.append(run(function, inputs.to("cpu", dtype)))
-    for dtype in (torch.float64, torch.float32):
-        for op in POINTWISE:
-            results.append(output_and_gradients(op, op.on("cpu", dtype)))
-torch.save(results, sys.argv[1])
+def results():
+    for op in OPS:
+        sizes = {"channels": 60} if op in SAMPLING_OPS else {}  # fills no vector
+        for dtype in op.kernel_dtypes:
+            yield (op.name, dtype), run(op, op.on("cpu", dtype, 1, **sizes))
+
+for capability in sys.argv[2:]:
+    if os.fork() == 0:
+        os.environ["REIMPLEMENTATION_CPU_CAPABILITY"] = capability
+        try:
+            with ops.use_backend("cpu"):
+                found = dict(results())
+        except RuntimeError as error:
+            found = str(error)
+        torch.save(found, f"{sys.argv[1]}/{capability}.pt")
+        os._exit(0)
+    os.wait()
 """
 
 
-def results_with(capability: str, folder) -> list[tuple[torch.Tensor, ...]] | None:
-    """Outputs and gradients; None where the processor lacks the instruction set."""
-    file = folder / f"{capability}.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(file)],
-        env={**os.environ, "REIMPLEMENTATION_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        assert "REIMPLEMENTATION_CPU_CAPABILITY" in done.stderr, done.stderr
-        return None
-    return torch.load(file)
-
-
-def test_every_capability_gives_the_same_numbers(tmp_path):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """Outputs and gradients by what is in REIMPLEMENTATION_CPU_CAPABILITY; or the error."""
     if "cpu" not in ops.available_backends("cpu"):
         pytest.skip("the extension is not built")
-    plain = results_with("default", tmp_path)
-    others = [results for name in ("avx2", "avx512") if (results := results_with(name, tmp_path)) is not None]
-    for results in others:
-        for got, wanted in zip(results, plain):
-            for a, b in zip(got, wanted):
-                assert relative_error(a, b) <= TOLERANCE[got[0].dtype]
+    folder, names = tmp_path_factory.mktemp("capability"), ("default", "avx2", "avx512", "sse9")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(folder), *names], env=environment, check=True)
+    return {name: torch.load(folder / f"{name}.pt") for name in names}
 
 
-def test_an_unknown_capability_is_refused(tmp_path):
-    if "cpu" not in ops.available_backends("cpu"):
-        pytest.skip("the extension is not built")
-    assert results_with("sse9", tmp_path) is None
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_every_capability_gives_the_same_numbers(found, name):
+    """A processor that lacks an instruction set runs the best one that it has."""
+    for op in OPS:
+        for dtype in op.kernel_dtypes:
+            key = op.name, dtype
+            assert_close(op, found[name][key], found["default"][key], TOLERANCE[dtype])
+
+
+def test_an_unknown_capability_is_refused(found):
+    assert "REIMPLEMENTATION_CPU_CAPABILITY must be default, avx2 or avx512; got sse9" in found["sse9"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from reimplementation import ops
-from reimplementation.bench.inputs import AggregationInputs, AttentionInputs
 from tests.fuzz.checking import deterministic
 from tests.ops.agreement import assert_agrees
-from tests.ops.inputs import quantized, random_attention_inputs, random_inputs
+from tests.ops.inputs import quantized
+from tests.ops.table import AGGREGATION, SAMPLING_OPS
 
 # (height, width) of levels, their first rows, and rows that there are; None: one after the other, and no more.
 LEVELS = {
@@ -26,24 +27,24 @@ LEVELS = {
 }
 
 
-def with_levels(op, name: str, crowd: float) -> AggregationInputs | AttentionInputs:
-    """Random inputs; that part of the queries samples the neighbourhood of one place."""
+def with_levels(op, name: str, crowd: float) -> list[Tensor]:
+    """Random operands; that part of the queries samples the neighbourhood of one place."""
     shapes, starts, rows = LEVELS[name]
     readable = [(max(height, 1), max(width, 1)) for height, width in shapes]
-    if op.name == "deformable_aggregation":
-        inputs = random_inputs(31, num_queries=30, channels=24, num_groups=3, shapes=[readable])
-        features, _, own_starts, locations, weights = inputs
-        metadata = torch.tensor([shapes]), own_starts if starts is None else torch.tensor([starts])
-    else:
-        inputs = random_attention_inputs(31, num_queries=30, channels=8, shapes=readable)
-        features, _, own_starts, locations, weights = inputs
-        metadata = torch.tensor(shapes), own_starts if starts is None else torch.tensor(starts)
+    sizes = {"channels": 24, "num_groups": 3, "shapes": [readable]} if op is AGGREGATION else {"shapes": readable}
+    features, own_shapes, own_starts, locations, weights = op.random(31, num_queries=30, **sizes)
     if starts is not None:
         rows = rows or max(start + height * width for start, (height, width) in zip(starts, shapes))
         features = features.repeat(1, 1 + rows // features.shape[1], *[1] * (features.dim() - 2))[:, :rows]
+        own_starts = torch.tensor(starts).view(own_starts.shape)
     crowded = int(crowd * locations.shape[1])
     locations[:, :crowded] = quantized(0.45 + 0.02 * locations[:, :crowded])
-    return type(inputs)(features, *metadata, locations, weights)
+    return [features, torch.tensor(shapes).view(own_shapes.shape), own_starts, locations, weights]
+
+
+@pytest.fixture(params=SAMPLING_OPS, ids=str)
+def op(request):
+    return request.param
 
 
 @pytest.fixture(
@@ -66,12 +67,13 @@ def device(request):
 @pytest.mark.parametrize("crowd", [0, 0.9])
 @pytest.mark.parametrize("levels", LEVELS)
 def test_levels(op, device, levels, crowd):
-    assert_agrees(op.function, op.formula, with_levels(op, levels, crowd), device, torch.float64)
+    assert_agrees(op, with_levels(op, levels, crowd), device, torch.float64)
 
 
 @pytest.mark.parametrize("channels", [1, 5, 8, 16, 36, 64, 100, 132, 260])
 def test_channels(op, device, channels):
     """Teams of lanes of every size, whole and in part, with one and with several slices of channels."""
-    inputs = op.inputs(32, num_queries=40, channels=channels, **({"num_groups": 1} if "agg" in op.name else {}))
+    sizes = {"num_groups": 1} if op is AGGREGATION else {}
+    operands = op.random(32, batch_size=1, num_queries=40, channels=channels, **sizes)
     for dtype in (torch.float32, torch.float16):
-        assert_agrees(op.function, op.formula, inputs, device, dtype)
+        assert_agrees(op, operands, device, dtype)

@@ -1,4 +1,4 @@
-"""project_points: closed forms, layout, precision, errors; `test_pointwise` has what it shares with box_key_points."""
+"""project_points: closed forms, precision of every location, depths at the clamp, the words of its errors."""
 
 from contextlib import nullcontext
 
@@ -8,7 +8,6 @@ import torch
 from reimplementation import ops
 from reimplementation.ops import project_points
 from tests import reference
-from tests.reference import TOLERANCE, relative_error
 
 
 def pinhole(focal=100.0, cx=32.0, cy=24.0, dtype=torch.float32, device="cpu"):
@@ -34,16 +33,6 @@ def test_pinhole_closed_form():
     torch.testing.assert_close(locations[0, 0, :, 0], torch.tensor([[42 / 64, 4 / 48], [0.5, 0.5]]))
 
 
-def test_against_homogeneous_matrix_product(device):
-    points, matrix, wh = random_case(device=device)
-    homogeneous = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
-    projected = torch.einsum("bcij,bnpj->bnpci", matrix, homogeneous)
-    expected = projected[..., :2] / projected[..., 2:3].clamp(min=1e-5) / wh[:, None, None]
-    actual = project_points(points, matrix, wh)
-    assert actual.shape == (2, 5, 4, 3, 2)
-    torch.testing.assert_close(actual, expected)
-
-
 def size_of_terms(points, matrix, wh):
     """Of the terms that make up a location, in its shape: it is off by some roundings of them."""
     points = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
@@ -66,25 +55,6 @@ def test_every_location_to_a_few_roundings(backend_device, dtype, with_wh):
     assert actual.dtype == dtype
     error = (actual.cpu().double() - reference.project_points(*exact)).abs()
     assert (error <= 4 * torch.finfo(dtype).eps * size_of_terms(*exact)).all()
-
-
-@pytest.mark.parametrize("with_wh", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradient_against_float64(backend_device, dtype, with_wh):
-    """Of points before a camera: those behind have gradients that are a hundred thousand times larger."""
-    rounded = [tensor.to(dtype) for tensor in random_case()]
-    if not with_wh:
-        rounded[2] = None
-    expected_leaf = rounded[0].double().requires_grad_()
-    expected = reference.project_points(expected_leaf, *rounded[1:])
-    homogeneous = torch.cat([expected_leaf, torch.ones_like(expected_leaf[..., :1])], dim=-1)
-    seen = torch.einsum("bcj,bnpj->bnpc", rounded[1][:, :, 2].double(), homogeneous)[..., None] > 5
-    toward = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype) * seen
-    leaf = rounded[0].to(backend_device).requires_grad_()
-    others = [tensor if tensor is None else tensor.to(backend_device) for tensor in rounded[1:]]
-    (actual,) = torch.autograd.grad(project_points(leaf, *others), leaf, toward.to(backend_device))
-    (wanted,) = torch.autograd.grad(expected, expected_leaf, toward.double())
-    assert relative_error(actual.cpu(), wanted) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -112,35 +82,6 @@ def test_point_behind_the_camera_lands_outside():
     assert not ((mirrored > 0) & (mirrored < 1)).any()
 
 
-def test_gradcheck():
-    points, matrix, wh = random_case()
-    matrix[:, :, 2] = torch.tensor([0.01, 0.01, 0.01, 3.0], dtype=matrix.dtype)  # depths away from the clamp
-    points.requires_grad_(), matrix.requires_grad_()
-    assert torch.autograd.gradcheck(project_points, (points, matrix, wh))
-
-
-def test_gradcheck_of_points_alone(backend_device):
-    points, matrix, wh = random_case(device=backend_device)
-    matrix[:, :, 2] = torch.tensor([0.01, 0.01, 0.01, 3.0], dtype=matrix.dtype)
-    assert torch.autograd.gradcheck(lambda points: project_points(points, matrix, wh), points.requires_grad_())
-
-
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_precision_points_are_projected_in_float32(half):
-    points, matrix, wh = random_case(torch.float32)
-    points = points.to(half)
-    actual = project_points(points, matrix, wh)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, project_points(points.float(), matrix, wh), rtol=0, atol=0)
-
-
-def test_autocast_changes_nothing(device):
-    points, matrix, wh = random_case(torch.float32, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        under_autocast = project_points(points, matrix, wh)
-    torch.testing.assert_close(under_autocast, project_points(points, matrix, wh), rtol=0, atol=0)
-
-
 def test_reduced_matmul_precision_changes_nothing(device):
     points, matrix, wh = random_case(torch.float32, device)
     exact = project_points(points, matrix, wh)
@@ -151,22 +92,6 @@ def test_reduced_matmul_precision_changes_nothing(device):
     finally:
         torch.set_float32_matmul_precision(precision)
     torch.testing.assert_close(reduced, exact, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("num_anchor, num_pts, num_cams", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
-def test_empty(num_anchor, num_pts, num_cams):
-    located = project_points(torch.zeros(2, num_anchor, num_pts, 3), torch.zeros(2, num_cams, 4, 4))
-    assert located.shape == (2, num_anchor, num_pts, num_cams, 2)
-
-
-@pytest.mark.parametrize("bs, num_anchor, num_pts, num_cams", [(0, 5, 4, 3), (2, 0, 4, 3), (2, 5, 0, 3), (2, 5, 4, 0)])
-def test_empty_gradients(backend_device, bs, num_anchor, num_pts, num_cams):
-    leaf = torch.zeros(bs, num_anchor, num_pts, 3, device=backend_device, requires_grad=True)
-    wh = torch.ones(bs, num_cams, 2, device=backend_device)
-    located = project_points(leaf, torch.zeros(bs, num_cams, 4, 4, device=backend_device), wh)
-    assert located.shape == (bs, num_anchor, num_pts, num_cams, 2)
-    located.sum().backward()
-    assert leaf.grad.shape == leaf.shape and not leaf.grad.any()
 
 
 def test_integer_image_size():
@@ -199,22 +124,11 @@ def test_wrong_shapes(points, matrix, wh, message):
         project_points(torch.zeros(points), torch.zeros(matrix), None if wh is None else torch.ones(wh))
 
 
-def test_wrong_types():
-    with pytest.raises(TypeError, match="projection_mat must be a torch.Tensor; got list"):
-        project_points(torch.zeros(1, 1, 1, 3), [[0.0]])
-    with pytest.raises(TypeError, match="key_points must be .*; got int64"):
-        project_points(torch.zeros(1, 1, 1, 3, dtype=torch.int64), torch.zeros(1, 1, 4, 4))
-
-
 @pytest.mark.parametrize(
     ("place", "change", "error", "message"),
     [
-        (0, lambda t: t.to_sparse(), TypeError, r"key_points must be a dense \(strided\) tensor"),
-        (0, lambda t: t.tolist(), TypeError, "key_points must be a torch.Tensor; got list"),
         (1, lambda t: t.long(), TypeError, "projection_mat must be .*; got int64"),
-        (1, lambda t: t.to("meta"), ValueError, "projection_mat must be on cpu; got meta"),
         (2, lambda t: t.bool(), TypeError, "image_wh must be .*; got bool"),
-        (2, lambda t: t.to("meta"), ValueError, "image_wh must be on cpu; got meta"),
         (
             2,
             lambda t: t[:1],
