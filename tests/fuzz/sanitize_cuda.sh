@@ -20,7 +20,7 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
 # The tests of the ops, less those without a kernel of ours, and those that a sanitizer does not agree with: graphs,
 # compilation, large inputs, allocations that are meant to fail, and gradcheck's thousands of equal calls.
-left_out=(compile graph inputs OutOfMemory out_of_memory grid_sample gradcheck gradients_of_all_operands)
+left_out=(compile graph workloads OutOfMemory out_of_memory grid_sample gradcheck gradients_of_all_operands)
 printf -v kept " and not %s" "${left_out[@]}"
 tests=(-m pytest -q ${WORKERS:+-n "$WORKERS"} -m "cuda and not huge" tests/ops -k "${kept# and }")
 corpus=(-m tests.fuzz --device cuda --draws "${DRAWS:-200}" --seed "${SEED:-0}")
