@@ -24,6 +24,6 @@ def hidden_installation(package: Path) -> str | None:
             return (
                 f"this is the source folder {package.parent}, which hides the package installed in {installed.parent}: "
                 "run from another folder, or build the kernels in this one with "
-                "pip install --no-build-isolation --editable ."
+                "pip install --editable ."
             )
     return None

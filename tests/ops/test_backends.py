@@ -255,7 +255,7 @@ def test_which_gpus_run_which_code(architectures, runs, does_not_run):
 
 UNFIT = (
     "cuda:0, Card 0, has compute capability 6.1, and the extension was built for 8.0 9.0+PTX. "
-    "To build it: TORCH_CUDA_ARCH_LIST=6.1 pip install --no-build-isolation ."
+    "To build it: TORCH_CUDA_ARCH_LIST=6.1 pip install ."
 )
 
 

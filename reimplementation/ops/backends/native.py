@@ -14,7 +14,7 @@ from reimplementation._installation import hidden_installation
 
 from .backend import Backend, Missing
 
-BUILD_COMMAND = "pip install --no-build-isolation ."
+BUILD_COMMAND = "pip install ."
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _Function = TypeVar("_Function", bound=Callable)
