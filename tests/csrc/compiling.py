@@ -20,15 +20,15 @@ def tool(*names: str) -> str:
     return found
 
 
-def output_of(*command: str | Path) -> str:
+def output_of(*command: str | Path, reads: str = "") -> str:
     """What a command prints; an AssertionError with its errors where it fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], input=reads, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def run_program(source: str, folder: Path, compiler: str, *flags: str) -> str:
+def run_program(source: str, folder: Path, compiler: str, *flags: str, reads: str = "") -> str:
     """Compiles a program of this folder, and returns what it prints."""
     program = folder / Path(source).stem
     output_of(compiler, "-std=c++17", f"-I{CSRC}", *flags, "-o", program, HERE / source)
-    return output_of(program)
+    return output_of(program, reads=reads)

@@ -9,6 +9,7 @@
 #include "attention/op.h"
 #include "points/project_points.h"
 
+namespace reimplementation {
 namespace {
 
 using torch::stable::detail::StableLibrary;
@@ -39,26 +40,26 @@ void define_schemas(StableLibrary& m) {
 }
 
 void implement_on_cpu(StableLibrary& m) {
-  m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cpu::deformable_aggregation));
-  m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cpu::deformable_aggregation_backward));
-  m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cpu::ms_deform_attn));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&reimplementation::cpu::ms_deform_attn_backward));
-  m.impl("box_key_points", TORCH_BOX(&reimplementation::cpu::box_key_points));
-  m.impl("box_key_points_backward", TORCH_BOX(&reimplementation::cpu::box_key_points_backward));
-  m.impl("project_points", TORCH_BOX(&reimplementation::cpu::project_points));
-  m.impl("project_points_backward", TORCH_BOX(&reimplementation::cpu::project_points_backward));
+  m.impl("deformable_aggregation", TORCH_BOX(&aggregation::forward_cpu));
+  m.impl("deformable_aggregation_backward", TORCH_BOX(&aggregation::backward_cpu));
+  m.impl("ms_deform_attn", TORCH_BOX(&attention::forward_cpu));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&attention::backward_cpu));
+  m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cpu));
+  m.impl("box_key_points_backward", TORCH_BOX(&points::box_key_points_backward_cpu));
+  m.impl("project_points", TORCH_BOX(&points::project_points_cpu));
+  m.impl("project_points_backward", TORCH_BOX(&points::project_points_backward_cpu));
 }
 
 #ifdef REIMPLEMENTATION_WITH_CUDA
 void implement_on_cuda(StableLibrary& m) {
-  m.impl("deformable_aggregation", TORCH_BOX(&reimplementation::cuda::deformable_aggregation));
-  m.impl("deformable_aggregation_backward", TORCH_BOX(&reimplementation::cuda::deformable_aggregation_backward));
-  m.impl("ms_deform_attn", TORCH_BOX(&reimplementation::cuda::ms_deform_attn));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&reimplementation::cuda::ms_deform_attn_backward));
-  m.impl("box_key_points", TORCH_BOX(&reimplementation::cuda::box_key_points));
-  m.impl("box_key_points_backward", TORCH_BOX(&reimplementation::cuda::box_key_points_backward));
-  m.impl("project_points", TORCH_BOX(&reimplementation::cuda::project_points));
-  m.impl("project_points_backward", TORCH_BOX(&reimplementation::cuda::project_points_backward));
+  m.impl("deformable_aggregation", TORCH_BOX(&aggregation::forward_cuda));
+  m.impl("deformable_aggregation_backward", TORCH_BOX(&aggregation::backward_cuda));
+  m.impl("ms_deform_attn", TORCH_BOX(&attention::forward_cuda));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&attention::backward_cuda));
+  m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cuda));
+  m.impl("box_key_points_backward", TORCH_BOX(&points::box_key_points_backward_cuda));
+  m.impl("project_points", TORCH_BOX(&points::project_points_cuda));
+  m.impl("project_points_backward", TORCH_BOX(&points::project_points_backward_cuda));
 }
 #endif
 
@@ -98,6 +99,7 @@ class Registration {
 const Registration registration;
 
 }  // namespace
+}  // namespace reimplementation
 
 // The import that loads this library, and so registers the operators, is an empty module that says for which GPUs it was built.
 #ifndef REIMPLEMENTATION_CUDA_ARCHITECTURES
@@ -111,7 +113,7 @@ const Registration registration;
 #pragma weak PyExc_ImportError
 
 static int fill_module(PyObject* module) {
-  if (!registration.succeeded()) {
+  if (!reimplementation::registration.succeeded()) {
     PyErr_SetString(
         PyExc_ImportError,
         "another copy of the kernels of reimplementation is loaded in this process, and has registered its operators: "

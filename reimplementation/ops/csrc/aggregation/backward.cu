@@ -27,9 +27,14 @@
 #include <optional>
 
 #include "aggregation/operands.cuh"
+#include "cuda/levels.cuh"
 #include "feature_gradient/feature_gradient.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::aggregation {
+
+using feature_gradient::FeatureGradient;
+using feature_gradient::SampledOp;
+
 namespace {
 
 constexpr int THREADS = 128;
@@ -101,8 +106,10 @@ struct Lane {
   const T* features[NV];
   compute_t<T> gradient[NV][VEC];  // of the output
   int group[NV];                   // within the pass; NOWHERE for a lane beyond the last channel
-  int kept, kept_group;            // after a sum by halves: which value, 4 * k + corner, and its group
-  bool head[NV];                   // otherwise: the first lane of its group
+  // For `sum_by_halves`: which value it ends with, 4 * k + corner, and that one's group; NOWHERE where another lane has it too.
+  int kept, kept_group;
+  // For `sum_by_segments`.
+  bool head[NV];                   // the first lane of its group
   bool begins_group[NV];           // it holds the group's first channel
   int same_group[NV];              // bit `step` tells whether the lane `1 << step` above holds the same group
   unsigned team_mask;
@@ -155,6 +162,63 @@ struct Lane {
   }
 };
 
+// Sums the products of a group's lanes where these are a power of two and hold no other group: each passes on the half of its
+// products that it need not keep, until it has one. Adds that to the totals of its group, which its first channels begin.
+template <typename T, typename W, int VEC, int NV>
+__device__ __forceinline__ void sum_by_halves(
+    const Gradients<T, W>& grad,
+    const Lane<T, VEC, NV>& lane,
+    bool first_channels,
+    compute_t<T> (&products)[4 * NV],
+    Four<compute_t<T>>* totals) {
+  using C = compute_t<T>;
+  int step = grad.group_lanes / 2;
+#pragma unroll
+  for (int half = 2 * NV; half > 0; half /= 2, step /= 2) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const C passed = upper ? products[j] : products[j + half];
+      products[j] = (upper ? products[j + half] : products[j]) + __shfl_xor_sync(lane.team_mask, passed, step);
+    }
+  }
+  for (; step > 0; step /= 2) {
+    products[0] += __shfl_xor_sync(lane.team_mask, products[0], step);
+  }
+  if (lane.kept_group != NOWHERE) {
+    C& total = totals[lane.kept_group][lane.kept % 4];
+    total = first_channels ? products[0] : total + products[0];
+  }
+}
+
+// The same wherever groups begin and end among a team's lanes: each adds what the lane `1 << step` above has, if that holds the
+// same group, until the group's first lane has all. Whoever holds a group's first channel begins its totals.
+template <typename T, typename W, int VEC, int NV>
+__device__ __forceinline__ void sum_by_segments(
+    const Operands<T, W>& op,
+    const Gradients<T, W>& grad,
+    const Lane<T, VEC, NV>& lane,
+    const compute_t<T> (&products)[4 * NV],
+    Four<compute_t<T>>* totals) {
+  using C = compute_t<T>;
+#pragma unroll
+  for (int k = 0; k < NV; ++k) {
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      C sum = products[4 * k + corner];
+      for (int step = 0; step < grad.group_steps; ++step) {
+        const C above = __shfl_down_sync(lane.team_mask, sum, 1 << step, op.lanes);
+        sum += (lane.same_group[k] >> step & 1) ? above : C(0);
+      }
+      if (lane.head[k]) {
+        C& total = totals[lane.group[k]][corner];
+        total = lane.begins_group[k] ? sum : total + sum;
+      }
+    }
+    __syncwarp(lane.team_mask);  // the next vector may hold more of the same group
+  }
+}
+
 // Step 2 for one sample.
 template <typename T, typename W, int VEC, int NV>
 __device__ __forceinline__ void gather(
@@ -190,41 +254,10 @@ __device__ __forceinline__ void gather(
   }
   Four<C>* totals = shared.products + sample * grad.pass_groups;
   if (grad.group_lanes > 0) {
-    int step = grad.group_lanes / 2;
-#pragma unroll
-    for (int half = 2 * NV; half > 0; half /= 2, step /= 2) {
-      const bool upper = threadIdx.x & step;
-#pragma unroll
-      for (int j = 0; j < half; ++j) {
-        const C passed = upper ? products[j] : products[j + half];
-        products[j] = (upper ? products[j + half] : products[j]) + __shfl_xor_sync(lane.team_mask, passed, step);
-      }
-    }
-    for (; step > 0; step /= 2) {
-      products[0] += __shfl_xor_sync(lane.team_mask, products[0], step);
-    }
-    if (lane.kept_group != NOWHERE) {
-      C& total = totals[lane.kept_group][lane.kept % 4];
-      total = first_channels ? products[0] : total + products[0];
-    }
+    sum_by_halves(grad, lane, first_channels, products, totals);
     return;
   }
-#pragma unroll
-  for (int k = 0; k < NV; ++k) {
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      C sum = products[4 * k + corner];
-      for (int step = 0; step < grad.group_steps; ++step) {
-        const C above = __shfl_down_sync(lane.team_mask, sum, 1 << step, op.lanes);
-        sum += (lane.same_group[k] >> step & 1) ? above : C(0);
-      }
-      if (lane.head[k]) {
-        C& total = totals[lane.group[k]][corner];
-        total = lane.begins_group[k] ? sum : total + sum;
-      }
-    }
-    __syncwarp(lane.team_mask);  // the next vector may hold more of the same group
-  }
+  sum_by_segments(op, grad, lane, products, totals);
 }
 
 // Step 3: the gradients of the staged samples' weights, and what the groups of this pass add to their locations.
@@ -351,7 +384,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
 
 template <typename T, typename W, int VEC, int NV>
 void launch(
-    const DeformableAggregationSizes& sizes,
+    const Sizes& sizes,
     const Tensor& features,
     const LevelTable& levels,
     const Tensor& locations,
@@ -376,9 +409,31 @@ void launch(
   check_launch("deformable_aggregation_backward");
 }
 
+SampledOp sampled_op(const Sizes& sizes, const LevelTable& levels, const Tensor& locations, const Tensor& weights) {
+  SampledOp op = {};
+  op.batch = sizes.batch;
+  op.heads = 1;
+  op.queries = sizes.num_queries;
+  op.points = sizes.num_points;
+  op.cams = sizes.num_cams;
+  op.levels = sizes.num_levels;
+  op.rows = sizes.num_rows;
+  op.channels = sizes.channels;
+  op.groups = sizes.num_groups;
+  op.unit_square = true;
+  op.level_table = levels;
+  op.locations = with_short_steps(locations);
+  op.weights = with_short_steps(weights);
+  const auto of_location = [&](int64_t dim) { return step(op.locations, dim); };
+  const auto of_weight = [&](int64_t dim) { return step(op.weights, dim); };
+  op.location_steps = {of_location(0), 0, of_location(1), of_location(2), of_location(3), 0, of_location(4)};
+  op.weight_steps = {of_weight(0), 0, of_weight(1), of_weight(2), of_weight(3), of_weight(4), of_weight(5)};
+  return op;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& grad_output,
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
@@ -389,12 +444,8 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     bool needs_sampling_location,
     bool needs_weights,
     bool deterministic) {
-  const auto sizes = check_deformable_aggregation(
-      feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
-  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.channels});
-  STD_TORCH_CHECK(
-      grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the features' dtype");
-  check_same_device("grad_output", grad_output, feature_maps);
+  const auto sizes = check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
+  check_gradient(grad_output, feature_maps, sizes);
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
 
   const Tensor features = as_contiguous(feature_maps);
@@ -404,34 +455,14 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
         zero_gradient_of(features, needs_feature_maps), zero_gradient_of(sampling_location, needs_sampling_location),
         zero_gradient_of(weights, needs_weights)};
   }
-  const Tensor shapes = readable_metadata(spatial_shape, features);
-  const Tensor starts = readable_metadata(scale_start_index, features);
-  const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
   const cudaStream_t stream = current_stream(features.get_device_index());
+  const DeviceLevels levels(spatial_shape, scale_start_index, features, sizes.num_rows, stream);
   const bool needs_others = needs_sampling_location || needs_weights;
   std::optional<FeatureGradient> features_gradient;
 
   if (needs_feature_maps) {
-    SampledOp op = {};
-    op.batch = sizes.batch;
-    op.heads = 1;
-    op.queries = sizes.num_queries;
-    op.points = sizes.num_points;
-    op.cams = sizes.num_cams;
-    op.levels = sizes.num_levels;
-    op.rows = sizes.num_rows;
-    op.channels = sizes.channels;
-    op.groups = sizes.num_groups;
-    op.unit_square = true;
-    op.level_table = levels;
-    op.locations = with_short_strides(sampling_location);
-    op.weights = with_short_strides(weights);
-    int64_t strides[6];
-    copy_strides(op.locations, strides);
-    op.location_strides = {strides[0], 0, strides[1], strides[2], strides[3], 0, strides[4]};
-    copy_strides(op.weights, strides);
-    op.weight_strides = {strides[0], 0, strides[1], strides[2], strides[3], strides[4], strides[5]};
-    features_gradient.emplace(op, grad, features, deterministic, needs_others, stream);
+    features_gradient.emplace(
+        sampled_op(sizes, levels.table(), sampling_location, weights), grad, features, deterministic, needs_others, stream);
   }
   // The kernel writes only those of visible pairs. (After that: meanwhile they are filled.)
   Tensor grad_locations = zero_gradient_of(sampling_location, needs_sampling_location);
@@ -453,13 +484,13 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
       constexpr int VEC = 16 / sizeof(T);
       if (can_vectorize<T>(sizes, features, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
         launch<T, W, VEC, sizeof(T) == 2 ? 1 : 2>(
-            sizes, features, levels, sampling_location, weights, gradients, stream);
+            sizes, features, levels.table(), sampling_location, weights, gradients, stream);
       } else {
-        launch<T, W, 1, 4>(sizes, features, levels, sampling_location, weights, gradients, stream);
+        launch<T, W, 1, 4>(sizes, features, levels.table(), sampling_location, weights, gradients, stream);
       }
     });
   }
-  return {features_gradient ? features_gradient->gradient() : gradient_of(features, false), grad_locations, grad_weights};
+  return {features_gradient ? features_gradient->finish() : gradient_of(features, false), grad_locations, grad_weights};
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::aggregation

@@ -30,7 +30,10 @@
 #include "cpu/rows.h"
 #include "cpu/vector.h"
 
-namespace reimplementation::cpu {
+namespace reimplementation::aggregation {
+
+using namespace cpu;
+
 namespace {
 
 template <typename T>
@@ -52,7 +55,7 @@ template <typename Feature, typename Weight>
 struct Operands {
   using T = Compute<Feature>;
 
-  DeformableAggregationSizes sizes;
+  Sizes sizes;
   std::vector<Level> levels;  // (num_cams, num_levels)
   const Feature* features;    // (batch, num_rows, channels)
   View<const T, 5> location;
@@ -140,7 +143,7 @@ struct Forward {
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
-    const DeformableAggregationSizes& sizes = operands.sizes;
+    const Sizes& sizes = operands.sizes;
     const int64_t group_channels = operands.group_channels();
     const int64_t weight_stride = operands.weights.stride(5);
     std::vector<Sample<T>> samples;
@@ -182,7 +185,7 @@ struct BackwardOfSamples {
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
-    const DeformableAggregationSizes& sizes = operands.sizes;
+    const Sizes& sizes = operands.sizes;
     const int64_t group_channels = operands.group_channels();
     const int64_t weight_stride = operands.weights.stride(5);
     std::vector<Sample<T>> samples;
@@ -222,7 +225,7 @@ struct BackwardOfSamples {
 };
 
 // About how many multiplications a query takes.
-int64_t work_of_query(const DeformableAggregationSizes& sizes) {
+int64_t work_of_query(const Sizes& sizes) {
   return sizes.num_points * sizes.num_levels * sizes.channels;
 }
 
@@ -336,7 +339,7 @@ struct BackwardOfFeatures {
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
-    const DeformableAggregationSizes& sizes = operands.sizes;
+    const Sizes& sizes = operands.sizes;
     const int64_t group_channels = operands.group_channels();
     const int64_t weight_stride = operands.weights.stride(5);
     std::vector<T> sum(sizes.channels);
@@ -360,7 +363,7 @@ struct BackwardOfFeatures {
 
 template <typename Feature, typename Weight>
 void forward(const Operands<Feature, Weight>& operands, const Tensor& output) {
-  const DeformableAggregationSizes& sizes = operands.sizes;
+  const Sizes& sizes = operands.sizes;
   const Forward<Feature, Weight> kernel{operands, static_cast<Feature*>(output.mutable_data_ptr())};
   parallel_run(kernel, sizes.batch * sizes.num_queries, items_per_thread(work_of_query(sizes)));
 }
@@ -372,7 +375,7 @@ void backward_of_samples(
     const Tensor& grad_location,
     const Tensor& grad_weights) {
   using T = Compute<Feature>;
-  const DeformableAggregationSizes& sizes = operands.sizes;
+  const Sizes& sizes = operands.sizes;
   BackwardOfSamples<Feature, Weight> kernel{operands, static_cast<const T*>(grad_output.const_data_ptr()), {}, {}};
   if (grad_location.numel() > 0) {
     kernel.grad_location.emplace(grad_location);
@@ -386,7 +389,7 @@ void backward_of_samples(
 template <typename Feature, typename Weight>
 void backward_of_features(
     const Operands<Feature, Weight>& operands, const Tensor& grad_output, const Tensor& grad_features) {
-  const DeformableAggregationSizes& sizes = operands.sizes;
+  const Sizes& sizes = operands.sizes;
   const auto* grad_output_rows = static_cast<const Compute<Feature>*>(grad_output.const_data_ptr());
   Feature* grad_rows = static_cast<Feature*>(grad_features.mutable_data_ptr());
   advise_huge_pages(grad_rows, grad_features.numel() * sizeof(Feature));
@@ -403,7 +406,7 @@ void backward_of_features(
 // Calls `function` with the operands in their types.
 template <typename Function>
 void with_operands(
-    const DeformableAggregationSizes& sizes,
+    const Sizes& sizes,
     const std::vector<Level>& levels,
     const Tensor& features,
     const Tensor& sampling_location,
@@ -423,15 +426,14 @@ void with_operands(
 
 }  // namespace
 
-Tensor deformable_aggregation(
+Tensor forward_cpu(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
     const Tensor& sampling_location,
     const Tensor& weights) {
-  const DeformableAggregationSizes sizes =
-      check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
-  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes.num_rows);
+  const Sizes sizes = check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
+  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, sizes.num_rows);
   if (sizes.nothing_to_sample()) {
     return allocate_zeros(feature_maps, {sizes.batch, sizes.num_queries, sizes.channels});
   }
@@ -443,7 +445,7 @@ Tensor deformable_aggregation(
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& grad_output,
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
@@ -454,13 +456,9 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     bool needs_sampling_location,
     bool needs_weights,
     bool /*deterministic*/) {
-  const DeformableAggregationSizes sizes =
-      check_deformable_aggregation(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
-  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.channels});
-  check_same_device("grad_output", grad_output, feature_maps);
-  STD_TORCH_CHECK(
-      grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the dtype of feature_maps");
-  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, feature_maps, sizes.num_rows);
+  const Sizes sizes = check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
+  check_gradient(grad_output, feature_maps, sizes);
+  const std::vector<Level> levels = read_levels(spatial_shape, scale_start_index, sizes.num_rows);
 
   const Tensor features = as_contiguous(feature_maps);
   Tensor grad_features = gradient_of(features, needs_feature_maps);
@@ -483,4 +481,4 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
   return {grad_features, grad_location, grad_weights};
 }
 
-}  // namespace reimplementation::cpu
+}  // namespace reimplementation::aggregation

@@ -18,8 +18,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "aggregation/operands.cuh"
+#include "cuda/levels.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::aggregation {
 namespace {
 
 constexpr int THREADS = 128;
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 template <typename T, typename W, int VEC, int NV, int IN_FLIGHT>
 void launch_forward(
-    const DeformableAggregationSizes& sizes,
+    const Sizes& sizes,
     const Tensor& features,
     const LevelTable& levels,
     const Tensor& locations,
@@ -218,13 +219,13 @@ void launch_forward(
 
 }  // namespace
 
-Tensor deformable_aggregation(
+Tensor forward_cuda(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
     const Tensor& sampling_location,
     const Tensor& weights) {
-  const auto sizes = check_deformable_aggregation(
+  const auto sizes = check(
       feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
   const std::initializer_list<int64_t> output_shape = {sizes.batch, sizes.num_queries, sizes.channels};
@@ -232,11 +233,9 @@ Tensor deformable_aggregation(
     return allocate_zeros(feature_maps, output_shape);
   }
   const Tensor features = as_contiguous(feature_maps);
-  const Tensor shapes = readable_metadata(spatial_shape, features);
-  const Tensor starts = readable_metadata(scale_start_index, features);
-  const LevelTable levels = level_table(shapes, starts, sizes.num_rows);
   const Tensor output = allocate(features, output_shape);
   const cudaStream_t stream = current_stream(features.get_device_index());
+  const DeviceLevels levels(spatial_shape, scale_start_index, features, sizes.num_rows, stream);
 
   dispatch_types(features, weights, [&](auto* t, auto* w) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -244,12 +243,12 @@ Tensor deformable_aggregation(
     constexpr int VEC = 16 / sizeof(T);
     if (can_vectorize<T>(sizes, features, VEC)) {
       constexpr int NV = sizeof(T) == 2 ? 1 : 2;
-      launch_forward<T, W, VEC, NV, 2>(sizes, features, levels, sampling_location, weights, output, stream);
+      launch_forward<T, W, VEC, NV, 2>(sizes, features, levels.table(), sampling_location, weights, output, stream);
     } else {
-      launch_forward<T, W, 1, 4, 1>(sizes, features, levels, sampling_location, weights, output, stream);
+      launch_forward<T, W, 1, 4, 1>(sizes, features, levels.table(), sampling_location, weights, output, stream);
     }
   });
   return output;
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::aggregation

@@ -10,11 +10,11 @@
 #include "shared/checks.h"
 #include "shared/levels.h"
 
-namespace reimplementation {
+namespace reimplementation::aggregation {
 
 using torch::stable::Tensor;
 
-struct DeformableAggregationSizes {
+struct Sizes {
   int64_t batch, num_rows, channels;
   int64_t num_cams, num_levels;
   int64_t num_queries, num_points, num_groups;
@@ -25,7 +25,7 @@ struct DeformableAggregationSizes {
   }
 };
 
-inline DeformableAggregationSizes check_deformable_aggregation(
+inline Sizes check(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
@@ -36,7 +36,7 @@ inline DeformableAggregationSizes check_deformable_aggregation(
   check_dim("sampling_location", sampling_location, 5);
   check_dim("weights", weights, 6);
 
-  const DeformableAggregationSizes sizes{
+  const Sizes sizes{
       feature_maps.size(0),
       feature_maps.size(1),
       feature_maps.size(2),
@@ -76,18 +76,24 @@ inline DeformableAggregationSizes check_deformable_aggregation(
   return sizes;
 }
 
+inline void check_gradient(const Tensor& grad_output, const Tensor& feature_maps, const Sizes& sizes) {
+  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.channels});
+  STD_TORCH_CHECK(
+      grad_output.scalar_type() == feature_maps.scalar_type(), "grad_output must have the dtype of feature_maps");
+  check_same_device("grad_output", grad_output, feature_maps);
+}
+
 // One implementation per device; the CPU's backward gives the same bits every time, asked for or not. A gradient
 // that is not needed comes back with no elements; the gradients of locations and weights have their operand's
 // strides where those are dense.
-namespace cpu {
-Tensor deformable_aggregation(
+Tensor forward_cpu(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
     const Tensor& sampling_location,
     const Tensor& weights);
 
-std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& grad_output,
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
@@ -98,17 +104,15 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     bool needs_sampling_location,
     bool needs_weights,
     bool deterministic);
-}  // namespace cpu
 
-namespace cuda {
-Tensor deformable_aggregation(
+Tensor forward_cuda(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
     const Tensor& sampling_location,
     const Tensor& weights);
 
-std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& grad_output,
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
@@ -119,6 +123,5 @@ std::tuple<Tensor, Tensor, Tensor> deformable_aggregation_backward(
     bool needs_sampling_location,
     bool needs_weights,
     bool deterministic);
-}  // namespace cuda
 
-}  // namespace reimplementation
+}  // namespace reimplementation::aggregation

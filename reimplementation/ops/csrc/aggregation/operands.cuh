@@ -12,7 +12,9 @@
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::aggregation {
+
+using namespace cuda;
 
 template <typename T, typename W>
 struct Operands {
@@ -34,7 +36,7 @@ struct Operands {
 
 template <typename T, typename W>
 Operands<T, W> operands(
-    const DeformableAggregationSizes& sizes,
+    const Sizes& sizes,
     const Tensor& features,
     const LevelTable& levels,
     const Tensor& locations,
@@ -64,11 +66,11 @@ void set_team(Operands<T, W>& op, int channels, int lane_channels) {
 
 // Whether vectors of `vec` channels stay within a group and on their alignment.
 template <typename T>
-bool can_vectorize(const DeformableAggregationSizes& sizes, const Tensor& features, int vec) {
+bool can_vectorize(const Sizes& sizes, const Tensor& features, int vec) {
   return sizes.channels / sizes.num_groups % vec == 0 && is_aligned(features, vec * sizeof(T));
 }
 
-inline unsigned query_blocks(const DeformableAggregationSizes& sizes) {
+inline unsigned query_blocks(const Sizes& sizes) {
   STD_TORCH_CHECK(
       sizes.batch * sizes.num_queries <= INT_MAX,
       "bs * num_queries must be below 2^31; got ", sizes.batch, " * ", sizes.num_queries);
@@ -139,4 +141,4 @@ __device__ int compact_visible_pairs(
   return count;
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::aggregation

@@ -1,4 +1,4 @@
-// Multi-scale deformable attention on CUDA, backward; ms_deform_attn.cuh tells how threads map to data.
+// Multi-scale deformable attention on CUDA, backward; samples.cuh tells how threads map to data.
 //
 //   1. a warp's samples are staged as in the forward: corner weights times the attention weight, and rows;
 //   2. a unit's lanes walk its samples: gather the four corners, dot them with the gradient of the unit's output, and
@@ -14,17 +14,21 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
+#include <type_traits>
 
 #include "feature_gradient/feature_gradient.cuh"
 #include "attention/half_gradient.cuh"
 #include "attention/samples.cuh"
 #include "attention/value_gradient.cuh"
+#include "cuda/levels.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::attention {
+
+using feature_gradient::FeatureGradient;
+using feature_gradient::SampledOp;
+using feature_gradient::SampleSteps;
+
 namespace {
-
-using namespace msda;
 
 constexpr int SLOTS = 80;      // of footprints in a warp's shared memory: 16 samples of D = 32 channels' units
 constexpr int MIN_BLOCKS = 8;  // a multiprocessor's
@@ -271,73 +275,45 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_k
   }
 }
 
-template <int VEC, typename Sums, typename T, typename W>
-void launch_backward(
-    const MSDeformAttnSizes& sizes,
-    const Tensor& value,
-    const LevelTable& levels,
-    const Tensor& locations,
-    const Tensor& weights,
-    const Gradients<T, W>& gradients,
-    const Sums& sums,
-    cudaStream_t stream) {
-  const auto all = operands<T, W>(sizes, value, levels, locations, weights, VEC, SLOTS);
-  launch_parts(all, sizes.batch, [&](const Operands<T, W>& op, dim3 grid) {
-    ms_deform_attn_backward_kernel<T, W, VEC><<<grid, THREADS, 0, stream>>>(op, gradients, sums);
-    check_launch("ms_deform_attn_backward");
-  });
-}
+// A call that was checked.
+struct Call {
+  Sizes sizes;
+  LevelTable levels;
+  Tensor grad_output, value;  // contiguous
+  Tensor locations, weights;  // from with_short_steps
+  bool needs_locations, needs_weights;
+  cudaStream_t stream;
+  // Of no elements where not needed. Nobody allocates them before the value's gradient is under way: PyTorch may fill them.
+  Tensor grad_locations, grad_weights;
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
-    const Tensor& grad_output,
-    const Tensor& value,
-    const Tensor& spatial_shapes,
-    const Tensor& level_start_index,
-    const Tensor& sampling_locations,
-    const Tensor& attention_weights,
-    bool needs_value,
-    bool needs_sampling_locations,
-    bool needs_attention_weights,
-    bool deterministic,
-    bool half_sums) {
-  const auto sizes =
-      check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
-  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
-  STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the value's dtype");
-  check_same_device("grad_output", grad_output, value);
-  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-
-  const Tensor values = as_contiguous(value);
-  const Tensor grad = as_contiguous(grad_output);
-  const Tensor locations = with_short_strides(sampling_locations);
-  const Tensor weights = with_short_strides(attention_weights);
-  if (sizes.nothing_to_sample()) {
-    return {
-        zero_gradient_of(values, needs_value), zero_gradient_of(locations, needs_sampling_locations),
-        zero_gradient_of(weights, needs_attention_weights)};
+  bool needs_others() const {
+    return needs_locations || needs_weights;
   }
-  const Tensor shapes = readable_metadata(spatial_shapes, values);
-  const Tensor starts = readable_metadata(level_start_index, values);
-  const LevelTable levels = level_table(shapes, starts, sizes.num_values);
-  const cudaStream_t stream = current_stream(values.get_device_index());
-  const bool needs_others = needs_sampling_locations || needs_attention_weights;
-  // The value's gradient comes from tiles, from a kernel that adds rows up first, or from this file's along with the others:
-  // in half precision, or in wide sums.
-  const bool tiles = needs_value && deterministic;
-  const bool rows_first = needs_value && !deterministic && rows_are_shared(sizes);
-  const bool in_halves =
-      needs_value && !deterministic && !rows_first && half_sums && half_sums_suffice(sizes, values, grad);
-  const bool wide_sums = needs_value && !tiles && !rows_first && !in_halves;
-  Tensor grad_value = wide_sums || rows_first
-      ? allocate_zeros(
-            values, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(value))
-      : gradient_of(values, false);
-  std::optional<FeatureGradient> value_gradient;
-  std::optional<HalfGradient> half_gradient;
 
-  if (tiles) {
+  void allocate_others() {
+    grad_locations = gradient_of(locations, needs_locations);
+    grad_weights = gradient_of(weights, needs_weights);
+  }
+
+  template <typename T, typename W>
+  Gradients<T, W> gradients() const {
+    Gradients<T, W> gradients = {};
+    gradients.output = static_cast<const T*>(grad_output.const_data_ptr());
+    if (needs_locations) {
+      gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());
+      gradients.location_strides = Strides(grad_locations);
+    }
+    if (needs_weights) {
+      gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
+      gradients.weight_strides = Strides(grad_weights);
+    }
+    return gradients;
+  }
+
+  SampledOp sampled_op() const {
+    const auto steps = [](const Strides& of) -> SampleSteps {
+      return {of.batch, of.head, of.query, of.point, 0, of.level, of.axis};
+    };
     SampledOp op = {};
     op.batch = sizes.batch;
     op.heads = sizes.num_heads;
@@ -352,65 +328,168 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     op.level_table = levels;
     op.locations = locations;
     op.weights = weights;
-    auto strides = [](const Strides& of) -> SampleStrides {
-      return {of.batch, of.head, of.query, of.point, 0, of.level, of.axis};
-    };
-    op.location_strides = strides(Strides(locations));
-    op.weight_strides = strides(Strides(weights));
-    value_gradient.emplace(op, grad, values, deterministic, needs_others, stream);
-    grad_value = value_gradient->gradient();
+    op.location_steps = steps(Strides(locations));
+    op.weight_steps = steps(Strides(weights));
+    return op;
   }
-  if (in_halves) {
-    half_gradient.emplace(sizes, values, levels, locations, weights, stream);
-  }
-  // After that: PyTorch may fill them meanwhile.
-  Tensor grad_locations = gradient_of(locations, needs_sampling_locations);
-  Tensor grad_weights = gradient_of(weights, needs_attention_weights);
-  if (rows_first) {
-    add_value_gradient(sizes, grad, levels, locations, weights, grad_value, stream);
-  }
-  if (wide_sums || in_halves || needs_others) {
-    dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      using W = std::remove_pointer_t<decltype(w)>;
-      Gradients<T, W> gradients = {};
-      gradients.output = static_cast<const T*>(grad.const_data_ptr());
-      if (needs_sampling_locations) {
-        gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());
-        gradients.location_strides = Strides(grad_locations);
-      }
-      if (needs_attention_weights) {
-        gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
-        gradients.weight_strides = Strides(grad_weights);
-      }
-      auto launch_with = [&](auto vec, const auto& sums) {
-        constexpr int VEC = decltype(vec)::value;
-        if (can_vectorize<T>(sizes, values, VEC) && can_vectorize<T>(sizes, grad, VEC)) {
-          launch_backward<VEC>(sizes, values, levels, locations, weights, gradients, sums, stream);
-        } else {
-          launch_backward<1>(sizes, values, levels, locations, weights, gradients, sums, stream);
-        }
-      };
-      if constexpr (IS_HALF<T>) {
-        if (in_halves) {
-          launch_backward<HALF_VEC>(
-              sizes, values, levels, locations, weights, gradients, half_gradient->sums<T>(), stream);
-          grad_value = half_gradient->finish(stream);
-          return;
-        }
-      }
-      if (wide_sums) {
-        // Half values come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
-        using C = compute_t<T>;
-        launch_with(
-            std::integral_constant<int, sizeof(T) == 8 ? 2 : 4>(),
-            WideSums<C>{static_cast<C*>(grad_value.mutable_data_ptr())});
-      } else {
-        launch_with(std::integral_constant<int, 16 / sizeof(T)>(), NoSums());
-      }
-    });
-  }
-  return {as_type(grad_value, value.scalar_type()), grad_locations, grad_weights};
+};
+
+template <typename T, typename W, int VEC, typename Sums>
+void launch(const Call& call, const Sums& sums) {
+  const auto gradients = call.gradients<T, W>();
+  const auto all = operands<T, W>(call.sizes, call.value, call.levels, call.locations, call.weights, VEC, SLOTS);
+  launch_parts(all, call.sizes.batch, [&](const Operands<T, W>& op, dim3 grid) {
+    ms_deform_attn_backward_kernel<T, W, VEC><<<grid, THREADS, 0, call.stream>>>(op, gradients, sums);
+    check_launch("ms_deform_attn_backward");
+  });
 }
 
-}  // namespace reimplementation::cuda
+// With VEC channels a lane where the tensors let it, else with one.
+template <typename T, typename W, int VEC, typename Sums>
+void launch_with_vectors(const Call& call, const Sums& sums) {
+  if (can_vectorize<T>(call.sizes, call.value, VEC) && can_vectorize<T>(call.sizes, call.grad_output, VEC)) {
+    launch<T, W, VEC>(call, sums);
+  } else {
+    launch<T, W, 1>(call, sums);
+  }
+}
+
+// For the gradients of locations and weights alone.
+void launch_others(const Call& call) {
+  if (!call.needs_others()) {
+    return;
+  }
+  dispatch_types(call.value, call.weights, [&](auto* t, auto* w) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using W = std::remove_pointer_t<decltype(w)>;
+    launch_with_vectors<T, W, 16 / sizeof(T)>(call, NoSums());
+  });
+}
+
+// How the value's gradient comes about.
+enum class Strategy {
+  NONE,        // it is not needed
+  TILES,       // feature_gradient.cu: the same bits every time
+  ROWS_FIRST,  // value_gradient.cu adds up what meets in a row before it adds to the row
+  HALF_SUMS,   // this file's kernel adds, in half precision
+  WIDE_SUMS,   // this file's kernel adds, in the type that sums run in
+};
+
+Strategy strategy(const Call& call, bool needs_value, bool deterministic, bool half_sums) {
+  if (!needs_value) {
+    return Strategy::NONE;
+  }
+  if (deterministic) {
+    return Strategy::TILES;
+  }
+  if (rows_are_shared(call.sizes)) {
+    return Strategy::ROWS_FIRST;
+  }
+  return half_sums && half_sums_suffice(call.sizes, call.value, call.grad_output) ? Strategy::HALF_SUMS
+                                                                                 : Strategy::WIDE_SUMS;
+}
+
+// Each of these computes all gradients, and returns the value's.
+Tensor without_value(Call& call) {
+  call.allocate_others();
+  launch_others(call);
+  return gradient_of(call.value, false);
+}
+
+Tensor by_tiles(Call& call) {
+  FeatureGradient gradient(call.sampled_op(), call.grad_output, call.value, true, call.needs_others(), call.stream);
+  call.allocate_others();
+  launch_others(call);
+  return gradient.finish();
+}
+
+Tensor wide_zeros(const Call& call) {
+  const Sizes& sizes = call.sizes;
+  return allocate_zeros(
+      call.value, {sizes.batch, sizes.num_values, sizes.num_heads, sizes.channels}, compute_type(call.value));
+}
+
+Tensor by_rows_first(Call& call) {
+  const Tensor gradient = wide_zeros(call);
+  call.allocate_others();
+  add_value_gradient(call.sizes, call.grad_output, call.levels, call.locations, call.weights, gradient, call.stream);
+  launch_others(call);
+  return as_type(gradient, call.value.scalar_type());
+}
+
+Tensor by_half_sums(Call& call) {
+  const HalfGradient gradient(call.sizes, call.value, call.levels, call.locations, call.weights, call.stream);
+  call.allocate_others();
+  dispatch_halves(call.value, call.weights, [&](auto* t, auto* w) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using W = std::remove_pointer_t<decltype(w)>;
+    launch<T, W, HALF_VEC>(call, gradient.sums<T>());
+  });
+  return gradient.finish(call.stream);
+}
+
+Tensor by_wide_sums(Call& call) {
+  const Tensor gradient = wide_zeros(call);
+  call.allocate_others();
+  dispatch_types(call.value, call.weights, [&](auto* t, auto* w) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using W = std::remove_pointer_t<decltype(w)>;
+    using C = compute_t<T>;
+    // Half values come 8 bytes a lane, so that the float32 atomics of neighbouring lanes are neighbours.
+    constexpr int VEC = sizeof(T) == 8 ? 2 : 4;
+    launch_with_vectors<T, W, VEC>(call, WideSums<C>{static_cast<C*>(gradient.mutable_data_ptr())});
+  });
+  return as_type(gradient, call.value.scalar_type());
+}
+
+Tensor run(Call& call, Strategy strategy) {
+  switch (strategy) {
+    case Strategy::TILES:
+      return by_tiles(call);
+    case Strategy::ROWS_FIRST:
+      return by_rows_first(call);
+    case Strategy::HALF_SUMS:
+      return by_half_sums(call);
+    case Strategy::WIDE_SUMS:
+      return by_wide_sums(call);
+    default:
+      return without_value(call);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor& grad_output,
+    const Tensor& value,
+    const Tensor& spatial_shapes,
+    const Tensor& level_start_index,
+    const Tensor& sampling_locations,
+    const Tensor& attention_weights,
+    bool needs_value,
+    bool needs_sampling_locations,
+    bool needs_attention_weights,
+    bool deterministic,
+    bool half_sums) {
+  const auto sizes = check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  check_gradient(grad_output, value, sizes);
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+
+  const Tensor values = as_contiguous(value);
+  const Tensor locations = with_short_steps(sampling_locations);
+  const Tensor weights = with_short_steps(attention_weights);
+  if (sizes.nothing_to_sample()) {
+    return {
+        zero_gradient_of(values, needs_value), zero_gradient_of(locations, needs_sampling_locations),
+        zero_gradient_of(weights, needs_attention_weights)};
+  }
+  const cudaStream_t stream = current_stream(values.get_device_index());
+  const DeviceLevels levels(spatial_shapes, level_start_index, values, sizes.num_values, stream);
+  Call call = {
+      sizes, levels.table(), as_contiguous(grad_output), values, locations, weights, needs_sampling_locations,
+      needs_attention_weights, stream};
+  const Tensor grad_value = run(call, strategy(call, needs_value, deterministic, half_sums));
+  return {grad_value, call.grad_locations, call.grad_weights};
+}
+
+}  // namespace reimplementation::attention

@@ -27,7 +27,10 @@
 #include "cpu/rows.h"
 #include "cpu/vector.h"
 
-namespace reimplementation::cpu {
+namespace reimplementation::attention {
+
+using namespace cpu;
+
 namespace {
 
 // How many samples make a block: a constant, and a multiple of the lanes of any vector.
@@ -111,7 +114,7 @@ template <typename Feature, typename Weight>
 struct Operands {
   using T = Compute<Feature>;
 
-  MSDeformAttnSizes sizes;
+  Sizes sizes;
   SampleLevels<T> levels;
   const Feature* value;  // (batch, num_values, num_heads, channels)
   SampleView<const T, 6> location;
@@ -240,7 +243,7 @@ struct Forward {
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
-    const MSDeformAttnSizes& sizes = operands.sizes;
+    const Sizes& sizes = operands.sizes;
     Block<T, lanes> block;
     std::vector<T> sum(sizes.channels);
 
@@ -273,7 +276,7 @@ struct BackwardOfSamples {
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
-    const MSDeformAttnSizes& sizes = operands.sizes;
+    const Sizes& sizes = operands.sizes;
     Block<T, lanes> block;
 
     for (int64_t i = begin; i < end; ++i) {
@@ -386,7 +389,7 @@ struct BackwardOfValue {
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
-    const MSDeformAttnSizes& sizes = operands.sizes;
+    const Sizes& sizes = operands.sizes;
     Block<T, lanes> block;
     std::vector<T> sums(sizes.num_values * slice_channels);  // a row of the slice after the other
 
@@ -414,13 +417,13 @@ struct BackwardOfValue {
 };
 
 // About how many multiplications a query takes.
-int64_t work_of_query(const MSDeformAttnSizes& sizes) {
+int64_t work_of_query(const Sizes& sizes) {
   return sizes.num_heads * sizes.num_levels * sizes.num_points * sizes.channels;
 }
 
 template <typename Feature, typename Weight>
 void forward(const Operands<Feature, Weight>& operands, const Tensor& output) {
-  const MSDeformAttnSizes& sizes = operands.sizes;
+  const Sizes& sizes = operands.sizes;
   const Forward<Feature, Weight> kernel{operands, static_cast<Feature*>(output.mutable_data_ptr())};
   parallel_run(kernel, sizes.batch * sizes.num_queries, items_per_thread(work_of_query(sizes)));
 }
@@ -432,7 +435,7 @@ void backward_of_samples(
     const Tensor& grad_location,
     const Tensor& grad_attention) {
   using T = Compute<Feature>;
-  const MSDeformAttnSizes& sizes = operands.sizes;
+  const Sizes& sizes = operands.sizes;
   BackwardOfSamples<Feature, Weight> kernel{operands, static_cast<const T*>(grad_output.const_data_ptr()), {}, {}};
   if (grad_location.numel() > 0) {
     kernel.grad_location.emplace(grad_location);
@@ -446,7 +449,7 @@ void backward_of_samples(
 template <typename Feature, typename Weight>
 void backward_of_value(
     const Operands<Feature, Weight>& operands, const Tensor& grad_output, const Tensor& grad_value) {
-  const MSDeformAttnSizes& sizes = operands.sizes;
+  const Sizes& sizes = operands.sizes;
   const int64_t threads = torch::stable::get_num_threads();
   BackwardOfValue<Feature, Weight> kernel{
       operands,
@@ -464,7 +467,7 @@ void backward_of_value(
 // Calls `function` with the operands in their types.
 template <typename Function>
 void with_operands(
-    const MSDeformAttnSizes& sizes,
+    const Sizes& sizes,
     const std::vector<Level>& levels,
     const Tensor& value,
     const Tensor& sampling_locations,
@@ -485,15 +488,14 @@ void with_operands(
 
 }  // namespace
 
-Tensor ms_deform_attn(
+Tensor forward_cpu(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
     const Tensor& sampling_locations,
     const Tensor& attention_weights) {
-  const MSDeformAttnSizes sizes =
-      check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
-  const std::vector<Level> levels = read_levels(spatial_shapes, level_start_index, value, sizes.num_values);
+  const Sizes sizes = check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  const std::vector<Level> levels = read_levels(spatial_shapes, level_start_index, sizes.num_values);
   const auto output_size = {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels};
   if (sizes.nothing_to_sample()) {
     return allocate_zeros(value, output_size);
@@ -506,7 +508,7 @@ Tensor ms_deform_attn(
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& grad_output,
     const Tensor& value,
     const Tensor& spatial_shapes,
@@ -518,12 +520,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_attention_weights,
     bool /*deterministic*/,
     bool /*half_sums*/) {
-  const MSDeformAttnSizes sizes =
-      check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
-  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
-  check_same_device("grad_output", grad_output, value);
-  STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the dtype of value");
-  const std::vector<Level> levels = read_levels(spatial_shapes, level_start_index, value, sizes.num_values);
+  const Sizes sizes = check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  check_gradient(grad_output, value, sizes);
+  const std::vector<Level> levels = read_levels(spatial_shapes, level_start_index, sizes.num_values);
 
   const Tensor rows = as_contiguous(value);
   Tensor grad_value = gradient_of(rows, needs_value);
@@ -548,4 +547,4 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   return {grad_value, grad_location, grad_attention};
 }
 
-}  // namespace reimplementation::cpu
+}  // namespace reimplementation::attention

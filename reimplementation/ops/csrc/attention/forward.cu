@@ -1,4 +1,4 @@
-// Multi-scale deformable attention on CUDA, forward; ms_deform_attn.cuh tells how threads map to data.
+// Multi-scale deformable attention on CUDA, forward; samples.cuh tells how threads map to data.
 //
 // Corner weights are staged with the attention weight in them, so a unit's lanes do one broadcast read of weights, one of
 // rows, and one gather per corner; sums stay in registers and are written once, the same bits every time. What remains is
@@ -8,11 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "attention/samples.cuh"
+#include "cuda/levels.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::attention {
 namespace {
-
-using namespace msda;
 
 constexpr int MIN_BLOCKS = 8;  // a multiprocessor's
 
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_forward(
 
 template <typename T, typename W, int VEC, int IN_FLIGHT>
 void launch_forward(
-    const MSDeformAttnSizes& sizes,
+    const Sizes& sizes,
     const Tensor& value,
     const LevelTable& levels,
     const Tensor& locations,
@@ -125,14 +124,14 @@ void launch_forward(
 
 }  // namespace
 
-Tensor ms_deform_attn(
+Tensor forward_cuda(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
     const Tensor& sampling_locations,
     const Tensor& attention_weights) {
   const auto sizes =
-      check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+      check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const std::initializer_list<int64_t> output_shape = {
       sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels};
@@ -140,25 +139,23 @@ Tensor ms_deform_attn(
     return allocate_zeros(value, output_shape);
   }
   const Tensor values = as_contiguous(value);
-  const Tensor shapes = readable_metadata(spatial_shapes, values);
-  const Tensor starts = readable_metadata(level_start_index, values);
-  const LevelTable levels = level_table(shapes, starts, sizes.num_values);
-  const Tensor locations = with_short_strides(sampling_locations);
-  const Tensor weights = with_short_strides(attention_weights);
+  const Tensor locations = with_short_steps(sampling_locations);
+  const Tensor weights = with_short_steps(attention_weights);
   const Tensor output = allocate(values, output_shape);
   const cudaStream_t stream = current_stream(values.get_device_index());
+  const DeviceLevels levels(spatial_shapes, level_start_index, values, sizes.num_values, stream);
 
   dispatch_types(values, attention_weights, [&](auto* t, auto* w) {
     using T = std::remove_pointer_t<decltype(t)>;
     using W = std::remove_pointer_t<decltype(w)>;
     constexpr int VEC = 16 / sizeof(T);
     if (can_vectorize<T>(sizes, values, VEC)) {
-      launch_forward<T, W, VEC, 2>(sizes, values, levels, locations, weights, output, stream);
+      launch_forward<T, W, VEC, 2>(sizes, values, levels.table(), locations, weights, output, stream);
     } else {
-      launch_forward<T, W, 1, 4>(sizes, values, levels, locations, weights, output, stream);
+      launch_forward<T, W, 1, 4>(sizes, values, levels.table(), locations, weights, output, stream);
     }
   });
   return output;
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::attention

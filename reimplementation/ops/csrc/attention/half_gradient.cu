@@ -9,7 +9,7 @@
 
 #include "cuda/corners.cuh"
 
-namespace reimplementation::cuda::msda {
+namespace reimplementation::attention {
 namespace {
 
 constexpr unsigned NO_ROW = ~0u;
@@ -119,11 +119,11 @@ __global__ void __launch_bounds__(THREADS) round_crowds(
   }
 }
 
-int64_t num_rows(const MSDeformAttnSizes& sizes) {
+int64_t num_rows(const Sizes& sizes) {
   return sizes.batch * sizes.num_values * sizes.num_heads;
 }
 
-int64_t num_samples(const MSDeformAttnSizes& sizes) {
+int64_t num_samples(const Sizes& sizes) {
   return sizes.batch * sizes.num_queries * sizes.num_heads * sizes.num_levels * sizes.num_points;
 }
 
@@ -140,19 +140,9 @@ Operands<T, W> one_thread_a_sample(Operands<T, W> op) {
   return op;
 }
 
-// Calls `body` with a null T* and a null W*, of which T is a half dtype.
-template <typename Body>
-void dispatch_halves(const Tensor& value, const Tensor& weights, Body body) {
-  dispatch_types(value, weights, [&](auto* t, auto* w) {
-    if constexpr (IS_HALF<std::remove_pointer_t<decltype(t)>>) {
-      body(t, w);
-    }
-  });
-}
-
 }  // namespace
 
-bool half_sums_suffice(const MSDeformAttnSizes& sizes, const Tensor& value, const Tensor& grad_output) {
+bool half_sums_suffice(const Sizes& sizes, const Tensor& value, const Tensor& grad_output) {
   // The major compute capability from which on they are added eight at a time. Code for an older one adds pairs: right, and slower.
   constexpr int ATOMICS_OF_HALVES = 9;
   // As often may a row be added to on average: with more, too many are crowded.
@@ -165,7 +155,7 @@ bool half_sums_suffice(const MSDeformAttnSizes& sizes, const Tensor& value, cons
 }
 
 HalfGradient::HalfGradient(
-    const MSDeformAttnSizes& sizes,
+    const Sizes& sizes,
     const Tensor& value,
     const LevelTable& levels,
     const Tensor& locations,
@@ -215,4 +205,4 @@ Tensor HalfGradient::finish(cudaStream_t stream) const {
   return gradient_;
 }
 
-}  // namespace reimplementation::cuda::msda
+}  // namespace reimplementation::attention

@@ -13,7 +13,7 @@
 
 #include "attention/samples.cuh"
 
-namespace reimplementation::cuda::msda {
+namespace reimplementation::attention {
 
 template <typename T>
 constexpr bool IS_HALF = sizeof(T) == 2;
@@ -79,15 +79,25 @@ struct HalfSums {
   }
 };
 
-// Whether it is possible, and worth while. Of 900 queries' rows each is added to three times on average.
-bool half_sums_suffice(const MSDeformAttnSizes& sizes, const Tensor& value, const Tensor& grad_output);
+// Calls `body` with a null T* and a null W*, of which T is a half dtype.
+template <typename Body>
+void dispatch_halves(const Tensor& value, const Tensor& weights, Body body) {
+  dispatch_types(value, weights, [&](auto* t, auto* w) {
+    if constexpr (IS_HALF<std::remove_pointer_t<decltype(t)>>) {
+      body(t, w);
+    }
+  });
+}
 
-// The gradient while it is added to. The tensors of samples are from `with_short_strides`.
+// Whether it is possible, and worth while. Of 900 queries' rows each is added to three times on average.
+bool half_sums_suffice(const Sizes& sizes, const Tensor& value, const Tensor& grad_output);
+
+// The gradient while it is added to. The tensors of samples are from `with_short_steps`.
 class HalfGradient {
  public:
   // Zeroes it, and counts samples.
   HalfGradient(
-      const MSDeformAttnSizes& sizes,
+      const Sizes& sizes,
       const Tensor& value,
       const LevelTable& levels,
       const Tensor& locations,
@@ -110,4 +120,4 @@ class HalfGradient {
   int pitch_;
 };
 
-}  // namespace reimplementation::cuda::msda
+}  // namespace reimplementation::attention

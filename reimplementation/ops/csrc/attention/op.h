@@ -10,11 +10,11 @@
 #include "shared/checks.h"
 #include "shared/levels.h"
 
-namespace reimplementation {
+namespace reimplementation::attention {
 
 using torch::stable::Tensor;
 
-struct MSDeformAttnSizes {
+struct Sizes {
   int64_t batch, num_values, num_heads, channels;  // value: N, S, M, D
   int64_t num_levels;                              // L
   int64_t num_queries, num_points;                 // Lq, P
@@ -25,7 +25,7 @@ struct MSDeformAttnSizes {
   }
 };
 
-inline MSDeformAttnSizes check_ms_deform_attn(
+inline Sizes check(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
@@ -35,7 +35,7 @@ inline MSDeformAttnSizes check_ms_deform_attn(
   check_dim("spatial_shapes", spatial_shapes, 2);
   check_dim("sampling_locations", sampling_locations, 6);
 
-  const MSDeformAttnSizes sizes{
+  const Sizes sizes{
       value.size(0),
       value.size(1),
       value.size(2),
@@ -74,19 +74,24 @@ inline MSDeformAttnSizes check_ms_deform_attn(
   return sizes;
 }
 
+inline void check_gradient(const Tensor& grad_output, const Tensor& value, const Sizes& sizes) {
+  check_shape("grad_output", grad_output, {sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels});
+  STD_TORCH_CHECK(grad_output.scalar_type() == value.scalar_type(), "grad_output must have the value's dtype");
+  check_same_device("grad_output", grad_output, value);
+}
+
 // One implementation per device; the CPU's backward gives the same bits every time, asked for or not, and its sums are never
 // in half precision. Where `half_sums`, the value's gradient may be summed in the value's own dtype, where few samples meet in
 // a row; else all sums are float32, or float64. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes back with no elements; the gradient of
 // value is contiguous, those of locations and weights have their operand's strides where those are dense.
-namespace cpu {
-Tensor ms_deform_attn(
+Tensor forward_cpu(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
     const Tensor& sampling_locations,
     const Tensor& attention_weights);
 
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& grad_output,
     const Tensor& value,
     const Tensor& spatial_shapes,
@@ -98,17 +103,15 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_attention_weights,
     bool deterministic,
     bool half_sums);
-}  // namespace cpu
 
-namespace cuda {
-Tensor ms_deform_attn(
+Tensor forward_cuda(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
     const Tensor& sampling_locations,
     const Tensor& attention_weights);
 
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& grad_output,
     const Tensor& value,
     const Tensor& spatial_shapes,
@@ -120,6 +123,5 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool needs_attention_weights,
     bool deterministic,
     bool half_sums);
-}  // namespace cuda
 
-}  // namespace reimplementation
+}  // namespace reimplementation::attention

@@ -27,7 +27,9 @@
 #include "attention/op.h"
 #include "cuda/vector.cuh"
 
-namespace reimplementation::cuda::msda {
+namespace reimplementation::attention {
+
+using namespace cuda;
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
@@ -83,15 +85,13 @@ struct Strides {
   int query, head, level, point, axis;
 
   Strides() = default;
-  explicit Strides(const Tensor& tensor)  // from with_short_strides
-      : batch(tensor.stride(0)),
-        query(static_cast<int>(tensor.stride(1))),
-        head(static_cast<int>(tensor.stride(2))),
-        level(static_cast<int>(tensor.stride(3))),
-        point(static_cast<int>(tensor.stride(4))),
-        axis(tensor.dim() > 5 ? static_cast<int>(tensor.stride(5)) : 0) {
-    STD_TORCH_CHECK(tensor.stride(1) <= INT_MAX, "M * L * P must be below 2^30");
-  }
+  explicit Strides(const Tensor& tensor)  // from with_short_steps
+      : batch(step(tensor, 0)),
+        query(short_step(tensor, 1)),
+        head(short_step(tensor, 2)),
+        level(short_step(tensor, 3)),
+        point(short_step(tensor, 4)),
+        axis(tensor.dim() > 5 ? short_step(tensor, 5) : 0) {}
 
   __device__ int64_t offset(int of_query, int of_head) const {
     return static_cast<int64_t>(of_query) * query + static_cast<int64_t>(of_head) * head;
@@ -265,7 +265,7 @@ __device__ __forceinline__ void stage(
 
 // Fill in what the kernels' operands have in common: sizes; where samples lie, and what they weigh.
 template <typename Operands>
-void set_sizes(Operands& op, const MSDeformAttnSizes& sizes) {
+void set_sizes(Operands& op, const Sizes& sizes) {
   // The last block numbers queries beyond the last one, and must not run out of numbers.
   STD_TORCH_CHECK(sizes.num_queries <= INT_MAX - 256, "Lq must be below 2^31 - 256, got ", sizes.num_queries);
   op.num_queries = static_cast<int>(sizes.num_queries);
@@ -285,7 +285,7 @@ void set_samples(Operands& op, const LevelTable& levels, const Tensor& locations
 }
 
 // For lanes of `vec` channels of so many bytes each, and warps that stage `slots` samples.
-inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes, int slots, int32_t device) {
+inline Problem divide(const Sizes& sizes, int vec, int element_bytes, int slots, int32_t device) {
   Problem op = {};
   set_sizes(op, sizes);
   op.samples = op.num_levels * op.num_points;
@@ -309,7 +309,7 @@ inline Problem divide(const MSDeformAttnSizes& sizes, int vec, int element_bytes
 
 template <typename T, typename W>
 Operands<T, W> operands(
-    const MSDeformAttnSizes& sizes,
+    const Sizes& sizes,
     const Tensor& value,
     const LevelTable& levels,
     const Tensor& locations,
@@ -339,8 +339,8 @@ void launch_parts(Op op, int64_t num_images, Launch launch) {
 }
 
 template <typename T>
-bool can_vectorize(const MSDeformAttnSizes& sizes, const Tensor& tensor, int vec) {
+bool can_vectorize(const Sizes& sizes, const Tensor& tensor, int vec) {
   return sizes.channels % vec == 0 && is_aligned(tensor, vec * sizeof(T));
 }
 
-}  // namespace reimplementation::cuda::msda
+}  // namespace reimplementation::attention

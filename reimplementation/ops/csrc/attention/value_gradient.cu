@@ -21,7 +21,7 @@
 #include "cuda/divisor.cuh"
 #include "cuda/vector.cuh"
 
-namespace reimplementation::cuda::msda {
+namespace reimplementation::attention {
 namespace {
 
 constexpr int SAMPLES_A_THREAD = 2;
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(Block<compute_t<T>>::THREADS, Block<compute_t<
 }  // namespace
 
 void add_value_gradient(
-    const MSDeformAttnSizes& sizes,
+    const Sizes& sizes,
     const Tensor& grad_output,
     const LevelTable& levels,
     const Tensor& locations,
@@ -399,4 +399,4 @@ void add_value_gradient(
   });
 }
 
-}  // namespace reimplementation::cuda::msda
+}  // namespace reimplementation::attention

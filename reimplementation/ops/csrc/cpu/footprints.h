@@ -1,4 +1,4 @@
-// The bilinear footprints of many sampling locations at once: common/footprint.h, lane by lane.
+// The bilinear footprints of many sampling locations at once: shared/footprint.h, lane by lane.
 #pragma once
 
 #include <cstdint>

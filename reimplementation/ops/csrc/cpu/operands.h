@@ -53,10 +53,9 @@ class View {
 };
 
 // The metadata of a call that was checked.
-inline std::vector<Level> read_levels(
-    const Tensor& shapes, const Tensor& starts, const Tensor& features, int64_t num_rows) {
-  const Tensor readable_shapes = readable_metadata(shapes, features);
-  const Tensor readable_starts = readable_metadata(starts, features);
+inline std::vector<Level> read_levels(const Tensor& shapes, const Tensor& starts, int64_t num_rows) {
+  const Tensor readable_shapes = readable_metadata(shapes);
+  const Tensor readable_starts = readable_metadata(starts);
   const LevelTable table = level_table(readable_shapes, readable_starts, num_rows);
   std::vector<Level> levels(starts.numel());
   for (size_t i = 0; i < levels.size(); ++i) {

@@ -36,16 +36,19 @@ inline cudaStream_t current_stream(int32_t device_index) {
 
 constexpr int64_t MOST_BLOCKS = 65535;  // of a grid, along y and along z
 
-inline int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "device ", device, " does not tell its sizes: ", cudaGetErrorString(error));
-  return value;
+inline void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, kernel, " could not be launched: ", cudaGetErrorString(error));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "a GPU does not tell its sizes");
+  return value;
 }
 
 // Calls `body` with a null T* and a null W* of the features' and the weights' types.
@@ -78,10 +81,26 @@ inline void copy_strides(const Tensor& tensor, int64_t* strides) {
   }
 }
 
-// The tensor itself, or a copy of it where the strides of some inner dimension are beyond 32 bits.
-inline Tensor with_short_strides(const Tensor& tensor) {
-  for (int64_t i = 1; i < tensor.dim(); ++i) {
-    if (tensor.stride(i) > INT_MAX) {
+// Elements from one index of a dimension to the next. Where there is one index alone, a stride means nothing, and may be any.
+inline int64_t step(const Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) > 1 ? tensor.stride(dim) : 0;
+}
+
+// The same in 32 bits.
+inline int short_step(int64_t step) {
+  STD_TORCH_CHECK(step <= INT_MAX, "too large: neighbours along an inner dimension are ", step, " elements apart, more than 2^31");
+  return static_cast<int>(step);
+}
+
+inline int short_step(const Tensor& tensor, int64_t dim) {
+  return short_step(step(tensor, dim));
+}
+
+// The tensor itself, or a contiguous copy of it where steps along some inner dimension are beyond 32 bits. In a tensor of so
+// many elements they still may be.
+inline Tensor with_short_steps(const Tensor& tensor) {
+  for (int64_t dim = 1; dim < tensor.dim(); ++dim) {
+    if (step(tensor, dim) > INT_MAX) {
       return as_contiguous(tensor);
     }
   }

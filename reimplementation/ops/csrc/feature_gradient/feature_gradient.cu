@@ -14,7 +14,7 @@
 //      ranks, and sums over the counts their order; where bits must repeat, samples of a key are ordered by number;
 //   2. one thread per tile lists it, with the four ranges, while samples are put in order. *Crowded* tiles go to a block of
 //      several warps, which share the samples out; of others each team takes one of its own, beside the crowded ones
-//      (feature_tiles.cuh has both steps, and what becomes of pixels that are no tile's own);
+//      (tiles.cuh has both steps, and what becomes of pixels that are no tile's own);
 //   3. teams walk their samples, as many at a time as they have lanes: each lane turns one location into corner weights and
 //      pixels of the tile, then all lanes read one sample's row of the output's gradient after the other. Samples with
 //      the same anchor come one after the other, and add up in registers; another anchor has its four sums fetched from
@@ -31,23 +31,16 @@
 #include <climits>
 #include <optional>
 
-#include "feature_gradient/tiles.cuh"
 #include "feature_gradient/prefix_sums.cuh"
+#include "feature_gradient/tiles.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::feature_gradient {
 namespace {
-
-using namespace tiles;
 
 constexpr int ELSEWHERE = PIXELS;  // where the sums for pixels of other tiles go, and for those outside the level
 constexpr int IN_FLIGHT = 4;       // rows of the output's gradient under way together
-constexpr int WARPS_AT_ONCE = 16;  // of step 3 on a multiprocessor, which has registers for so many
 constexpr int BLOCKS_AT_ONCE = 8;  // on a multiprocessor of kernels with a fixed number of them
-constexpr int LEAST_CROWDED = 64;  // samples from which several warps share a tile, if there is too little work for all
-constexpr int MOST_CROWDED = 256;  // the same, if there is enough
-constexpr unsigned MOST_COUNTED = 1u << 19;        // samples: counting the smaller ones ends soon, wherever they fall
-constexpr int64_t MOST_MERGED = int64_t{1} << 23;  // samples of several batch elements: merging runs ends soon too
-constexpr int64_t WORKSPACE = int64_t{1} << 30;  // bytes; larger batches are taken in parts
+constexpr unsigned MOST_COUNTED = 1u << 19;  // samples: counting the smaller ones ends soon, wherever they fall
 
 // Channels that a lane takes where there are many.
 template <typename T>
@@ -65,6 +58,30 @@ struct Sums {
 };
 
 constexpr unsigned ALL_ELSEWHERE = ELSEWHERE * 0x01010101u;
+
+// Of a location in a tile's level: what each corner weighs, and its pixel of the tile, a byte each.
+template <typename C>
+__device__ __forceinline__ void place_corners(
+    const Tile& tile, int width, int height, C location_x, C location_y, bool exists, Four<C>& corners, unsigned& pixels) {
+  const auto x = bilinear_axis(pixel_position(location_x, width), width);
+  const auto y = bilinear_axis(pixel_position(location_y, height), height);
+  corners = corner_weights(x, y);
+  unsigned in_row[2], row[2];
+  bool column_here[2], row_here[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    in_row[i] = x.index[i] - tile.x;
+    row[i] = y.index[i] - tile.y;
+    column_here[i] = x.slope[i] != 0 && in_row[i] < TILE_WIDTH;
+    row_here[i] = exists && y.slope[i] != 0 && row[i] < TILE_HEIGHT;
+  }
+  pixels = 0;
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    const bool here = column_here[corner % 2] && row_here[corner / 2];
+    pixels |= (here ? row[corner / 2] * TILE_WIDTH + in_row[corner % 2] : ELSEWHERE) << 8 * corner;
+  }
+}
 
 // A team adds samples first, ..., end - 1 of a tile to its sums; no team of the warp has more than `most`. Each lane prepares
 // one sample at a time; while a team adds these, the next ones' operands and the output's gradients are on their way.
@@ -108,26 +125,12 @@ __device__ __forceinline__ void add_samples(
     }
   };
   auto finish = [&](int buffer, bool exists) {
-    const auto x = bilinear_axis(pixel_position(location_x, width), width);
-    const auto y = bilinear_axis(pixel_position(location_y, height), height);
-    Four<C> corners = corner_weights(x, y);
-    unsigned in_row[2], row[2];
-    bool column_here[2], row_here[2];
+    Four<C> corners;
+    unsigned pixels;
+    place_corners(tile, width, height, location_x, location_y, exists, corners, pixels);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      in_row[i] = x.index[i] - tile.x;
-      row[i] = y.index[i] - tile.y;
-      column_here[i] = x.slope[i] != 0 && in_row[i] < TILE_WIDTH;
-      row_here[i] = exists && y.slope[i] != 0 && row[i] < TILE_HEIGHT;
-    }
-    unsigned pixels = 0;
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      if (ONE_GROUP) {
-        corners[corner] *= to_compute(weight);
-      }
-      const bool here = column_here[corner % 2] && row_here[corner / 2];
-      pixels |= (here ? row[corner / 2] * TILE_WIDTH + in_row[corner % 2] : ELSEWHERE) << 8 * corner;
+    for (int corner = 0; ONE_GROUP && corner < 4; ++corner) {
+      corners[corner] *= to_compute(weight);
     }
     sums.corner_weights[buffer][lane] = corners;
     sums.corner_pixels[buffer][lane] = pixels;
@@ -218,6 +221,46 @@ __device__ __forceinline__ void add_samples(
   put_down();
 }
 
+// A team writes its share of a tile's pixels, from what `teams` of them have added up for the tile.
+template <typename T, typename W, int VEC, bool ONE_GROUP>
+__device__ __forceinline__ void write_tile(
+    const Part<T, W>& part,
+    const Tile& tile,
+    int samples,
+    int team,
+    int teams,
+    int in_team,
+    int channel,
+    bool crowded,
+    Sums<compute_t<T>, VEC, ONE_GROUP>* const sums) {
+  using C = compute_t<T>;
+  const Span span = part.spans[tile.level];
+  T* const gradients = part.grad_features + part.image_offset(tile.image, part.feature_strides) + channel;
+#pragma unroll 2
+  for (int pixel = team; pixel < PIXELS; pixel += teams) {
+    const int x = tile.x + pixel % TILE_WIDTH, y = tile.y + pixel / TILE_WIDTH;
+    if (x >= span.width || y >= span.height) {
+      continue;
+    }
+    T* gradient = gradients + static_cast<int64_t>(span.start + y * span.width + x) * part.feature_row;
+    Vector<C, VEC> total = {};
+    for (int t = 0; t < teams && samples > 0; ++t) {
+      const int thread = crowded ? (t << part.log2_lanes) + in_team : threadIdx.x;
+      const Vector<C, VEC> term = sums[thread / WARP].pixels[pixel][thread % WARP];
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        total.values[v] += term[v];
+      }
+    }
+    Vector<T, VEC> rounded;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      rounded.values[v] = from_compute<T>(total[v] + (part.add ? to_compute(gradient[v]) : C(0)));
+    }
+    *reinterpret_cast<Vector<T, VEC>*>(gradient) = rounded;
+  }
+}
+
 // Step 3. A block takes units as it gets to them: of crowded tiles one, which its teams share, of others one a team; and a
 // slice of the channels.
 template <typename T, typename W, int VEC, bool ONE_GROUP>
@@ -227,18 +270,18 @@ __global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
   extern __shared__ __align__(32) char memory[];
   auto* const sums = reinterpret_cast<Sums<C, VEC, ONE_GROUP>*>(memory);
   __shared__ unsigned taken;
-  Plan& plan = *part.plan;
+  Findings& found = *part.found;
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int in_team = lane & ((1 << part.log2_lanes) - 1);
   const int block_team = threadIdx.x >> part.log2_lanes, block_teams = blockDim.x >> part.log2_lanes;
   // Of a tile, and how many tiles the block works on.
   const int team = crowded ? block_team : 0, teams = crowded ? block_teams : 1, at_once = crowded ? 1 : block_teams;
-  const unsigned tiles = plan.overlap ? 0 : crowded ? plan.very_crowded + plan.crowded : plan.light;
+  const unsigned tiles = found.overlap ? 0 : crowded ? found.very_crowded + found.crowded : found.light;
   const unsigned units = (tiles + at_once - 1) / at_once * part.slices.divisor;
   for (unsigned unit = blockIdx.x; unit < units;) {
     unsigned next = 0;
     if (threadIdx.x == 0) {
-      next = gridDim.x + atomicAdd(crowded ? &plan.next_crowded : &plan.next_light, 1);
+      next = gridDim.x + atomicAdd(crowded ? &found.next_crowded : &found.next_light, 1);
     }
     unsigned first_entry = unit;
     const int slice = part.slices.split(first_entry);
@@ -246,7 +289,7 @@ __global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
     const unsigned entry = min(first_entry * at_once + (crowded ? 0 : block_team), tiles - 1);
     const bool exists = crowded || first_entry * at_once + block_team < tiles;
     const Tile tile = crowded
-        ? part.crowded[entry < plan.very_crowded ? entry : part.most_crowded - 1 - (entry - plan.very_crowded)]
+        ? part.crowded[entry < found.very_crowded ? entry : part.most_crowded - 1 - (entry - found.very_crowded)]
         : part.light[entry];
     const int samples = tile.samples();
     const int share = crowded ? (samples + teams - 1) / teams : samples;
@@ -264,31 +307,7 @@ __global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
     }
     __syncthreads();
     if (exists && channel < part.channels && (samples > 0 || !part.add)) {
-      const Span span = part.spans[tile.level];
-      T* const gradients = part.grad_features + part.image_offset(tile.image, part.feature_strides) + channel;
-#pragma unroll 2
-      for (int pixel = team; pixel < PIXELS; pixel += teams) {
-        const int x = tile.x + pixel % TILE_WIDTH, y = tile.y + pixel / TILE_WIDTH;
-        if (x >= span.width || y >= span.height) {
-          continue;
-        }
-        T* gradient = gradients + static_cast<int64_t>(span.start + y * span.width + x) * part.feature_row;
-        Vector<C, VEC> total = {};
-        for (int t = 0; t < teams && samples > 0; ++t) {
-          const int thread = crowded ? (t << part.log2_lanes) + in_team : threadIdx.x;
-          const Vector<C, VEC> term = sums[thread / WARP].pixels[pixel][thread % WARP];
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) {
-            total.values[v] += term[v];
-          }
-        }
-        Vector<T, VEC> rounded;
-#pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          rounded.values[v] = from_compute<T>(total[v] + (part.add ? to_compute(gradient[v]) : C(0)));
-        }
-        *reinterpret_cast<Vector<T, VEC>*>(gradient) = rounded;
-      }
+      write_tile(part, tile, samples, team, teams, in_team, channel, crowded, sums);
     }
     if (threadIdx.x == 0) {
       taken = next;
@@ -303,7 +322,7 @@ unsigned blocks_for(int64_t threads) {
 }
 
 template <int VEC, bool ONE_GROUP, typename T, typename W>
-void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
+void launch_sums(Part<T, W> part, int device, cudaStream_t stream, SideStream& beside) {
   using C = compute_t<T>;
   const auto kernel = sum_tiles<T, W, VEC, ONE_GROUP>;
   constexpr int warp_bytes = sizeof(Sums<C, VEC, ONE_GROUP>);
@@ -313,17 +332,19 @@ void launch_sums(Part<T, W> part, int device, cudaStream_t stream) {
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const int most_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int warps = std::clamp((most_bytes - 1024) / warp_bytes, 2, MOST_WARPS);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes);
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * warp_bytes),
+      "sum_tiles does not get its shared memory");
 
   // Side by side: the last crowded tiles keep few multiprocessors busy.
-  const SideStream beside(stream, device, 1);
-  const cudaStream_t crowded = beside.follow();
+  const cudaStream_t crowded = beside.fork();
   kernel<<<multiprocessors * WARPS_AT_ONCE / warps, warps * WARP, warps * warp_bytes, crowded>>>(part, true);
   check_launch("sum_tiles of the crowded");
   sum_rest<<<multiprocessors * BLOCKS_AT_ONCE, THREADS, 0, crowded>>>(part);
   check_launch("sum_rest");
   kernel<<<multiprocessors * WARPS_AT_ONCE, WARP, warp_bytes, stream>>>(part, false);
   check_launch("sum_tiles");
+  beside.join();
 }
 
 // Words that a number for each sample takes, such that what comes next is aligned to 16 bytes.
@@ -336,7 +357,7 @@ int64_t words_for(int64_t samples) {
 template <typename T, typename W>
 Part<T, W> launch_order(
     Part<T, W> part, LevelTable levels, bool deterministic, uint32_t* memory, Scratch scratch, int device,
-    cudaStream_t stream) {
+    cudaStream_t stream, SideStream& beside) {
   const int64_t keys = static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
   const int64_t words = words_for(part.samples);
   uint32_t *const sample_keys = memory, *const ranks = memory + words, *const ordered = memory + 2 * words;
@@ -349,8 +370,7 @@ Part<T, W> launch_order(
   check_launch("find_keys");
   sum_before(part.places, keys, scratch, stream);
 
-  const SideStream beside(stream, device, 1);
-  list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, beside.follow()>>>(part);
+  list_tiles<<<blocks_for(part.most_tiles), THREADS, 0, beside.fork()>>>(part);
   check_launch("list_tiles");
   part.sorted = ordered;
   order_samples<<<blocks_for(part.samples), THREADS, 0, stream>>>(part, sample_keys, ranks);
@@ -368,31 +388,22 @@ Part<T, W> launch_order(
       check_launch("settle_runs");
     }
   }
+  beside.join();
   return part;
 }
 
-// Keeps what it works in in `memory`, and the result in `gradient`.
+// What all shares of the work have in common.
 template <typename T, typename W>
-void run(
-    const SampledOp& op,
-    const Tensor& grad_output,
-    const Tensor& features,
-    bool deterministic,
-    const SideStream* side,
-    cudaStream_t main,
-    std::optional<Tensor>& memory,
-    std::optional<Tensor>& gradient) {
+Part<T, W> part_of(const SampledOp& op, const Division& most) {
   const int64_t row = op.heads * op.channels;
-  const int64_t query_samples = op.heads * op.points * op.cams * op.levels;
-  const int64_t image_tiles = op.rows / TILE_HEIGHT + op.cams * op.levels;  // at most: a level has pixels / 4 + 1, or fewer
   Part<T, W> part = {};
   for (int i = 0; i < 2; ++i) {
-    part.location_strides[i] = op.location_strides[i];
-    part.weight_strides[i] = op.weight_strides[i];
+    part.location_strides[i] = op.location_steps[i];
+    part.weight_strides[i] = op.weight_steps[i];
   }
   for (int i = 0; i < 5; ++i) {
-    part.location_steps[i] = static_cast<int>(op.location_strides[2 + i]);
-    part.weight_steps[i] = static_cast<int>(op.weight_strides[2 + i]);
+    part.location_steps[i] = most.queries > 1 || i > 0 ? short_step(op.location_steps[2 + i]) : 0;
+    part.weight_steps[i] = most.queries > 1 || i > 0 ? short_step(op.weight_steps[2 + i]) : 0;
   }
   part.feature_strides[0] = op.rows * row;
   part.output_strides[0] = op.queries * row;
@@ -404,96 +415,114 @@ void run(
   part.heads = Divisor(op.heads);
   part.group_channels = Divisor(op.channels / op.groups);
   part.rows = static_cast<int>(op.rows);
-  part.num_levels = static_cast<int>(op.cams * op.levels);
+  part.num_levels = static_cast<int>(op.num_levels());
   part.channels = static_cast<int>(op.channels);
   part.unit_square = op.unit_square;
+  part.crowded_from = static_cast<unsigned>(most.crowded_from);
+  part.most_crowded = static_cast<unsigned>(most.most_crowded);
+  return part;
+}
+
+// Gives `part` its share; all of its pointers but those to the features' gradient and to what it works in.
+template <typename T, typename W>
+void set_share(Part<T, W>& part, const SampledOp& op, const Share& share, const Tensor& grad_output) {
+  part.images = static_cast<int>(share.batches * op.heads);
+  part.most_tiles = static_cast<unsigned>(part.images * op.image_tiles());
+  part.queries = Divisor(share.queries);
+  part.samples = static_cast<unsigned>(share.batches * share.queries * op.query_samples());
+  part.add = share.query > 0;
+  part.grad_output = static_cast<const T*>(grad_output.const_data_ptr()) + share.batch * part.output_strides[0] +
+      share.query * part.output_row;
+  part.locations = static_cast<const compute_t<T>*>(op.locations.const_data_ptr()) +
+      share.batch * op.location_steps[0] + share.query * op.location_steps[2];
+  part.weights = static_cast<const W*>(op.weights.const_data_ptr()) + share.batch * op.weight_steps[0] +
+      share.query * op.weight_steps[2];
+}
+
+// One piece of memory for everything in between, which all shares use after each other.
+template <typename T, typename W>
+class Workspace {
+ public:
+  Workspace(const Division& most, bool deterministic, int64_t num_levels)
+      : scratch_bytes_(sum_before_bytes(most.keys)),
+        samples_(plan_.reserve(words_for(most.samples) * (deterministic ? 4 : 3), sizeof(uint32_t))),
+        places_(plan_.reserve(most.keys, sizeof(uint32_t))),
+        light_(plan_.reserve(most.tiles, sizeof(Tile))),
+        crowded_(plan_.reserve(most.most_crowded, sizeof(Tile))),
+        spans_(plan_.reserve(num_levels, sizeof(Span))),
+        found_(plan_.reserve(1, sizeof(Findings))),
+        scratch_(plan_.reserve(scratch_bytes_, 1)) {}
+
+  // The memory, with `part`'s pointers into it.
+  Tensor allocate_for(Part<T, W>& part, const Tensor& like) {
+    const Tensor memory = allocate(like, {plan_.bytes}, ScalarType::Byte);
+    first_ = static_cast<char*>(memory.mutable_data_ptr());
+    part.places = reinterpret_cast<uint32_t*>(first_ + places_);
+    part.light = reinterpret_cast<Tile*>(first_ + light_);
+    part.crowded = reinterpret_cast<Tile*>(first_ + crowded_);
+    part.spans = reinterpret_cast<Span*>(first_ + spans_);
+    part.found = reinterpret_cast<Findings*>(first_ + found_);
+    return memory;
+  }
+
+  uint32_t* samples() const {
+    return reinterpret_cast<uint32_t*>(first_ + samples_);
+  }
+  Scratch scratch() const {
+    return {first_ + scratch_, static_cast<size_t>(scratch_bytes_)};
+  }
+
+ private:
+  Memory plan_;
+  int64_t scratch_bytes_, samples_, places_, light_, crowded_, spans_, found_, scratch_;
+  char* first_ = nullptr;
+};
+
+// Keeps what it works in in `memory`, and the result in `gradient`.
+template <typename T, typename W>
+void run(
+    const SampledOp& op,
+    const Tensor& grad_output,
+    const Tensor& features,
+    bool deterministic,
+    SideStream* side,
+    cudaStream_t main,
+    std::optional<Tensor>& memory,
+    std::optional<Tensor>& gradient) {
+  const int device = op.locations.get_device_index();
+  const bool single_queries = std::max(op.location_steps[2], op.weight_steps[2]) > INT_MAX;
+  const Division most =
+      divide(op, deterministic, single_queries, device_attribute(cudaDevAttrMultiProcessorCount, device));
   constexpr int vector_bytes = VECTOR<T> * sizeof(T);
   const bool vectors = op.channels / op.groups % VECTOR<T> == 0 && is_aligned(grad_output, vector_bytes);
 
-  // Whole batch elements at a time, or some queries of one: as many as memory and 32 bits for a key allow.
-  constexpr int64_t most_samples = WORKSPACE / (4 * sizeof(uint32_t)), most_keys = UINT_MAX - 1;
-  const int64_t wanted_samples = deterministic ? MOST_MERGED : most_samples;
-  const int64_t batch_keys = op.heads * image_tiles * PIXELS;
-  const int64_t batch_units = op.heads * image_tiles * ((op.channels + WARP - 1) / WARP);
-  STD_TORCH_CHECK(
-      query_samples <= most_samples && batch_keys < most_keys && row <= UINT_MAX && batch_units < INT_MAX,
-      "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^30");
-  const int64_t queries_at_once = std::clamp<int64_t>(most_samples / query_samples, 1, op.queries);
-  const int64_t batches_at_once = std::clamp<int64_t>(
-      std::min(
-          {wanted_samples / (query_samples * op.queries), WORKSPACE / (batch_keys * int64_t{sizeof(uint32_t)}),
-           INT_MAX / batch_units}),
-      1, op.batch);
-  const int64_t samples_at_once = batches_at_once * queries_at_once * query_samples;
-  const int64_t tiles_at_once = batches_at_once * op.heads * image_tiles;
-  const int64_t keys_at_once = tiles_at_once * PIXELS + 1;
+  // What fills new memory, as PyTorch does on request, comes before the side stream begins.
+  Part<T, W> part = part_of<T, W>(op, most);
+  Workspace<T, W> workspace(most, deterministic, op.num_levels());
+  memory = workspace.allocate_for(part, op.locations);
+  const cudaStream_t stream = side == nullptr ? main : side->fork();
+  SideStream beside(stream, device);
 
-  const int device = op.locations.get_device_index();
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  part.crowded_from = static_cast<unsigned>(std::clamp<int64_t>(
-      samples_at_once / (multiprocessors * WARPS_AT_ONCE * 2), LEAST_CROWDED, MOST_CROWDED));
-  // A tile may have each of its samples to itself, and those of three neighbours.
-  part.most_crowded = static_cast<unsigned>(std::min(tiles_at_once, 4 * samples_at_once / part.crowded_from));
-
-  // One piece of memory for everything in between, all parts after each other; what fills it, as PyTorch does on request,
-  // comes before the side stream begins.
-  int64_t bytes = 0;
-  auto reserve = [&](int64_t size) {
-    const int64_t at = bytes;
-    bytes += (size + 255) / 256 * 256;
-    return at;
-  };
-  const int64_t scratch_bytes = sum_before_bytes(keys_at_once);
-  const int64_t samples_at = reserve(words_for(samples_at_once) * (deterministic ? 4 : 3) * sizeof(uint32_t));
-  const int64_t places_at = reserve(keys_at_once * sizeof(uint32_t));
-  const int64_t light_at = reserve(tiles_at_once * sizeof(Tile));
-  const int64_t crowded_at = reserve(part.most_crowded * sizeof(Tile));
-  const int64_t spans_at = reserve(part.num_levels * sizeof(Span));
-  const int64_t plan_at = reserve(sizeof(Plan));
-  const int64_t scratch_at = reserve(scratch_bytes);
-  memory = allocate(op.locations, {bytes}, ScalarType::Byte);
-  char* const first = static_cast<char*>(memory->mutable_data_ptr());
-  part.places = reinterpret_cast<uint32_t*>(first + places_at);
-  part.light = reinterpret_cast<Tile*>(first + light_at);
-  part.crowded = reinterpret_cast<Tile*>(first + crowded_at);
-  part.spans = reinterpret_cast<Span*>(first + spans_at);
-  part.plan = reinterpret_cast<Plan*>(first + plan_at);
-  const Scratch scratch = {first + scratch_at, static_cast<size_t>(scratch_bytes)};
-  const cudaStream_t stream = side == nullptr ? main : side->follow();
-
-  for (int64_t batch = 0; batch < op.batch; batch += batches_at_once) {
-    part.images = static_cast<int>(std::min(batches_at_once, op.batch - batch) * op.heads);
-    part.most_tiles = static_cast<unsigned>(part.images * image_tiles);
-    for (int64_t query = 0; query < op.queries; query += queries_at_once) {
-      const int64_t queries = std::min(queries_at_once, op.queries - query);
-      part.queries = Divisor(queries);
-      part.samples = static_cast<unsigned>(part.images / op.heads * queries * query_samples);
-      part.add = query > 0;
-      part.grad_output = static_cast<const T*>(grad_output.const_data_ptr()) + batch * part.output_strides[0] +
-          query * row;
-      part.locations = static_cast<const compute_t<T>*>(op.locations.const_data_ptr()) +
-          batch * op.location_strides[0] + query * op.location_strides[2];
-      part.weights = static_cast<const W*>(op.weights.const_data_ptr()) + batch * op.weight_strides[0] +
-          query * op.weight_strides[2];
-      auto* const samples = reinterpret_cast<uint32_t*>(first + samples_at);
-      Part<T, W> ordered = launch_order(part, op.level_table, deterministic, samples, scratch, device, stream);
-      if (!gradient) {
-        // Not before the first samples are being ordered: PyTorch may fill new memory, on its own stream.
-        gradient = allocate_like(features);
-        if (side != nullptr) {
-          side->follow();
-        }
-      }
-      ordered.grad_features = static_cast<T*>(gradient->mutable_data_ptr()) + batch * part.feature_strides[0];
-      if (vectors && op.groups == 1) {
-        launch_sums<VECTOR<T>, true>(ordered, device, stream);
-      } else if (vectors) {
-        launch_sums<VECTOR<T>, false>(ordered, device, stream);
-      } else {
-        launch_sums<1, false>(ordered, device, stream);
+  for_each_share(op, most, [&](const Share& share) {
+    set_share(part, op, share, grad_output);
+    Part<T, W> ordered = launch_order(
+        part, op.level_table, deterministic, workspace.samples(), workspace.scratch(), device, stream, beside);
+    if (!gradient) {
+      // Not before the first samples are being ordered: PyTorch may fill new memory, on its own stream.
+      gradient = allocate_like(features);
+      if (side != nullptr) {
+        side->fork();
       }
     }
-  }
+    ordered.grad_features = static_cast<T*>(gradient->mutable_data_ptr()) + share.batch * part.feature_strides[0];
+    if (vectors && op.groups == 1) {
+      launch_sums<VECTOR<T>, true>(ordered, device, stream, beside);
+    } else if (vectors) {
+      launch_sums<VECTOR<T>, false>(ordered, device, stream, beside);
+    } else {
+      launch_sums<1, false>(ordered, device, stream, beside);
+    }
+  });
 }
 
 }  // namespace
@@ -507,7 +536,7 @@ FeatureGradient::FeatureGradient(
     cudaStream_t stream)
     : op_(op) {
   if (beside) {
-    side_.emplace(stream, features.get_device_index(), 0);
+    side_.emplace(stream, features.get_device_index());
   }
   dispatch_types(features, op.weights, [&](auto* t, auto* w) {
     run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(
@@ -515,4 +544,11 @@ FeatureGradient::FeatureGradient(
   });
 }
 
-}  // namespace reimplementation::cuda
+Tensor FeatureGradient::finish() {
+  if (side_) {
+    side_->join();
+  }
+  return *gradient_;
+}
+
+}  // namespace reimplementation::feature_gradient

@@ -1,14 +1,14 @@
 #include "feature_gradient/prefix_sums.cuh"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <cub/device/device_scan.cuh>
 
-namespace reimplementation::cuda {
+#include "cuda/launch.cuh"
+
+namespace reimplementation::feature_gradient {
 namespace {
 
 void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "prefix sums failed: ", cudaGetErrorString(error));
+  cuda::check_cuda(error, "prefix sums failed");
 }
 
 }  // namespace
@@ -24,4 +24,4 @@ int64_t sum_before_bytes(int64_t number) {
   return static_cast<int64_t>(bytes);
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::feature_gradient

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace reimplementation::cuda {
+namespace reimplementation::feature_gradient {
 
 // Scratch memory on the device.
 struct Scratch {
@@ -17,4 +17,4 @@ struct Scratch {
 void sum_before(uint32_t* counts, int64_t number, Scratch scratch, cudaStream_t stream);
 int64_t sum_before_bytes(int64_t number);
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::feature_gradient

@@ -9,12 +9,14 @@
 #include "cuda/corners.cuh"
 #include "cuda/divisor.cuh"
 #include "cuda/launch.cuh"
-#include "feature_gradient/feature_gradient.cuh"
+#include "feature_gradient/division.h"
+#include "shared/levels.h"
 
-namespace reimplementation::cuda::tiles {
+namespace reimplementation::feature_gradient {
+
+using namespace cuda;
 
 constexpr int THREADS = 128;  // of the kernels here
-constexpr int TILE_WIDTH = 4, TILE_HEIGHT = 4, PIXELS = TILE_WIDTH * TILE_HEIGHT;
 constexpr int MOST_WARPS = 8;  // that share a crowded tile
 
 // A level's pixels, and the first of its tiles within an image. Levels on the very same pixels share their tiles.
@@ -56,7 +58,7 @@ struct alignas(16) Tile {
 };
 
 // What the kernels find out on the way.
-struct Plan {
+struct Findings {
   unsigned tiles;                           // of an image
   bool overlap;                             // levels share some of their pixels, not all: these have no single owner
   bool gaps;                                // some rows belong to no level
@@ -83,7 +85,7 @@ struct Part {
 
   int num_levels;                 // cams * levels
   Span* spans;                    // of the levels
-  Plan* plan;
+  Findings* found;
   uint32_t* places;               // by key: how many samples, then how many before; the last is of all keys
   uint32_t* sorted;               // the samples that count, in the order of their keys
   unsigned crowded_from;          // samples from which several warps share a tile
@@ -165,7 +167,7 @@ __device__ __forceinline__ int place_in_tile(int x, int y) {
 // The first of an image's tile's keys. Where levels overlap there may be more tiles than keys; then tiles share theirs.
 template <typename T, typename W>
 __device__ __forceinline__ uint32_t first_key(const Part<T, W>& part, int image, unsigned tile) {
-  const unsigned number = image * part.plan->tiles + tile;
+  const unsigned number = image * part.found->tiles + tile;
   return (number < part.most_tiles ? number : number % part.most_tiles) * PIXELS;
 }
 
@@ -219,10 +221,10 @@ __device__ void list_levels(const Part<T, W>& part, const LevelTable& levels) {
     pixels += __shfl_xor_sync(ALL_LANES, pixels, step);
   }
   if (lane == 0) {
-    *part.plan = {};
-    part.plan->tiles = tiles;
-    part.plan->overlap = overlap;
-    part.plan->gaps = !overlap && pixels < part.rows;
+    *part.found = {};
+    part.found->tiles = tiles;
+    part.found->overlap = overlap;
+    part.found->gaps = !overlap && pixels < part.rows;
   }
 }
 
@@ -458,9 +460,9 @@ __device__ void zero_gaps(const Part<T, W>& part) {
 // Step 3 for what is not tiles' own.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS) sum_rest(const __grid_constant__ Part<T, W> part) {
-  if (part.plan->overlap) {
+  if (part.found->overlap) {
     sum_overlapping(part);
-  } else if (part.plan->gaps) {
+  } else if (part.found->gaps) {
     zero_gaps(part);
   }
 }
@@ -468,14 +470,14 @@ __global__ void __launch_bounds__(THREADS) sum_rest(const __grid_constant__ Part
 // Step 2.
 template <typename T, typename W>
 __global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Part<T, W> part) {
-  Plan& plan = *part.plan;
+  Findings& found = *part.found;
   const unsigned number = blockIdx.x * THREADS + threadIdx.x;
-  if (plan.overlap || number >= part.images * plan.tiles) {
+  if (found.overlap || number >= part.images * found.tiles) {
     return;
   }
   Tile tile;
-  tile.image = static_cast<int>(number / plan.tiles);
-  unsigned in_level = number - tile.image * plan.tiles;
+  tile.image = static_cast<int>(number / found.tiles);
+  unsigned in_level = number - tile.image * found.tiles;
   tile.level = 0;
   while (in_level - part.spans[tile.level].first_tile >= part.spans[tile.level].tiles()) {
     ++tile.level;
@@ -500,12 +502,12 @@ __global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Pa
   add(tile.end.z, tile.shift.z, tile.y > 0, above + CORNER, above + PIXELS);
   add(tile.end.w, tile.shift.w, tile.x > 0 && tile.y > 0, above - PIXELS + CORNER, above - PIXELS + CORNER + 1);
   if (samples < part.crowded_from) {
-    part.light[atomicAdd(&plan.light, 1)] = tile;
+    part.light[atomicAdd(&found.light, 1)] = tile;
   } else if (samples < part.crowded_from * MOST_WARPS) {
-    part.crowded[part.most_crowded - 1 - atomicAdd(&plan.crowded, 1)] = tile;
+    part.crowded[part.most_crowded - 1 - atomicAdd(&found.crowded, 1)] = tile;
   } else {
-    part.crowded[atomicAdd(&plan.very_crowded, 1)] = tile;
+    part.crowded[atomicAdd(&found.very_crowded, 1)] = tile;
   }
 }
 
-}  // namespace reimplementation::cuda::tiles
+}  // namespace reimplementation::feature_gradient

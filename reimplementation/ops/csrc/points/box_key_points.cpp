@@ -8,10 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/capability.h"
 
-namespace reimplementation::cpu {
+namespace reimplementation::points {
+
+using namespace cpu;
+
 namespace {
 
 constexpr int64_t WORK_OF_POINT = 64;  // about as many multiplications as a learned point takes, exponentials included
@@ -68,39 +72,28 @@ struct Backward {
   }
 };
 
+template <typename Kernel>
+void share_out_boxes(const Kernel& kernel) {
+  parallel_run(kernel, kernel.op.sizes.boxes(), items_per_thread(work_of_box(kernel.op.sizes)));
+}
+
 }  // namespace
 
-Tensor box_key_points(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
-  const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
-  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
-  const Tensor key_points = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
-  with_real_type(anchor, [&](auto zero) {
-    using T = decltype(zero);
-    const Forward<T> kernel{
-        operands.op<T>(sizes), static_cast<T*>(key_points.mutable_data_ptr())};
-    parallel_run(kernel, sizes.boxes(), items_per_thread(work_of_box(sizes)));
+Tensor box_key_points_cpu(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
+  return run_box_key_points(anchor, fix_scale, logits, [](const auto& op, auto* key_points) {
+    using T = std::remove_pointer_t<decltype(key_points)>;
+    share_out_boxes(Forward<T>{op, key_points});
   });
-  return key_points;
 }
 
-std::tuple<Tensor, Tensor> box_key_points_backward(
+std::tuple<Tensor, Tensor> box_key_points_backward_cpu(
     const Tensor& grad_output, const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
-  const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
-  check_box_key_points_gradient(grad_output, anchor, sizes);
-  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
-  const Tensor grad_key_points = as_contiguous(grad_output);
-  const Tensor grad_anchors = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.columns});
-  const Tensor grad_logits = allocate_logits_gradient(anchor, sizes, logits);
-  with_real_type(anchor, [&](auto zero) {
-    using T = decltype(zero);
-    const Backward<T> kernel{
-        operands.op<T>(sizes),
-        static_cast<const T*>(grad_key_points.const_data_ptr()),
-        static_cast<T*>(grad_anchors.mutable_data_ptr()),
-        static_cast<T*>(grad_logits.mutable_data_ptr())};
-    parallel_run(kernel, sizes.boxes(), items_per_thread(work_of_box(sizes)));
-  });
-  return {grad_anchors, grad_logits};
+  return run_box_key_points_backward(
+      grad_output, anchor, fix_scale, logits,
+      [](const auto& op, const auto* grad_key_points, auto* grad_anchors, auto* grad_logits) {
+        using T = std::remove_pointer_t<decltype(grad_anchors)>;
+        share_out_boxes(Backward<T>{op, grad_key_points, grad_anchors, grad_logits});
+      });
 }
 
-}  // namespace reimplementation::cpu
+}  // namespace reimplementation::points

@@ -19,7 +19,10 @@
 
 #include "cuda/launch.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::points {
+
+using namespace cuda;
+
 namespace {
 
 constexpr int THREADS = 128;
@@ -92,50 +95,29 @@ unsigned grid_of(const BoxKeyPointsSizes& sizes, int64_t block_boxes) {
 
 }  // namespace
 
-Tensor box_key_points(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
-  const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
-  const torch::stable::accelerator::DeviceGuard guard(anchor.get_device_index());
-  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
-  const Tensor key_points = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
-  if (key_points.numel() == 0) {
-    return key_points;
-  }
-  const cudaStream_t stream = current_stream(anchor.get_device_index());
-  const int block_points = static_cast<int>(std::min<int64_t>(sizes.num_points(), WARP));
-  const dim3 block(block_points, THREADS / block_points);
-  with_real_type(anchor, [&](auto zero) {
-    using T = decltype(zero);
-    box_key_points_forward<T><<<grid_of(sizes, block.y), block, 0, stream>>>(
-        operands.op<T>(sizes), static_cast<T*>(key_points.mutable_data_ptr()));
+Tensor box_key_points_cuda(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
+  return run_box_key_points(anchor, fix_scale, logits, [&](const auto& op, auto* key_points) {
+    const torch::stable::accelerator::DeviceGuard guard(anchor.get_device_index());
+    const int block_points = static_cast<int>(std::min<int64_t>(op.sizes.num_points(), WARP));
+    const dim3 block(block_points, THREADS / block_points);
+    box_key_points_forward<<<grid_of(op.sizes, block.y), block, 0, current_stream(anchor.get_device_index())>>>(
+        op, key_points);
+    check_launch("box_key_points");
   });
-  check_launch("box_key_points");
-  return key_points;
 }
 
-std::tuple<Tensor, Tensor> box_key_points_backward(
+std::tuple<Tensor, Tensor> box_key_points_backward_cuda(
     const Tensor& grad_output, const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits) {
-  const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
-  check_box_key_points_gradient(grad_output, anchor, sizes);
-  const torch::stable::accelerator::DeviceGuard guard(anchor.get_device_index());
-  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
-  const Tensor grad_key_points = as_contiguous(grad_output);
-  const Tensor grad_anchors = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.columns});
-  const Tensor grad_logits = allocate_logits_gradient(anchor, sizes, logits);
-  if (grad_anchors.numel() == 0) {
-    return {grad_anchors, grad_logits};
-  }
-  const cudaStream_t stream = current_stream(anchor.get_device_index());
-  const dim3 block(WARP, THREADS / WARP);
-  with_real_type(anchor, [&](auto zero) {
-    using T = decltype(zero);
-    box_key_points_backward_kernel<T><<<grid_of(sizes, block.y), block, 0, stream>>>(
-        operands.op<T>(sizes),
-        static_cast<const T*>(grad_key_points.const_data_ptr()),
-        static_cast<T*>(grad_anchors.mutable_data_ptr()),
-        static_cast<T*>(grad_logits.mutable_data_ptr()));
-  });
-  check_launch("box_key_points_backward");
-  return {grad_anchors, grad_logits};
+  return run_box_key_points_backward(
+      grad_output, anchor, fix_scale, logits,
+      [&](const auto& op, const auto* grad_key_points, auto* grad_anchors, auto* grad_logits) {
+        const torch::stable::accelerator::DeviceGuard guard(anchor.get_device_index());
+        const dim3 block(WARP, THREADS / WARP);
+        box_key_points_backward_kernel<<<
+            grid_of(op.sizes, block.y), block, 0, current_stream(anchor.get_device_index())>>>(
+            op, grad_key_points, grad_anchors, grad_logits);
+        check_launch("box_key_points_backward");
+      });
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::points

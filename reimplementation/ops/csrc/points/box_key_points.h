@@ -1,4 +1,5 @@
-// Key points of boxes: the arguments of box_key_points, checked, and one point of one box, the same on every device.
+// Key points of boxes: the arguments of box_key_points, checked, what a call does on any device, and one point of one box, the
+// same on every device.
 //
 // A place is in units of a box's sizes, from its centre: it is scaled by the sizes, turned by the yaw, moved to the centre.
 // Fixed places are the same for every box; learned ones are sigmoid(logit) - 0.5, anywhere in the box.
@@ -15,7 +16,7 @@
 #include "shared/platform.h"
 #include "shared/tensors.h"
 
-namespace reimplementation {
+namespace reimplementation::points {
 
 using torch::stable::Tensor;
 
@@ -60,12 +61,6 @@ inline void check_box_key_points_gradient(
     const Tensor& grad_output, const Tensor& anchor, const BoxKeyPointsSizes& sizes) {
   check_shape("grad_output", grad_output, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
   check_like("grad_output", grad_output, "anchor", anchor);
-}
-
-// Of no elements where there are no logits.
-inline Tensor allocate_logits_gradient(
-    const Tensor& anchor, const BoxKeyPointsSizes& sizes, const std::optional<Tensor>& logits) {
-  return logits ? allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_learned * 3}) : allocate(anchor, {0});
 }
 
 // What a call reads.
@@ -187,20 +182,57 @@ HOST_DEVICE T logit_gradient(T grad_scale, T sigmoid) {
   return grad_scale * (1 - sigmoid) * sigmoid;
 }
 
+// The op on any device: `run(op, key_points)` gets what the call reads and where it writes, in the anchors' type.
+template <typename Run>
+Tensor run_box_key_points(
+    const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits, const Run& run) {
+  const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
+  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
+  const Tensor key_points = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_points(), 3});
+  if (key_points.numel() > 0) {
+    with_real_type(anchor, [&](auto zero) {
+      using T = decltype(zero);
+      run(operands.op<T>(sizes), static_cast<T*>(key_points.mutable_data_ptr()));
+    });
+  }
+  return key_points;
+}
+
+// Its backward: `run(op, grad_key_points, grad_anchors, grad_logits)`.
+template <typename Run>
+std::tuple<Tensor, Tensor> run_box_key_points_backward(
+    const Tensor& grad_output,
+    const Tensor& anchor,
+    const Tensor& fix_scale,
+    const std::optional<Tensor>& logits,
+    const Run& run) {
+  const BoxKeyPointsSizes sizes = check_box_key_points(anchor, fix_scale, logits);
+  check_box_key_points_gradient(grad_output, anchor, sizes);
+  const BoxKeyPointsOperands operands(anchor, fix_scale, logits);
+  const Tensor grad_key_points = as_contiguous(grad_output);
+  const Tensor grad_anchors = allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.columns});
+  const Tensor grad_logits =
+      logits ? allocate(anchor, {sizes.batch, sizes.num_anchors, sizes.num_learned * 3}) : allocate(anchor, {0});
+  if (grad_anchors.numel() > 0) {
+    with_real_type(anchor, [&](auto zero) {
+      using T = decltype(zero);
+      run(operands.op<T>(sizes), static_cast<const T*>(grad_key_points.const_data_ptr()),
+          static_cast<T*>(grad_anchors.mutable_data_ptr()), static_cast<T*>(grad_logits.mutable_data_ptr()));
+    });
+  }
+  return {grad_anchors, grad_logits};
+}
+
 // One implementation per device, each of them bitwise reproducible. The backward returns the gradients of anchor and
 // logits; the latter has no elements where there are no logits.
-namespace cpu {
-Tensor box_key_points(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits);
+Tensor box_key_points_cpu(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits);
 
-std::tuple<Tensor, Tensor> box_key_points_backward(
+std::tuple<Tensor, Tensor> box_key_points_backward_cpu(
     const Tensor& grad_output, const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits);
-}  // namespace cpu
 
-namespace cuda {
-Tensor box_key_points(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits);
+Tensor box_key_points_cuda(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits);
 
-std::tuple<Tensor, Tensor> box_key_points_backward(
+std::tuple<Tensor, Tensor> box_key_points_backward_cuda(
     const Tensor& grad_output, const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits);
-}  // namespace cuda
 
-}  // namespace reimplementation
+}  // namespace reimplementation::points

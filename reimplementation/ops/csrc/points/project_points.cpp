@@ -8,10 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/capability.h"
 
-namespace reimplementation::cpu {
+namespace reimplementation::points {
+
+using namespace cpu;
+
 namespace {
 
 constexpr int64_t WORK_OF_PAIR = 32;  // about as many multiplications as a point in a camera takes, divisions included
@@ -66,45 +70,34 @@ struct Backward {
   }
 };
 
-}  // namespace
-
-Tensor project_points(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
-  const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
-  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
-  const Tensor locations = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
-  with_real_type(key_points, [&](auto zero) {
-    using T = decltype(zero);
-    const Forward<T> kernel{
-        sizes,
-        operands.cameras<T>(),
-        static_cast<const T*>(operands.key_points.const_data_ptr()),
-        static_cast<Location<T>*>(locations.mutable_data_ptr())};
-    parallel_run(kernel, key_points.numel() / 3, items_per_thread(work_of_point(sizes)));
-  });
-  return locations;
+template <typename Kernel>
+void share_out_points(const Kernel& kernel) {
+  const ProjectPointsSizes& sizes = kernel.sizes;
+  parallel_run(kernel, sizes.batch * sizes.sample_points(), items_per_thread(work_of_point(sizes)));
 }
 
-Tensor project_points_backward(
+}  // namespace
+
+Tensor project_points_cpu(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
+  return run_project_points(
+      key_points, projection_mat, image_wh,
+      [](const auto& sizes, const auto& cameras, const auto* points, auto* locations) {
+        using T = std::decay_t<decltype(*points)>;
+        share_out_points(Forward<T>{sizes, cameras, points, locations});
+      });
+}
+
+Tensor project_points_backward_cpu(
     const Tensor& grad_output,
     const Tensor& key_points,
     const Tensor& projection_mat,
     const std::optional<Tensor>& image_wh) {
-  const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
-  check_project_points_gradient(grad_output, key_points, sizes);
-  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
-  const Tensor grad_locations = as_contiguous(grad_output);
-  const Tensor grad_points = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
-  with_real_type(key_points, [&](auto zero) {
-    using T = decltype(zero);
-    const Backward<T> kernel{
-        sizes,
-        operands.cameras<T>(),
-        static_cast<const T*>(operands.key_points.const_data_ptr()),
-        static_cast<const T*>(grad_locations.const_data_ptr()),
-        static_cast<T*>(grad_points.mutable_data_ptr())};
-    parallel_run(kernel, key_points.numel() / 3, items_per_thread(work_of_point(sizes)));
-  });
-  return grad_points;
+  return run_project_points_backward(
+      grad_output, key_points, projection_mat, image_wh,
+      [](const auto& sizes, const auto& cameras, const auto* points, const auto* grad_locations, auto* grad_points) {
+        using T = std::decay_t<decltype(*points)>;
+        share_out_points(Backward<T>{sizes, cameras, points, grad_locations, grad_points});
+      });
 }
 
-}  // namespace reimplementation::cpu
+}  // namespace reimplementation::points

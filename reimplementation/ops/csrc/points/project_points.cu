@@ -24,7 +24,10 @@
 
 #include "cuda/launch.cuh"
 
-namespace reimplementation::cuda {
+namespace reimplementation::points {
+
+using namespace cuda;
+
 namespace {
 
 constexpr int THREADS = 128;
@@ -75,55 +78,33 @@ dim3 grid_of(const ProjectPointsSizes& sizes, int64_t block_points) {
 
 }  // namespace
 
-Tensor project_points(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
-  const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
-  const torch::stable::accelerator::DeviceGuard guard(key_points.get_device_index());
-  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
-  const Tensor locations = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
-  if (locations.numel() == 0) {
-    return locations;
-  }
-  const cudaStream_t stream = current_stream(key_points.get_device_index());
-  const int block_cams = static_cast<int>(std::min<int64_t>(sizes.num_cams, WARP));
-  const dim3 block(block_cams, THREADS / block_cams);
-  with_real_type(key_points, [&](auto zero) {
-    using T = decltype(zero);
-    project_points_forward<T><<<grid_of(sizes, block.y), block, 0, stream>>>(
-        sizes,
-        operands.cameras<T>(),
-        static_cast<const T*>(operands.key_points.const_data_ptr()),
-        static_cast<Location<T>*>(locations.mutable_data_ptr()));
-  });
-  check_launch("project_points");
-  return locations;
+Tensor project_points_cuda(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
+  return run_project_points(
+      key_points, projection_mat, image_wh,
+      [&](const auto& sizes, const auto& cameras, const auto* points, auto* locations) {
+        const torch::stable::accelerator::DeviceGuard guard(key_points.get_device_index());
+        const int block_cams = static_cast<int>(std::min<int64_t>(sizes.num_cams, WARP));
+        const dim3 block(block_cams, THREADS / block_cams);
+        project_points_forward<<<grid_of(sizes, block.y), block, 0, current_stream(key_points.get_device_index())>>>(
+            sizes, cameras, points, locations);
+        check_launch("project_points");
+      });
 }
 
-Tensor project_points_backward(
+Tensor project_points_backward_cuda(
     const Tensor& grad_output,
     const Tensor& key_points,
     const Tensor& projection_mat,
     const std::optional<Tensor>& image_wh) {
-  const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
-  check_project_points_gradient(grad_output, key_points, sizes);
-  const torch::stable::accelerator::DeviceGuard guard(key_points.get_device_index());
-  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
-  const Tensor grad_locations = as_contiguous(grad_output);
-  const Tensor grad_points = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
-  if (grad_points.numel() == 0) {
-    return grad_points;
-  }
-  const cudaStream_t stream = current_stream(key_points.get_device_index());
-  with_real_type(key_points, [&](auto zero) {
-    using T = decltype(zero);
-    project_points_backward_kernel<T><<<grid_of(sizes, THREADS), THREADS, 0, stream>>>(
-        sizes,
-        operands.cameras<T>(),
-        static_cast<const T*>(operands.key_points.const_data_ptr()),
-        static_cast<const T*>(grad_locations.const_data_ptr()),
-        static_cast<T*>(grad_points.mutable_data_ptr()));
-  });
-  check_launch("project_points_backward");
-  return grad_points;
+  return run_project_points_backward(
+      grad_output, key_points, projection_mat, image_wh,
+      [&](const auto& sizes, const auto& cameras, const auto* points, const auto* grad_locations, auto* grad_points) {
+        const torch::stable::accelerator::DeviceGuard guard(key_points.get_device_index());
+        project_points_backward_kernel<<<
+            grid_of(sizes, THREADS), THREADS, 0, current_stream(key_points.get_device_index())>>>(
+            sizes, cameras, points, grad_locations, grad_points);
+        check_launch("project_points_backward");
+      });
 }
 
-}  // namespace reimplementation::cuda
+}  // namespace reimplementation::points

@@ -1,5 +1,5 @@
-// Key points seen by cameras: the arguments of project_points, checked, and one point in one camera, the same on every
-// device.
+// Key points seen by cameras: the arguments of project_points, checked, what a call does on any device, and one point in one
+// camera, the same on every device.
 //
 // A camera's matrix takes (x, y, z, 1) to (u * depth, v * depth, depth, 1). The location is (u, v) in units of the image's
 // size, and depths are raised to MIN_DEPTH: a point behind the camera then lands far outside.
@@ -14,7 +14,7 @@
 #include "shared/platform.h"
 #include "shared/tensors.h"
 
-namespace reimplementation {
+namespace reimplementation::points {
 
 using torch::stable::Tensor;
 
@@ -133,25 +133,62 @@ struct ProjectPointsOperands {
   const std::optional<Tensor> image_wh;
 };
 
+// The op on any device: `run(sizes, cameras, key_points, locations)` gets what the call reads and where it writes, in the key
+// points' type.
+template <typename Run>
+Tensor run_project_points(
+    const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh, const Run& run) {
+  const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
+  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
+  const Tensor locations = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, sizes.num_cams, 2});
+  if (locations.numel() > 0) {
+    with_real_type(key_points, [&](auto zero) {
+      using T = decltype(zero);
+      run(sizes, operands.cameras<T>(), static_cast<const T*>(operands.key_points.const_data_ptr()),
+          static_cast<Location<T>*>(locations.mutable_data_ptr()));
+    });
+  }
+  return locations;
+}
+
+// Its backward: `run(sizes, cameras, key_points, grad_locations, grad_points)`.
+template <typename Run>
+Tensor run_project_points_backward(
+    const Tensor& grad_output,
+    const Tensor& key_points,
+    const Tensor& projection_mat,
+    const std::optional<Tensor>& image_wh,
+    const Run& run) {
+  const ProjectPointsSizes sizes = check_project_points(key_points, projection_mat, image_wh);
+  check_project_points_gradient(grad_output, key_points, sizes);
+  const ProjectPointsOperands operands(key_points, projection_mat, image_wh);
+  const Tensor grad_locations = as_contiguous(grad_output);
+  const Tensor grad_points = allocate(key_points, {sizes.batch, sizes.num_anchors, sizes.num_points, 3});
+  if (grad_points.numel() > 0) {
+    with_real_type(key_points, [&](auto zero) {
+      using T = decltype(zero);
+      run(sizes, operands.cameras<T>(), static_cast<const T*>(operands.key_points.const_data_ptr()),
+          static_cast<const T*>(grad_locations.const_data_ptr()), static_cast<T*>(grad_points.mutable_data_ptr()));
+    });
+  }
+  return grad_points;
+}
+
 // One implementation per device, each of them bitwise reproducible. The backward returns the gradient of the key points.
-namespace cpu {
-Tensor project_points(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
+Tensor project_points_cpu(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
 
-Tensor project_points_backward(
+Tensor project_points_backward_cpu(
     const Tensor& grad_output,
     const Tensor& key_points,
     const Tensor& projection_mat,
     const std::optional<Tensor>& image_wh);
-}  // namespace cpu
 
-namespace cuda {
-Tensor project_points(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
+Tensor project_points_cuda(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
 
-Tensor project_points_backward(
+Tensor project_points_backward_cuda(
     const Tensor& grad_output,
     const Tensor& key_points,
     const Tensor& projection_mat,
     const std::optional<Tensor>& image_wh);
-}  // namespace cuda
 
-}  // namespace reimplementation
+}  // namespace reimplementation::points

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <climits>
 #include <cstdint>
 
 #include "shared/platform.h"
@@ -82,17 +81,10 @@ inline void check_levels_fit(
   }
 }
 
-// Integer metadata where the kernel can read it: contiguous, int32 or int64, on the features' device.
-inline torch::stable::Tensor readable_metadata(const torch::stable::Tensor& metadata, const torch::stable::Tensor& features) {
+// Integer metadata as a table reads it, on the device where it is: contiguous, int32 or int64.
+inline torch::stable::Tensor readable_metadata(const torch::stable::Tensor& metadata) {
   using torch::headeronly::ScalarType;
-  torch::stable::Tensor result = metadata;
-  if (result.scalar_type() != ScalarType::Int && result.scalar_type() != ScalarType::Long) {
-    result = torch::stable::to(result, ScalarType::Long);
-  }
-  if (result.is_cpu() != features.is_cpu()) {
-    result = torch::stable::to(result, features.device(), /*non_blocking=*/true);
-  }
-  return as_contiguous(result);
+  return as_contiguous(metadata.scalar_type() == ScalarType::Int ? metadata : as_type(metadata, ScalarType::Long));
 }
 
 // The table of metadata that `readable_metadata` prepared; the tensors must outlive it.
