@@ -49,14 +49,14 @@ constexpr int STAGED_SAMPLES = sizeof(T) == 8 ? 64 : 128;
 
 template <typename T, typename W>
 struct Gradients {
-  const T* output;         // (batch, queries, channels)
+  const T* output;          // (batch, queries, channels)
   compute_t<T>* locations;  // zeroed, or null where not needed; so are the weights
   W* weights;
   int64_t location_strides[5];
   int64_t weight_strides[6];
-  int pass_groups;         // groups of a pass
-  int group_lanes;         // that hold one group's vectors, where the sum by halves fits them; else 0
-  int group_steps;         // doubling steps that sum a group's lanes otherwise
+  int pass_groups;  // groups of a pass
+  int group_lanes;  // that hold one group's vectors, where the sum by halves fits them; else 0
+  int group_steps;  // doubling steps that sum a group's lanes otherwise
 };
 
 template <typename T>
@@ -84,8 +84,7 @@ __device__ void stage(
   for (int i = threadIdx.x; i < num_pairs * num_levels; i += THREADS) {
     const int entry = first_pair + i % num_pairs;
     const Pair pair(shared.pairs.number[entry], op.points);
-    const Level level =
-        op.levels[static_cast<int64_t>(pair.cam) * op.num_levels + first_level + i / num_pairs];
+    const Level level = op.levels[static_cast<int64_t>(pair.cam) * op.num_levels + first_level + i / num_pairs];
     Axis<C> x = {}, y = {};
     Four<int> rows = {NOWHERE, NOWHERE, NOWHERE, NOWHERE};
     if (!level.empty()) {
@@ -109,9 +108,9 @@ struct Lane {
   // For `sum_by_halves`: which value it ends with, 4 * k + corner, and that one's group; NOWHERE where another lane has it too.
   int kept, kept_group;
   // For `sum_by_segments`.
-  bool head[NV];                   // the first lane of its group
-  bool begins_group[NV];           // it holds the group's first channel
-  int same_group[NV];              // bit `step` tells whether the lane `1 << step` above holds the same group
+  bool head[NV];          // the first lane of its group
+  bool begins_group[NV];  // it holds the group's first channel
+  int same_group[NV];     // bit `step` tells whether the lane `1 << step` above holds the same group
   unsigned team_mask;
 
   template <typename W>
@@ -305,8 +304,10 @@ __device__ void finish_samples(
       // A level that cannot be sampled has no gradient, whatever its weight: 0 * NaN would be one.
       const C weight = shared.rows[sample][0] == NOWHERE
           ? C(0)
-          : to_compute(weights
-                [pair.weights(op.weight_strides, first_level + level) + (first_group + lane) * op.weight_strides[5]]);
+          : to_compute(
+                weights
+                    [pair.weights(op.weight_strides, first_level + level) +
+                     (first_group + lane) * op.weight_strides[5]]);
       grad_x *= weight;
       grad_y *= weight;
     }
@@ -325,8 +326,8 @@ __device__ void finish_samples(
 }
 
 template <typename T, typename W, int VEC, int NV>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_backward_kernel(
-    const Operands<T, W> op, const Gradients<T, W> grad) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    deformable_aggregation_backward_kernel(const Operands<T, W> op, const Gradients<T, W> grad) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
   unsigned batch = blockIdx.x;
@@ -398,8 +399,7 @@ void launch(
   set_team(op, grad.pass_groups * op.group_channels, VEC * NV);
   const int group_lanes = std::min(op.lanes, op.group_channels / VEC);  // at most, of one vector
   const int vector_channels = group_lanes * VEC;
-  const bool whole_vectors =
-      NV == 1 ? op.group_channels % vector_channels == 0 : op.group_channels == vector_channels;
+  const bool whole_vectors = NV == 1 ? op.group_channels % vector_channels == 0 : op.group_channels == vector_channels;
   if (whole_vectors && group_lanes == 1 << ceil_log2(group_lanes) && group_lanes >= 4 * NV) {
     grad.group_lanes = group_lanes;
   } else {
@@ -462,7 +462,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(
 
   if (needs_feature_maps) {
     features_gradient.emplace(
-        sampled_op(sizes, levels.table(), sampling_location, weights), grad, features, deterministic, needs_others, stream);
+        sampled_op(sizes, levels.table(), sampling_location, weights), grad, features, deterministic, needs_others,
+        stream);
   }
   // The kernel writes only those of visible pairs. (After that: meanwhile they are filled.)
   Tensor grad_locations = zero_gradient_of(sampling_location, needs_sampling_location);

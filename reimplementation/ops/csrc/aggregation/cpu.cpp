@@ -106,14 +106,9 @@ struct Operands {
     const Axis<T> line = bilinear_axis(pixel_position(y, shape.height), shape.height);
     const int first = shape.start + line.index[0] * shape.width;
     const int second = shape.start + line.index[1] * shape.width;
-    return {
-        point,
-        camera,
-        level,
-        column,
-        line,
-        {first + column.index[0], first + column.index[1], second + column.index[0], second + column.index[1]},
-    };
+    const Corners<int> rows = {
+        first + column.index[0], first + column.index[1], second + column.index[0], second + column.index[1]};
+    return {point, camera, level, column, line, rows};
   }
 };
 
@@ -160,9 +155,7 @@ struct Forward {
         for (int64_t group = 0; group < sizes.num_groups; ++group) {
           const T group_weight = static_cast<T>(weight[group * weight_stride]);
           const Corners<T> scale = {
-              group_weight * sample.corner(0),
-              group_weight * sample.corner(1),
-              group_weight * sample.corner(2),
+              group_weight * sample.corner(0), group_weight * sample.corner(1), group_weight * sample.corner(2),
               group_weight * sample.corner(3)};
           add_corners<lanes>(sum.data(), rows, scale, group * group_channels, group_channels);
         }
@@ -200,8 +193,7 @@ struct BackwardOfSamples {
         Corners<T> weighted = {};  // the sum over groups of weight and dot product
         for (int64_t group = 0; group < sizes.num_groups; ++group) {
           Corners<T> dot = {};
-          add_dot_products<lanes>(
-              dot, grad_output + i * sizes.channels, rows, group * group_channels, group_channels);
+          add_dot_products<lanes>(dot, grad_output + i * sizes.channels, rows, group * group_channels, group_channels);
           T grad_weight = 0;
           for (int corner = 0; corner < 4; ++corner) {
             grad_weight += sample.corner(corner) * dot[corner];
@@ -285,8 +277,7 @@ class HitsByRow {
     hits_.reset(new Hit<T, Weight>[total]);
     for_each_hit([&](int64_t query, const Sample<T>& sample, int corner, int64_t& place) {
       hits_[place++] = {
-          operands.weights_of(batch, query, sample),
-          grad_output + (batch * num_queries + query) * channels,
+          operands.weights_of(batch, query, sample), grad_output + (batch * num_queries + query) * channels,
           sample.corner(corner)};
     });
   }
@@ -350,10 +341,8 @@ struct BackwardOfFeatures {
       for (const Hit<T, Weight>* hit = hits.begin(row); hit != hits.end(row); ++hit) {
         for (int64_t group = 0; group < sizes.num_groups; ++group) {
           add_scaled<lanes>(
-              sum.data() + group * group_channels,
-              hit->grad_output + group * group_channels,
-              hit->scale * static_cast<T>(hit->weights[group * weight_stride]),
-              group_channels);
+              sum.data() + group * group_channels, hit->grad_output + group * group_channels,
+              hit->scale * static_cast<T>(hit->weights[group * weight_stride]), group_channels);
         }
       }
       convert<lanes>(grad_features + row * sizes.channels, sum.data(), sizes.channels);
@@ -395,8 +384,7 @@ void backward_of_features(
   advise_huge_pages(grad_rows, grad_features.numel() * sizeof(Feature));
   for (int64_t batch = 0; batch < sizes.batch; ++batch) {
     const HitsByRow<Feature, Weight> hits(operands, grad_output_rows, batch);
-    const int64_t shares =
-        std::min<int64_t>(torch::stable::get_num_threads(), shares_of(hits.cost(), sizes.channels));
+    const int64_t shares = std::min<int64_t>(torch::stable::get_num_threads(), shares_of(hits.cost(), sizes.channels));
     const BackwardOfFeatures<Feature, Weight> kernel{
         operands, hits, shares, grad_rows + batch * sizes.num_rows * sizes.channels};
     parallel_run(kernel, shares, 1);
@@ -415,12 +403,10 @@ void with_operands(
   with_types("feature_maps", features, weights, [&](auto feature, auto weight) {
     using Feature = decltype(feature);
     using Weight = decltype(weight);
-    function(Operands<Feature, Weight>{
-        sizes,
-        levels,
-        static_cast<const Feature*>(features.const_data_ptr()),
-        View<const Compute<Feature>, 5>(sampling_location),
-        View<const Weight, 6>(weights)});
+    function(
+        Operands<Feature, Weight>{
+            sizes, levels, static_cast<const Feature*>(features.const_data_ptr()),
+            View<const Compute<Feature>, 5>(sampling_location), View<const Weight, 6>(weights)});
   });
 }
 
@@ -439,9 +425,8 @@ Tensor forward_cpu(
   }
   const Tensor features = as_contiguous(feature_maps);
   const Tensor output = allocate(features, {sizes.batch, sizes.num_queries, sizes.channels});
-  with_operands(sizes, levels, features, sampling_location, weights, [&](const auto& operands) {
-    forward(operands, output);
-  });
+  with_operands(
+      sizes, levels, features, sampling_location, weights, [&](const auto& operands) { forward(operands, output); });
   return output;
 }
 

@@ -133,8 +133,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const int team = threadIdx.x >> op.log2_lanes;
   const int teams = THREADS >> op.log2_lanes;
 
-  const compute_t<T>* locations =
-      op.locations + batch * op.location_strides[0] + query * op.location_strides[1];
+  const compute_t<T>* locations = op.locations + batch * op.location_strides[0] + query * op.location_strides[1];
   const T* features[NV];
   const W* weights[NV];
 #pragma unroll
@@ -165,8 +164,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const int samples = pairs * levels;
         int sample = team;
         for (; !any_empty && sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
-          gather<IN_FLIGHT, T, W, VEC, NV>(
-              shared.samples, sample, teams, features, weights, row_bytes, sums);
+          gather<IN_FLIGHT, T, W, VEC, NV>(shared.samples, sample, teams, features, weights, row_bytes, sums);
         }
         for (; sample < samples; sample += teams) {
           if (!any_empty || shared.samples.rows[sample][0] >= 0) {
@@ -225,8 +223,7 @@ Tensor forward_cuda(
     const Tensor& scale_start_index,
     const Tensor& sampling_location,
     const Tensor& weights) {
-  const auto sizes = check(
-      feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
+  const auto sizes = check(feature_maps, spatial_shape, scale_start_index, sampling_location, weights);
   const torch::stable::accelerator::DeviceGuard guard(feature_maps.get_device_index());
   const std::initializer_list<int64_t> output_shape = {sizes.batch, sizes.num_queries, sizes.channels};
   if (sizes.nothing_to_sample()) {

@@ -36,26 +36,18 @@ inline Sizes check(
   check_dim("sampling_location", sampling_location, 5);
   check_dim("weights", weights, 6);
 
-  const Sizes sizes{
-      feature_maps.size(0),
-      feature_maps.size(1),
-      feature_maps.size(2),
-      spatial_shape.size(0),
-      spatial_shape.size(1),
-      sampling_location.size(1),
-      sampling_location.size(2),
-      weights.size(5)};
+  const Sizes sizes{feature_maps.size(0),  feature_maps.size(1),      feature_maps.size(2),      spatial_shape.size(0),
+                    spatial_shape.size(1), sampling_location.size(1), sampling_location.size(2), weights.size(5)};
   check_shape("spatial_shape", spatial_shape, {sizes.num_cams, sizes.num_levels, 2});
   check_shape("scale_start_index", scale_start_index, {sizes.num_cams, sizes.num_levels});
   check_shape(
       "sampling_location", sampling_location, {sizes.batch, sizes.num_queries, sizes.num_points, sizes.num_cams, 2});
   check_shape(
-      "weights",
-      weights,
+      "weights", weights,
       {sizes.batch, sizes.num_queries, sizes.num_points, sizes.num_cams, sizes.num_levels, sizes.num_groups});
   STD_TORCH_CHECK(
-      sizes.num_groups > 0 && sizes.channels % sizes.num_groups == 0,
-      "weights: num_groups must divide the ", sizes.channels, " channels; got num_groups=", sizes.num_groups);
+      sizes.num_groups > 0 && sizes.channels % sizes.num_groups == 0, "weights: num_groups must divide the ",
+      sizes.channels, " channels; got num_groups=", sizes.num_groups);
 
   check_features("feature_maps", feature_maps);
   check_metadata("spatial_shape", spatial_shape, feature_maps);
@@ -72,7 +64,8 @@ inline Sizes check(
       sizes.num_rows <= INT_MAX && sizes.num_cams * sizes.num_points <= INT_MAX / 2 &&
           sizes.num_levels * sizes.num_groups <= INT_MAX / 2 && sizes.channels <= INT_MAX / 8,
       "num_feat must be below 2^31, num_cams * num_pts and num_levels * num_groups below 2^30, C below 2^28");
-  check_levels_fit(spatial_shape, scale_start_index, sizes.num_rows, {"spatial_shape", "scale_start_index", "num_feat"});
+  check_levels_fit(
+      spatial_shape, scale_start_index, sizes.num_rows, {"spatial_shape", "scale_start_index", "num_feat"});
   return sizes;
 }
 

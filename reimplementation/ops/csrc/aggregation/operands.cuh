@@ -72,8 +72,8 @@ bool can_vectorize(const Sizes& sizes, const Tensor& features, int vec) {
 
 inline unsigned query_blocks(const Sizes& sizes) {
   STD_TORCH_CHECK(
-      sizes.batch * sizes.num_queries <= INT_MAX,
-      "bs * num_queries must be below 2^31; got ", sizes.batch, " * ", sizes.num_queries);
+      sizes.batch * sizes.num_queries <= INT_MAX, "bs * num_queries must be below 2^31; got ", sizes.batch, " * ",
+      sizes.num_queries);
   return static_cast<unsigned>(sizes.batch * sizes.num_queries);
 }
 

@@ -75,7 +75,8 @@ struct WideSums {
   }
   template <typename T, int VEC>
   __device__ __forceinline__ void add(
-      const Problem& op, const PackedRows& rows, Anchor, const Four<C>& weights, const Vector<T, VEC>& grad_output) const {
+      const Problem& op, const PackedRows& rows, Anchor, const Four<C>& weights, const Vector<T, VEC>& grad_output)
+      const {
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       if (weights[corner] != 0) {
@@ -168,8 +169,7 @@ __device__ __forceinline__ void walk_samples(
       if (needs_dots) {
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-          corners[i][corner] =
-              load_vector<VEC>(row_address(value, rows[i][corner], row * static_cast<int>(sizeof(T))));
+          corners[i][corner] = load_vector<VEC>(row_address(value, rows[i][corner], row * static_cast<int>(sizeof(T))));
         }
       }
     }
@@ -218,11 +218,8 @@ __device__ __forceinline__ void finish_samples(
         grad_weight += weights[corner] * dots[corner];
       }
       location_gradient(
-          {x.weight[0], x.weight[1], y.weight[0], y.weight[1]},
-          {x.slope[0], x.slope[1], y.slope[0], y.slope[1]},
-          dots.values,
-          grad_x,
-          grad_y);
+          {x.weight[0], x.weight[1], y.weight[0], y.weight[1]}, {x.slope[0], x.slope[1], y.slope[0], y.slope[1]},
+          dots.values, grad_x, grad_y);
       grad_x *= sample.attention;
       grad_y *= sample.attention;
     }
@@ -233,16 +230,15 @@ __device__ __forceinline__ void finish_samples(
       location[grad.location_strides.axis] = grad_y;
     }
     if (grad.weights != nullptr) {
-      grad.weights
-          [sampler.offset(grad.weight_strides, place.batch) + grad.weight_strides.offset(query, head)] =
+      grad.weights[sampler.offset(grad.weight_strides, place.batch) + grad.weight_strides.offset(query, head)] =
           from_compute<W>(grad_weight);
     }
   });
 }
 
 template <typename T, typename W, int VEC, typename Sums>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_backward_kernel(
-    const Operands<T, W> op, const Gradients<T, W> grad, const Sums all_sums) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    ms_deform_attn_backward_kernel(const Operands<T, W> op, const Gradients<T, W> grad, const Sums all_sums) {
   using C = compute_t<T>;
   __shared__ Shared<C> warps[WARPS];
   Shared<C>& shared = *keep_shared(&warps[threadIdx.x / WARP]);
@@ -386,7 +382,7 @@ Strategy strategy(const Call& call, bool needs_value, bool deterministic, bool h
     return Strategy::ROWS_FIRST;
   }
   return half_sums && half_sums_suffice(call.sizes, call.value, call.grad_output) ? Strategy::HALF_SUMS
-                                                                                 : Strategy::WIDE_SUMS;
+                                                                                  : Strategy::WIDE_SUMS;
 }
 
 // Each of these computes all gradients, and returns the value's.
@@ -485,9 +481,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(
   }
   const cudaStream_t stream = current_stream(values.get_device_index());
   const DeviceLevels levels(spatial_shapes, level_start_index, values, sizes.num_values, stream);
-  Call call = {
-      sizes, levels.table(), as_contiguous(grad_output), values, locations, weights, needs_sampling_locations,
-      needs_attention_weights, stream};
+  Call call = {sizes,   levels.table(),           as_contiguous(grad_output), values, locations,
+               weights, needs_sampling_locations, needs_attention_weights,    stream};
   const Tensor grad_value = run(call, strategy(call, needs_value, deterministic, half_sums));
   return {grad_value, call.grad_locations, call.grad_weights};
 }

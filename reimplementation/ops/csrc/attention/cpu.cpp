@@ -167,8 +167,7 @@ struct Operands {
             block.row[corner] + i * lanes,
             start + block.y[i].index[corner >> 1] * row_width + block.x[i].index[corner & 1]);
         store<lanes>(
-            block.scale[corner] + i * lanes,
-            block.attention[i] * corner_weight(block.x[i], block.y[i], corner));
+            block.scale[corner] + i * lanes, block.attention[i] * corner_weight(block.x[i], block.y[i], corner));
       }
     }
   }
@@ -447,13 +446,11 @@ void backward_of_samples(
 }
 
 template <typename Feature, typename Weight>
-void backward_of_value(
-    const Operands<Feature, Weight>& operands, const Tensor& grad_output, const Tensor& grad_value) {
+void backward_of_value(const Operands<Feature, Weight>& operands, const Tensor& grad_output, const Tensor& grad_value) {
   const Sizes& sizes = operands.sizes;
   const int64_t threads = torch::stable::get_num_threads();
   BackwardOfValue<Feature, Weight> kernel{
-      operands,
-      static_cast<const Compute<Feature>*>(grad_output.const_data_ptr()),
+      operands, static_cast<const Compute<Feature>*>(grad_output.const_data_ptr()),
       static_cast<Feature*>(grad_value.mutable_data_ptr()),
       32};  // wider slices would leave the cache; narrower ones compute the same footprints more often
   const auto num_slices = [&] { return sizes.batch * sizes.num_heads * kernel.slices_per_head(); };
@@ -477,12 +474,10 @@ void with_operands(
     using Feature = decltype(feature);
     using Weight = decltype(weight);
     using T = Compute<Feature>;
-    function(Operands<Feature, Weight>{
-        sizes,
-        SampleLevels<T>(levels, sizes.num_points),
-        static_cast<const Feature*>(value.const_data_ptr()),
-        SampleView<const T, 6>(sampling_locations),
-        SampleView<const Weight, 5>(attention_weights)});
+    function(
+        Operands<Feature, Weight>{
+            sizes, SampleLevels<T>(levels, sizes.num_points), static_cast<const Feature*>(value.const_data_ptr()),
+            SampleView<const T, 6>(sampling_locations), SampleView<const Weight, 5>(attention_weights)});
   });
 }
 

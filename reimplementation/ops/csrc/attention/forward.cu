@@ -51,8 +51,8 @@ __device__ __forceinline__ void gather(
 }
 
 template <typename T, typename W, int VEC, int IN_FLIGHT>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) ms_deform_attn_forward(
-    const Operands<T, W> op, T* __restrict__ output) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    ms_deform_attn_forward(const Operands<T, W> op, T* __restrict__ output) {
   using C = compute_t<T>;
   __shared__ Footprints<C, SLOTS<T>> footprints[WARPS];
   auto& staged = *keep_shared(&footprints[threadIdx.x / WARP]);
@@ -130,8 +130,7 @@ Tensor forward_cuda(
     const Tensor& level_start_index,
     const Tensor& sampling_locations,
     const Tensor& attention_weights) {
-  const auto sizes =
-      check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
+  const auto sizes = check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const std::initializer_list<int64_t> output_shape = {
       sizes.batch, sizes.num_queries, sizes.num_heads * sizes.channels};

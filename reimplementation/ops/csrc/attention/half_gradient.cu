@@ -21,7 +21,7 @@ struct Counting {
   unsigned query_blocks;  // of the grid along x; those beyond write zeros
   RowState* states;       // as HalfSums has them
   unsigned* num_crowded;
-  unsigned* crowded;      // the gradient's rows, of all images and heads, by place; or NO_ROW
+  unsigned* crowded;  // the gradient's rows, of all images and heads, by place; or NO_ROW
   float* sums;
   int pitch;
 
@@ -101,7 +101,12 @@ __global__ void __launch_bounds__(THREADS) count_samples(const Operands<T, W> op
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS) round_crowds(
-    T* gradient, int channels, const unsigned* num_crowded, const unsigned* crowded, const float* sums, int pitch,
+    T* gradient,
+    int channels,
+    const unsigned* num_crowded,
+    const unsigned* crowded,
+    const float* sums,
+    int pitch,
     int log2_lanes) {
   const unsigned teams = gridDim.x * THREADS >> log2_lanes;
   const int lanes = 1 << log2_lanes, lane = threadIdx.x & (lanes - 1);
@@ -143,7 +148,7 @@ Operands<T, W> one_thread_a_sample(Operands<T, W> op) {
 }  // namespace
 
 bool half_sums_suffice(const Sizes& sizes, const Tensor& value, const Tensor& grad_output) {
-  // The major compute capability from which on they are added eight at a time. Code for an older one adds pairs: right, and slower.
+  // The major compute capability from which on they are added eight at a time. Code for an older one adds pairs: slower.
   constexpr int ATOMICS_OF_HALVES = 9;
   // As often may a row be added to on average: with more, too many are crowded.
   const int64_t lonely = value.scalar_type() == ScalarType::Half ? 16 : 8;
@@ -161,7 +166,8 @@ HalfGradient::HalfGradient(
     const Tensor& locations,
     const Tensor& weights,
     cudaStream_t stream)
-    : gradient_(allocate_like(value)), memory_(gradient_) {
+    : gradient_(allocate_like(value)),
+      memory_(gradient_) {
   dispatch_halves(value, weights, [&](auto* t, auto* w) {
     using T = std::remove_pointer_t<decltype(t)>;
     using W = std::remove_pointer_t<decltype(w)>;
@@ -184,8 +190,14 @@ HalfGradient::HalfGradient(
 
     launch_parts(all, sizes.batch, [&](const Operands<T, W>& op, dim3 grid) {
       const Counting counting = {
-          static_cast<uint4*>(gradient_.mutable_data_ptr()), gradient_.numel() / HALF_VEC, grid.x, states_, num_crowded_,
-          crowded_, sums_, pitch_};
+          static_cast<uint4*>(gradient_.mutable_data_ptr()),
+          gradient_.numel() / HALF_VEC,
+          grid.x,
+          states_,
+          num_crowded_,
+          crowded_,
+          sums_,
+          pitch_};
       count_samples<T, W><<<dim3(2 * grid.x, grid.y, grid.z), THREADS, 0, stream>>>(op, counting);
       check_launch("count_samples");
     });

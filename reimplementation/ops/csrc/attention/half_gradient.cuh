@@ -52,7 +52,10 @@ struct HalfSums {
     return (__ldg(&states[row].samples) & CROWDED) != 0;
   }
   __device__ __forceinline__ void add(
-      const Problem& op, const PackedRows& rows, Anchor crowded, const Four<float>& weights,
+      const Problem& op,
+      const PackedRows& rows,
+      Anchor crowded,
+      const Four<float>& weights,
       const Vector<T, HALF_VEC>& grad_output) const {
     unsigned crowds[4] = {};
     if (crowded) {

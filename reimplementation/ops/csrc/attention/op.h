@@ -46,12 +46,10 @@ inline Sizes check(
   check_shape("spatial_shapes", spatial_shapes, {sizes.num_levels, 2});
   check_shape("level_start_index", level_start_index, {sizes.num_levels});
   check_shape(
-      "sampling_locations",
-      sampling_locations,
+      "sampling_locations", sampling_locations,
       {sizes.batch, sizes.num_queries, sizes.num_heads, sizes.num_levels, sizes.num_points, 2});
   check_shape(
-      "attention_weights",
-      attention_weights,
+      "attention_weights", attention_weights,
       {sizes.batch, sizes.num_queries, sizes.num_heads, sizes.num_levels, sizes.num_points});
 
   check_features("value", value);
@@ -61,8 +59,7 @@ inline Sizes check(
       sampling_locations.scalar_type() == compute_type(value),
       "sampling_locations must be float64 for a float64 value, else float32");
   STD_TORCH_CHECK(
-      attention_weights.scalar_type() == value.scalar_type() ||
-          attention_weights.scalar_type() == compute_type(value),
+      attention_weights.scalar_type() == value.scalar_type() || attention_weights.scalar_type() == compute_type(value),
       "attention_weights must have the value's dtype or float32");
   check_same_device("sampling_locations", sampling_locations, value);
   check_same_device("attention_weights", attention_weights, value);
@@ -80,10 +77,11 @@ inline void check_gradient(const Tensor& grad_output, const Tensor& value, const
   check_same_device("grad_output", grad_output, value);
 }
 
-// One implementation per device; the CPU's backward gives the same bits every time, asked for or not, and its sums are never
-// in half precision. Where `half_sums`, the value's gradient may be summed in the value's own dtype, where few samples meet in
-// a row; else all sums are float32, or float64. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes back with no elements; the gradient of
-// value is contiguous, those of locations and weights have their operand's strides where those are dense.
+// One implementation per device. The output is (N, Lq, M * D) in the value's dtype. A gradient that is not needed comes back with
+// no elements; the gradient of value is contiguous, those of locations and weights have their operand's strides where those are
+// dense. Where `half_sums`, the value's gradient may be summed in the value's own dtype, where few samples meet in a row; else
+// all sums are float32, or float64. The CPU's backward gives the same bits every time, asked for or not, and never sums in half
+// precision.
 Tensor forward_cpu(
     const Tensor& value,
     const Tensor& spatial_shapes,

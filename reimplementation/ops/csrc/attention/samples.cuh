@@ -33,7 +33,7 @@ using namespace cuda;
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
-constexpr int LINE_BYTES = 128;  // of L1
+constexpr int LINE_BYTES = 128;   // of L1
 constexpr int WARPS_WANTED = 32;  // on a multiprocessor: units are split while there are fewer warps
 
 // The sizes, and how the work is divided.
@@ -236,7 +236,7 @@ template <typename T, int SLOTS>
 struct Footprints {
   Four<T> weights[SLOTS];  // of the corners, times the attention weight
   PackedRows rows[SLOTS];
-  int count[WARP];         // of each unit
+  int count[WARP];  // of each unit
 };
 
 // Stages what a sampler visits.

@@ -88,7 +88,8 @@ inline int64_t step(const Tensor& tensor, int64_t dim) {
 
 // The same in 32 bits.
 inline int short_step(int64_t step) {
-  STD_TORCH_CHECK(step <= INT_MAX, "too large: neighbours along an inner dimension are ", step, " elements apart, more than 2^31");
+  STD_TORCH_CHECK(
+      step <= INT_MAX, "too large: neighbours along an inner dimension are ", step, " elements apart, more than 2^31");
   return static_cast<int>(step);
 }
 

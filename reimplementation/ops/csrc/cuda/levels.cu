@@ -16,7 +16,8 @@ struct Numbers {
   int64_t values[MOST];
 };
 
-__global__ void __launch_bounds__(THREADS) write_numbers(const __grid_constant__ Numbers numbers, int count, int64_t* to) {
+__global__ void __launch_bounds__(THREADS)
+    write_numbers(const __grid_constant__ Numbers numbers, int count, int64_t* to) {
   for (int i = threadIdx.x; i < count; i += THREADS) {
     to[i] = numbers.values[i];
   }

@@ -15,8 +15,9 @@ constexpr int LANES = 32;                          // that hold one channel each
 constexpr int WARPS_AT_ONCE = 16;                  // of step 3 on a multiprocessor, which has registers for so many
 constexpr int64_t WORKSPACE = int64_t{1} << 30;    // bytes; larger batches are taken in parts
 constexpr int64_t MOST_MERGED = int64_t{1} << 23;  // samples of several batch elements: merging runs ends soon
-constexpr int64_t LEAST_CROWDED = 64;   // samples from which several warps share a tile, if there is too little work for all
-constexpr int64_t MOST_CROWDED = 256;   // the same, if there is enough
+constexpr int64_t LEAST_CROWDED =
+    64;  // samples from which several warps share a tile, if there is too little work for all
+constexpr int64_t MOST_CROWDED = 256;  // the same, if there is enough
 
 // A *sample* is numbered by (batch, head, query, point, camera, level); an *image* is a batch element's head.
 struct Sizes {
@@ -38,7 +39,7 @@ struct Sizes {
 
 // Some batch elements and queries that are worked on together.
 struct Share {
-  int64_t batch, batches;   // the first, and how many
+  int64_t batch, batches;  // the first, and how many
   int64_t query, queries;
 };
 
@@ -60,7 +61,8 @@ inline Division divide(const Sizes& sizes, bool deterministic, bool single_queri
   STD_TORCH_CHECK(
       query_samples <= most_samples && batch_tiles < most_keys / PIXELS && sizes.heads * sizes.channels <= UINT_MAX &&
           batch_units < INT_MAX,
-      "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below 2^30");
+      "too large: heads * points * cameras * levels must be at most 2^26, heads * rows and heads * channels below "
+      "2^30");
 
   Division most;
   most.queries = single_queries ? 1 : std::clamp<int64_t>(most_samples / query_samples, 1, sizes.queries);
@@ -84,8 +86,10 @@ template <typename Work>
 void for_each_share(const Sizes& sizes, const Division& most, const Work& work) {
   for (int64_t batch = 0; batch < sizes.batch; batch += most.batches) {
     for (int64_t query = 0; query < sizes.queries; query += most.queries) {
-      work(Share{
-          batch, std::min(most.batches, sizes.batch - batch), query, std::min(most.queries, sizes.queries - query)});
+      work(
+          Share{
+              batch, std::min(most.batches, sizes.batch - batch), query,
+              std::min(most.queries, sizes.queries - query)});
     }
   }
 }

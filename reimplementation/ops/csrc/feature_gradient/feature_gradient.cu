@@ -62,7 +62,14 @@ constexpr unsigned ALL_ELSEWHERE = ELSEWHERE * 0x01010101u;
 // Of a location in a tile's level: what each corner weighs, and its pixel of the tile, a byte each.
 template <typename C>
 __device__ __forceinline__ void place_corners(
-    const Tile& tile, int width, int height, C location_x, C location_y, bool exists, Four<C>& corners, unsigned& pixels) {
+    const Tile& tile,
+    int width,
+    int height,
+    C location_x,
+    C location_y,
+    bool exists,
+    Four<C>& corners,
+    unsigned& pixels) {
   const auto x = bilinear_axis(pixel_position(location_x, width), width);
   const auto y = bilinear_axis(pixel_position(location_y, height), height);
   corners = corner_weights(x, y);
@@ -101,16 +108,14 @@ __device__ __forceinline__ void add_samples(
   const int width = part.spans[tile.level].width, height = part.spans[tile.level].height;
   const C* const locations = part.locations + part.image_offset(tile.image, part.location_strides);
   const T* const output = part.grad_output + part.image_offset(tile.image, part.output_strides) + channel;
-  const W* const weights = part.weights + part.image_offset(tile.image, part.weight_strides) +
-      part.group_offset(channel);
+  const W* const weights =
+      part.weights + part.image_offset(tile.image, part.weight_strides) + part.group_offset(channel);
 
   // A lane's next sample: `begin` loads what `finish` needs later. Where a team has no more, it reads its last one again,
   // and where it has none, that of number 0.
   C location_x, location_y;
   W weight;
-  auto sample_at = [&](int step) {
-    return end > 0 ? part.sorted[tile.at(min(first + step + in_team, end - 1))] : 0;
-  };
+  auto sample_at = [&](int step) { return end > 0 ? part.sorted[tile.at(min(first + step + in_team, end - 1))] : 0; };
   auto begin = [&](int buffer, unsigned sample) {
     const Place place(part, sample);
     const C* location = locations + place.offset(part.location_steps);
@@ -264,7 +269,7 @@ __device__ __forceinline__ void write_tile(
 // Step 3. A block takes units as it gets to them: of crowded tiles one, which its teams share, of others one a team; and a
 // slice of the channels.
 template <typename T, typename W, int VEC, bool ONE_GROUP>
-__global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
+__global__ void __launch_bounds__(MOST_WARPS* WARP, WARPS_AT_ONCE / MOST_WARPS)
     sum_tiles(const __grid_constant__ Part<T, W> part, bool crowded) {
   using C = compute_t<T>;
   extern __shared__ __align__(32) char memory[];
@@ -303,7 +308,8 @@ __global__ void __launch_bounds__(MOST_WARPS * WARP, WARPS_AT_ONCE / MOST_WARPS)
         sums[warp].pixels[pixel][lane] = {};
       }
       add_samples(
-          part, tile, share * team, min(share * (team + 1), samples), most, min(channel, part.channels - VEC), sums[warp]);
+          part, tile, share * team, min(share * (team + 1), samples), most, min(channel, part.channels - VEC),
+          sums[warp]);
     }
     __syncthreads();
     if (exists && channel < part.channels && (samples > 0 || !part.add)) {
@@ -356,9 +362,16 @@ int64_t words_for(int64_t samples) {
 // times `words_for` its samples, three if not deterministic.
 template <typename T, typename W>
 Part<T, W> launch_order(
-    Part<T, W> part, LevelTable levels, bool deterministic, uint32_t* memory, Scratch scratch, int device,
-    cudaStream_t stream, SideStream& beside) {
-  const int64_t keys = static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
+    Part<T, W> part,
+    LevelTable levels,
+    bool deterministic,
+    uint32_t* memory,
+    Scratch scratch,
+    int device,
+    cudaStream_t stream,
+    SideStream& beside) {
+  const int64_t keys =
+      static_cast<int64_t>(part.most_tiles) * PIXELS + 1;  // one more, for samples that count for nothing
   const int64_t words = words_for(part.samples);
   uint32_t *const sample_keys = memory, *const ranks = memory + words, *const ordered = memory + 2 * words;
 

@@ -16,7 +16,7 @@ namespace reimplementation::feature_gradient {
 
 using namespace cuda;
 
-constexpr int THREADS = 128;  // of the kernels here
+constexpr int THREADS = 128;   // of the kernels here
 constexpr int MOST_WARPS = 8;  // that share a crowded tile
 
 // A level's pixels, and the first of its tiles within an image. Levels on the very same pixels share their tiles.
@@ -49,21 +49,17 @@ struct alignas(16) Tile {
   }
   // The place in the order of the keys of the sample at a position among all of the tile's.
   __device__ __forceinline__ int at(int position) const {
-    return position +
-        (position < end.x       ? shift.x
-             : position < end.y ? shift.y
-             : position < end.z ? shift.z
-                                : shift.w);
+    return position + (position < end.x ? shift.x : position < end.y ? shift.y : position < end.z ? shift.z : shift.w);
   }
 };
 
 // What the kernels find out on the way.
 struct Findings {
-  unsigned tiles;                           // of an image
-  bool overlap;                             // levels share some of their pixels, not all: these have no single owner
-  bool gaps;                                // some rows belong to no level
-  unsigned light, crowded, very_crowded;    // tiles listed
-  unsigned next_light, next_crowded;        // units of work that somebody has taken, beyond each block's first
+  unsigned tiles;                         // of an image
+  bool overlap;                           // levels share some of their pixels, not all: these have no single owner
+  bool gaps;                              // some rows belong to no level
+  unsigned light, crowded, very_crowded;  // tiles listed
+  unsigned next_light, next_crowded;      // units of work that somebody has taken, beyond each block's first
 };
 
 // What the kernels of one part of the batch read and write. An *image* is a batch element's head: it has rows of its own.
@@ -74,22 +70,22 @@ struct Part {
   const W* weights;
   T* grad_features;
   int64_t location_strides[2], weight_strides[2], feature_strides[2], output_strides[2];  // batch and head
-  int location_steps[5], weight_steps[5];         // query, point, camera, level; from x to y, or from group to group
-  unsigned feature_row, output_row;               // elements from a row to the next
+  int location_steps[5], weight_steps[5];  // query, point, camera, level; from x to y, or from group to group
+  unsigned feature_row, output_row;        // elements from a row to the next
   Divisor levels, cams, points, queries, heads, group_channels;
   int images, rows, channels;
   unsigned samples;
-  int log2_lanes;                 // of a team in step 3
-  Divisor slices;                 // what a team holds of the channels is a slice
-  bool unit_square, add;          // add to the gradient that an earlier part wrote
+  int log2_lanes;         // of a team in step 3
+  Divisor slices;         // what a team holds of the channels is a slice
+  bool unit_square, add;  // add to the gradient that an earlier part wrote
 
-  int num_levels;                 // cams * levels
-  Span* spans;                    // of the levels
+  int num_levels;  // cams * levels
+  Span* spans;     // of the levels
   Findings* found;
-  uint32_t* places;               // by key: how many samples, then how many before; the last is of all keys
-  uint32_t* sorted;               // the samples that count, in the order of their keys
-  unsigned crowded_from;          // samples from which several warps share a tile
-  Tile *light, *crowded;          // lists of tiles; very crowded ones fill theirs from the front, others from the end
+  uint32_t* places;       // by key: how many samples, then how many before; the last is of all keys
+  uint32_t* sorted;       // the samples that count, in the order of their keys
+  unsigned crowded_from;  // samples from which several warps share a tile
+  Tile *light, *crowded;  // lists of tiles; very crowded ones fill theirs from the front, others from the end
   unsigned most_tiles, most_crowded;  // room in these lists
 
   // From a sample's first weight to that of a channel.
@@ -134,8 +130,8 @@ struct Footprint {
 
   template <typename P>
   __device__ __forceinline__ Footprint(const P& part, const Place& place, const Span& span) {
-    const T* location = part.locations + part.image_offset(place.image, part.location_strides) +
-        place.offset(part.location_steps);
+    const T* location =
+        part.locations + part.image_offset(place.image, part.location_strides) + place.offset(part.location_steps);
     const T location_x = location[0], location_y = location[part.location_steps[4]];
     const T pixel_x = pixel_position(location_x, span.width), pixel_y = pixel_position(location_y, span.height);
     counts = span.height > 0 &&
@@ -230,12 +226,14 @@ __device__ void list_levels(const Part<T, W>& part, const LevelTable& levels) {
 
 // Before step 1: a warp lists the levels, and all blocks but its own set the counts of the samples of each key to zero.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Part<T, W> part, LevelTable levels, int64_t keys) {
+__global__ void __launch_bounds__(THREADS)
+    prepare(const __grid_constant__ Part<T, W> part, LevelTable levels, int64_t keys) {
   if (blockIdx.x == 0 && threadIdx.x < WARP) {
     list_levels(part, levels);
   }
   if (blockIdx.x > 0) {
-    for (int64_t key = int64_t{blockIdx.x - 1} * THREADS + threadIdx.x; key < keys; key += int64_t{gridDim.x - 1} * THREADS) {
+    for (int64_t key = int64_t{blockIdx.x - 1} * THREADS + threadIdx.x; key < keys;
+         key += int64_t{gridDim.x - 1} * THREADS) {
       part.places[key] = 0;
     }
   }
@@ -263,8 +261,8 @@ __global__ void __launch_bounds__(THREADS) find_keys(const Part<T, W> part, uint
 
 // Puts the samples in the order of their keys; those with the same key in the order in which they were counted.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) order_samples(
-    const Part<T, W> part, const uint32_t* keys, const uint32_t* ranks) {
+__global__ void __launch_bounds__(THREADS)
+    order_samples(const Part<T, W> part, const uint32_t* keys, const uint32_t* ranks) {
   const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
   if (sample < part.samples && keys[sample] < part.most_tiles * PIXELS) {
     part.sorted[part.places[keys[sample]] + ranks[sample]] = sample;
@@ -278,7 +276,8 @@ struct Range {
   unsigned begin, end;
 
   template <typename T, typename W>
-  __device__ Range(const Part<T, W>& part, uint32_t key) : begin(part.places[key]), end(part.places[key + 1]) {}
+  __device__ Range(const Part<T, W>& part, uint32_t key) : begin(part.places[key]),
+                                                           end(part.places[key + 1]) {}
   // Of those in a chunk.
   __device__ unsigned begin_in(unsigned chunk) const {
     return max(begin, chunk * CHUNK);
@@ -292,7 +291,8 @@ struct Range {
 };
 
 // How many of some samples are before a number; a block's threads read much the same ones.
-__device__ __forceinline__ unsigned count_before(const uint32_t* samples, unsigned begin, unsigned end, uint32_t number) {
+__device__ __forceinline__ unsigned count_before(
+    const uint32_t* samples, unsigned begin, unsigned end, uint32_t number) {
   unsigned before = 0, i = begin;
   for (; i < end && i % 4 != 0; ++i) {
     before += samples[i] < number;
@@ -311,8 +311,8 @@ __device__ __forceinline__ unsigned count_before(const uint32_t* samples, unsign
 // over the border of a chunk, each chunk's part of it becomes a run for `settle_runs`; without `runs`, where samples are
 // few, it is settled here all the same.
 template <typename T, typename W>
-__global__ void __launch_bounds__(CHUNK) settle_chunks(
-    const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, uint32_t* runs) {
+__global__ void __launch_bounds__(CHUNK)
+    settle_chunks(const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, uint32_t* runs) {
   __shared__ __align__(16) uint32_t numbers[CHUNK];
   const unsigned samples = part.places[part.most_tiles * PIXELS];  // that count for something
   const unsigned first = blockIdx.x * CHUNK;
@@ -335,7 +335,8 @@ __global__ void __launch_bounds__(CHUNK) settle_chunks(
 }
 
 // The same where they are in order.
-__device__ __forceinline__ unsigned rank_in_run(const uint32_t* samples, unsigned begin, unsigned end, uint32_t number) {
+__device__ __forceinline__ unsigned rank_in_run(
+    const uint32_t* samples, unsigned begin, unsigned end, uint32_t number) {
   unsigned low = begin, high = end;
   while (low < high) {
     const unsigned middle = low + (high - low) / 2;
@@ -350,8 +351,8 @@ __device__ __forceinline__ unsigned rank_in_run(const uint32_t* samples, unsigne
 
 // Merges the runs of each range: a sample's place is how many are smaller in its own run and in the others.
 template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) settle_runs(
-    const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, const uint32_t* runs) {
+__global__ void __launch_bounds__(THREADS)
+    settle_runs(const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, const uint32_t* runs) {
   const unsigned samples = part.places[part.most_tiles * PIXELS];
   const unsigned chunk = blockIdx.x, first = chunk * CHUNK, end = min(first + CHUNK, samples);
   if (first >= samples) {
@@ -415,14 +416,14 @@ __device__ void sum_overlapping(const Part<T, W>& part) {
           }
           const Four<C> weights = corner_weights(footprint.x, footprint.y);
           for (int corner = 0; corner < 4; ++corner) {
-            if (footprint.inside(corner) && footprint.x.index[corner % 2] == x &&
-                footprint.y.index[corner / 2] == y && channel < part.channels) {
+            if (footprint.inside(corner) && footprint.x.index[corner % 2] == x && footprint.y.index[corner / 2] == y &&
+                channel < part.channels) {
               const W weight = part.weights
-                  [part.image_offset(image, part.weight_strides) + place.offset(part.weight_steps) +
-                   part.group_offset(channel)];
+                                   [part.image_offset(image, part.weight_strides) + place.offset(part.weight_steps) +
+                                    part.group_offset(channel)];
               const T gradient = part.grad_output
-                  [part.image_offset(image, part.output_strides) + static_cast<int64_t>(place.query) * part.output_row +
-                   channel];
+                                     [part.image_offset(image, part.output_strides) +
+                                      static_cast<int64_t>(place.query) * part.output_row + channel];
               sum += weights[corner] * to_compute(weight) * to_compute(gradient);
             }
           }
@@ -430,8 +431,9 @@ __device__ void sum_overlapping(const Part<T, W>& part) {
       }
     }
     if (channel < part.channels) {
-      T& gradient = part.grad_features
-          [part.image_offset(image, part.feature_strides) + static_cast<int64_t>(row) * part.feature_row + channel];
+      T& gradient =
+          part.grad_features
+              [part.image_offset(image, part.feature_strides) + static_cast<int64_t>(row) * part.feature_row + channel];
       gradient = from_compute<T>(sum + (part.add ? to_compute(gradient) : C(0)));
     }
   }

@@ -51,8 +51,8 @@ __device__ __forceinline__ T sum_of_lanes(T value) {
 
 // Blocks of (WARP, boxes): a whole warp leaves together where there is no box for it.
 template <typename T>
-__global__ void __launch_bounds__(THREADS) box_key_points_backward_kernel(
-    BoxKeyPoints<T> op, const T* grad_key_points, T* grad_anchors, T* grad_logits) {
+__global__ void __launch_bounds__(THREADS)
+    box_key_points_backward_kernel(BoxKeyPoints<T> op, const T* grad_key_points, T* grad_anchors, T* grad_logits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (i >= op.sizes.boxes()) {
     return;

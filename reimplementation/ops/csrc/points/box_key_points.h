@@ -20,7 +20,7 @@ namespace reimplementation::points {
 
 using torch::stable::Tensor;
 
-constexpr int BOX_COLUMNS = 8;      // of an anchor: centre, logarithms of the sizes, sine and cosine of the yaw
+constexpr int BOX_COLUMNS = 8;       // of an anchor: centre, logarithms of the sizes, sine and cosine of the yaw
 constexpr int VELOCITY_COLUMNS = 3;  // that may follow; key points do not depend on them
 
 struct BoxKeyPointsSizes {
@@ -86,14 +86,14 @@ struct BoxKeyPoints {
 // The operands of a call that was checked, contiguous. They must outlive what reads them.
 struct BoxKeyPointsOperands {
   BoxKeyPointsOperands(const Tensor& anchor, const Tensor& fix_scale, const std::optional<Tensor>& logits)
-      : anchor(as_contiguous(anchor)), fix_scale(as_contiguous(fix_scale)), logits(as_contiguous(logits)) {}
+      : anchor(as_contiguous(anchor)),
+        fix_scale(as_contiguous(fix_scale)),
+        logits(as_contiguous(logits)) {}
 
   template <typename T>
   BoxKeyPoints<T> op(const BoxKeyPointsSizes& sizes) const {
     return {
-        sizes,
-        static_cast<const T*>(anchor.const_data_ptr()),
-        static_cast<const T*>(fix_scale.const_data_ptr()),
+        sizes, static_cast<const T*>(anchor.const_data_ptr()), static_cast<const T*>(fix_scale.const_data_ptr()),
         logits ? static_cast<const T*>(logits->const_data_ptr()) : nullptr};
   }
 

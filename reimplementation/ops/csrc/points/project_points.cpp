@@ -78,7 +78,8 @@ void share_out_points(const Kernel& kernel) {
 
 }  // namespace
 
-Tensor project_points_cpu(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
+Tensor project_points_cpu(
+    const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
   return run_project_points(
       key_points, projection_mat, image_wh,
       [](const auto& sizes, const auto& cameras, const auto* points, auto* locations) {

@@ -33,8 +33,8 @@ namespace {
 constexpr int THREADS = 128;
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) project_points_forward(
-    ProjectPointsSizes sizes, Cameras<T> cameras, const T* key_points, Location<T>* locations) {
+__global__ void __launch_bounds__(THREADS)
+    project_points_forward(ProjectPointsSizes sizes, Cameras<T> cameras, const T* key_points, Location<T>* locations) {
   const int64_t point_of_sample = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (point_of_sample >= sizes.sample_points()) {
     return;
@@ -78,7 +78,8 @@ dim3 grid_of(const ProjectPointsSizes& sizes, int64_t block_points) {
 
 }  // namespace
 
-Tensor project_points_cuda(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
+Tensor project_points_cuda(
+    const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh) {
   return run_project_points(
       key_points, projection_mat, image_wh,
       [&](const auto& sizes, const auto& cameras, const auto* points, auto* locations) {

@@ -78,8 +78,8 @@ struct Cameras {
     const T extent_y = view.extent * view.height;
     const T along_x = grad_x / extent_x;
     const T along_y = grad_y / extent_y;
-    const T of_extent = -grad_x * (view.x / extent_x / extent_x) * view.width -
-        grad_y * (view.y / extent_y / extent_y) * view.height;
+    const T of_extent =
+        -grad_x * (view.x / extent_x / extent_x) * view.width - grad_y * (view.y / extent_y / extent_y) * view.height;
     const T along_depth = view.depth >= min_depth() ? of_extent : 0;
     const T* matrix = matrices + camera * 16;
     for (int axis = 0; axis < 3; ++axis) {
@@ -175,7 +175,8 @@ Tensor run_project_points_backward(
 }
 
 // One implementation per device, each of them bitwise reproducible. The backward returns the gradient of the key points.
-Tensor project_points_cpu(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
+Tensor project_points_cpu(
+    const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
 
 Tensor project_points_backward_cpu(
     const Tensor& grad_output,
@@ -183,7 +184,8 @@ Tensor project_points_backward_cpu(
     const Tensor& projection_mat,
     const std::optional<Tensor>& image_wh);
 
-Tensor project_points_cuda(const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
+Tensor project_points_cuda(
+    const Tensor& key_points, const Tensor& projection_mat, const std::optional<Tensor>& image_wh);
 
 Tensor project_points_backward_cuda(
     const Tensor& grad_output,

@@ -56,7 +56,8 @@ inline void check_features(const char* name, const torch::stable::Tensor& tensor
   using torch::headeronly::ScalarType;
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(
-      type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+      type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+          type == ScalarType::BFloat16,
       name, " must be float64, float32, float16 or bfloat16");
 }
 
@@ -75,7 +76,8 @@ inline void check_like(
 }
 
 // Shapes and first rows of levels.
-inline void check_metadata(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
+inline void check_metadata(
+    const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& features) {
   using torch::headeronly::ScalarType;
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(

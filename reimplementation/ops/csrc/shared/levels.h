@@ -36,7 +36,9 @@ struct LevelTable {
     const int64_t height = read(shapes, shapes_are_wide, 2 * i);
     const int64_t width = read(shapes, shapes_are_wide, 2 * i + 1);
     const int64_t start = read(starts, starts_are_wide, i);
-    const auto is_side = [&](int64_t size) { return static_cast<uint64_t>(size) - 1 < static_cast<uint64_t>(num_rows); };
+    const auto is_side = [&](int64_t size) {
+      return static_cast<uint64_t>(size) - 1 < static_cast<uint64_t>(num_rows);
+    };
     const bool fits = is_side(height) & is_side(width) & (start >= 0) & (start <= num_rows) &&
         static_cast<int64_t>(static_cast<uint32_t>(height)) * static_cast<uint32_t>(width) <= num_rows - start;
     return fits ? Level{static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)} : Level{0, 0, 0};
@@ -92,11 +94,8 @@ inline LevelTable level_table(
     const torch::stable::Tensor& shapes, const torch::stable::Tensor& starts, int64_t num_rows) {
   using torch::headeronly::ScalarType;
   return {
-      shapes.const_data_ptr(),
-      starts.const_data_ptr(),
-      shapes.scalar_type() == ScalarType::Long,
-      starts.scalar_type() == ScalarType::Long,
-      num_rows};
+      shapes.const_data_ptr(), starts.const_data_ptr(), shapes.scalar_type() == ScalarType::Long,
+      starts.scalar_type() == ScalarType::Long, num_rows};
 }
 
 }  // namespace reimplementation

@@ -49,8 +49,8 @@ inline std::string cause_of_failure([[maybe_unused]] const torch::stable::Tensor
 
 [[noreturn]] inline void throw_out_of_memory(const torch::stable::Tensor& like, double bytes) {
   std::ostringstream text;  // begins as PyTorch's does, which callers look for
-  text << (like.is_cuda() ? "CUDA out of memory on " + device_name(like) : "CPU out of memory") << ". Tried to allocate "
-       << bytes / (1 << 30) << " GiB in an op of reimplementation";
+  text << (like.is_cuda() ? "CUDA out of memory on " + device_name(like) : "CPU out of memory")
+       << ". Tried to allocate " << bytes / (1 << 30) << " GiB in an op of reimplementation";
   throw std::runtime_error(text.str());
 }
 
@@ -61,8 +61,8 @@ inline std::string cause_of_failure([[maybe_unused]] const torch::stable::Tensor
     throw_out_of_memory(like, bytes);
   }
   std::ostringstream text;
-  text << bytes / (1 << 30) << " GiB could not be allocated on " << device_name(like) << " in an op of reimplementation: "
-       << cause;
+  text << bytes / (1 << 30) << " GiB could not be allocated on " << device_name(like)
+       << " in an op of reimplementation: " << cause;
   throw std::runtime_error(text.str());
 }
 
