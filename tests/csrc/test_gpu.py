@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.ops.inputs import random_attention_inputs
+from tests.ops.table import SAMPLING_OPS
 from tests.reference import TOLERANCE, relative_error
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda_kernels")]
@@ -19,8 +20,13 @@ LONG = 500_000_000  # clock cycles: some tenths of a second
 EVERYTHING = (True, True, True)
 
 
+@pytest.fixture(params=SAMPLING_OPS, ids=str)
+def op(request):
+    return request.param
+
+
 def with_levels_on_the_cpu(op, pinned: bool):
-    features, shapes, starts, locations, weights = op.inputs(41).to("cuda", torch.float32)
+    features, shapes, starts, locations, weights = op.on("cuda", torch.float32, 41)
     shapes, starts = shapes.cpu(), starts.cpu()
     return (features, *((shapes.pin_memory(), starts.pin_memory()) if pinned else (shapes, starts)), locations, weights)
 
@@ -61,7 +67,7 @@ def test_more_levels_than_fit_the_arguments_of_one_kernel():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_threads_that_capture_at_the_same_time_do_not_meet_in_a_stream(op, deterministic):
     """Two threads have a capture open while both, and a third that captures nothing, run a backward on side streams."""
-    own = [op.inputs(43 + i).to("cuda", torch.float32) for i in range(3)]
+    own = [op.on("cuda", torch.float32, 43 + i) for i in range(3)]
     grads = [torch.randn_like(op.forward(*inputs)) for inputs in own]
 
     def backward(i: int):
@@ -124,7 +130,7 @@ def test_a_gpu_that_an_earlier_kernel_broke_is_not_out_of_memory():
 
 
 def test_the_stride_of_a_single_query_means_nothing(op):
-    inputs = op.inputs(45, batch_size=1, num_queries=1).to("cuda", torch.float32)
+    inputs = op.on("cuda", torch.float32, 45, batch_size=1, num_queries=1)
     features, shapes, starts, *samples = inputs
     odd = [t.as_strided(t.shape, (t.stride(0), 2**40, *t.stride()[2:])) for t in samples]
     output = op.forward(*inputs)
