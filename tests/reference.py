@@ -145,12 +145,11 @@ def box_key_points(anchor, fix_scale, logits=None) -> Tensor:
     anchor = anchor.double()
     places = fix_scale.double().expand(*anchor.shape[:2], -1, -1)
     if logits is not None:
-        learned = 1 / (1 + torch.exp(-logits.double())) - 0.5
+        learned = torch.sigmoid(logits.double()) - 0.5
         places = torch.cat([places, learned.unflatten(-1, (learned.shape[-1] // 3, 3))], dim=2)
-    sin, cos = anchor[..., 6], anchor[..., 7]
-    zero, one = torch.zeros_like(sin), torch.ones_like(sin)
-    turn = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
-    return torch.einsum("bnij,bnpj->bnpi", turn, places * anchor[:, :, None, 3:6].exp()) + anchor[:, :, None, :3]
+    x, y, z = (places * anchor[:, :, None, 3:6].exp()).unbind(-1)
+    sin, cos = anchor[..., 6:7], anchor[..., 7:8]
+    return torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1) + anchor[:, :, None, :3]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

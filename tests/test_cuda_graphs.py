@@ -38,6 +38,12 @@ def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...
     return graph, results
 
 
+def assert_agree(gradient: Tensor, expected: Tensor) -> None:
+    """Up to the order in which atomics add; or bit by bit, with infinities, to which half precision may overflow."""
+    error = relative_error(gradient, expected)
+    assert torch.equal(gradient, expected) or error <= TOLERANCE[gradient.dtype]
+
+
 @torch.no_grad()
 def overwrite(static: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
     for old, new in zip(static, fresh, strict=True):
@@ -54,7 +60,7 @@ def assert_replays(function: Callable, static: Sequence[Tensor], batches: Sequen
         expected_output, *expected = function()
         assert torch.equal(output, expected_output)
         for got, wanted in zip(gradients, expected, strict=True):
-            assert relative_error(got, wanted) <= TOLERANCE[got.dtype]
+            assert_agree(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -145,7 +151,7 @@ def test_operands_freed_while_another_stream_still_needs_them(op, dtype):
     stream.synchronize()
     assert torch.equal(actual[0], expected[0])
     for got, wanted in zip(actual, expected):
-        assert relative_error(got, wanted) <= TOLERANCE[got.dtype]
+        assert_agree(got, wanted)
     assert all((block == 255).all() for block in junk)
 
 
@@ -163,4 +169,4 @@ def test_backward_from_another_stream_than_the_forward(op):
         torch.cuda._sleep(LONG)
         loss = call().square().sum()
     for got, wanted in zip(torch.autograd.grad(loss, leaves), expected):
-        assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
+        assert_agree(got, wanted)
