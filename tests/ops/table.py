@@ -81,6 +81,7 @@ class Op:
     empty: dict[str, dict]
     kernel_dtypes: tuple[torch.dtype, ...]  # of the first operand; in others it is computed in float32
     many: dict[str, int]  # sizes at which threads share the work
+    lean: dict  # sizes with which a tracer has least to see: one level
     sizes: tuple[str, ...]  # what else ``random`` takes, beside a seed: numbers of things
     is_pointwise: bool
     """Arithmetic alone: compilers and exporters see its formula, which has derivatives of any order, and its results
@@ -173,6 +174,7 @@ AGGREGATION = Op(
         "channels": {"channels": 0, "num_groups": 1},
     },
     many={"num_queries": 400, "channels": 128},
+    lean={"shapes": [[(9, 14)], [(5, 7)]]},
     sizes=("batch_size", "num_queries", "num_points", "channels", "num_groups"),
     **SAMPLING,
 )
@@ -209,6 +211,7 @@ ATTENTION = Op(
         "channels": {"channels": 0},
     },
     many={"num_queries": 400, "channels": 128},
+    lean={"shapes": [(9, 14)]},
     sizes=("batch_size", "num_queries", "num_heads", "num_points", "channels"),
     **SAMPLING,
 )
@@ -238,6 +241,7 @@ PROJECTION = Op(
         "cameras": {"num_cams": 0},
     },
     many={"num_queries": 1000},
+    lean={},
     sizes=("batch_size", "num_queries", "num_points", "num_cams"),
     **POINTWISE,
 )
@@ -269,6 +273,7 @@ BOXES = Op(
         "fixed alone": {"num_fixed": 0, "num_learnable": None},
     },
     many={"num_queries": 1000},
+    lean={},
     sizes=("batch_size", "num_queries", "num_fixed", "num_learnable"),
     **POINTWISE,
 )
