@@ -452,4 +452,5 @@ class TestGpu:
 
     @pointwise
     def test_a_larger_batch_than_a_grid_has_rows(self, op):
-        assert_agrees(op, op.random(2, batch_size=65537, num_queries=3), "cuda", torch.float32)
+        draw = op.geometries.get("ahead", op.random)  # near a camera's plane a projection amplifies its rounding
+        assert_agrees(op, draw(2, batch_size=65537, num_queries=3), "cuda", torch.float32)

@@ -40,14 +40,10 @@ BACKENDS = tuple(_BY_NAME)
 """The names of all backends, the best first."""
 
 
-class _ForcedInGraphs(threading.local):
-    """What `_forced` holds, for compilers: Dynamo reads no ContextVar, but compiles anew when this changes."""
-
-    name: str | None = None
-
-
 _forced: ContextVar[str | None] = ContextVar("forced backend", default=None)
-_forced_in_graphs = _ForcedInGraphs()
+# What `_forced` holds, for compilers: Dynamo reads no ContextVar, but compiles anew when this changes. It is no subclass
+# with a default, for older releases would see nothing but the default.
+_forced_in_graphs = threading.local()
 _forced_by_environment = os.environ.get("REIMPLEMENTATION_BACKEND") or None
 _warned: set[str] = set()
 _best: dict[torch.device, str] = {}  # filled by `_best_backend`
@@ -79,7 +75,7 @@ class use_backend:
     def __enter__(self) -> None:
         self._is_used = True
         in_graph = torch.compiler.is_compiling()
-        self._before.append(_forced_in_graphs.name if in_graph else _forced.set(self.name))
+        self._before.append(_name_in_graphs() if in_graph else _forced.set(self.name))
         _forced_in_graphs.name = self.name
 
     def __exit__(self, *exception: object) -> None:
@@ -126,7 +122,7 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation", in_
 
     ``in_graph``: a compiler is tracing the call.
     """
-    forced = (_forced_in_graphs.name if in_graph else _forced.get()) or _forced_by_environment
+    forced = (_name_in_graphs() if in_graph else _forced.get()) or _forced_by_environment
     if forced is None:
         return GRID_SAMPLE.name if _is_transformed() else _best_backend(device)
     _require(forced, op, device.index)
@@ -139,6 +135,10 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation", in_
             f"backend {forced!r} is forced, but torch.func transforms and forward-mode derivatives need grid_sample"
         )
     return forced
+
+
+def _name_in_graphs() -> str | None:
+    return getattr(_forced_in_graphs, "name", None)
 
 
 def _is_transformed() -> bool:
