@@ -2,6 +2,8 @@
 
 from .attention import AttentivePool, CrossAttention, SelfAttention
 from .config import ViTConfig
+from .dinov3 import dinov3_config, from_dinov3
+from .feature_map import ViTFeatureMap
 from .features import ViTFeatures
 from .head_config import AttentivePoolHeadConfig, HeadConfig, TransposedConv2dHeadConfig, UpsampleHeadConfig
 from .heads import AttentivePoolHead, Head, TransposedConv2dHead, UpsampleHead
@@ -35,9 +37,12 @@ __all__ = [
     "UpsampleHeadConfig",
     "ViT",
     "ViTConfig",
+    "ViTFeatureMap",
     "ViTFeatures",
     "apply_mask",
     "create_mask",
+    "dinov3_config",
+    "from_dinov3",
     "generate_non_overlapping_mask",
     "unapply_mask",
 ]

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 EPS = 1e-5
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weights: autocast has a rule for LayerNorm, and none for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 def make_norm(norm_type: str, size: int, eps: float | None = EPS, **factory: Any) -> nn.Module:
@@ -19,5 +26,5 @@ def make_norm(norm_type: str, size: int, eps: float | None = EPS, **factory: Any
         factory: ``device`` and ``dtype`` of the weights.
     """
     if norm_type == "rmsnorm":
-        return nn.RMSNorm(size, eps=eps, **factory)
+        return RMSNorm(size, eps=eps, **factory)
     return nn.LayerNorm(size, eps=EPS, **factory)

@@ -52,7 +52,8 @@ class PatchEmbed(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"the input must be floating point; got {x.dtype}: convert and normalise it first")
         size = self.tokenized_size(x.shape[2:])
-        tokens = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        dtype = self.patch.weight.dtype  # that of all tokens between the layers, under autocast too
+        tokens = self.patch(x.to(dtype)).to(dtype).flatten(2).transpose(1, 2)
         return tokens if self.pos_enc is None else tokens + self.pos_enc(size)
 
     def tokenized_size(self, size: Sequence[int]) -> tuple[int, ...]:
