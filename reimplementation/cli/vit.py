@@ -26,6 +26,7 @@ from reimplementation.models.backbones.vit.export import (
     random_images,
 )
 from reimplementation.models.backbones.vit.files import load_weights, read_images, write_tensor
+from reimplementation.models.backbones.vit.initialization import wake_branches
 from reimplementation.models.backbones.vit.summary import summarize
 
 FORMATS = ("text", "json")
@@ -214,6 +215,7 @@ def _model(config: ViTConfig, weights: Path | None, device: torch.device) -> ViT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = config.instantiate()
+        wake_branches(model)
     if weights:
         load_weights(model, weights)
     return model.to(device).eval()

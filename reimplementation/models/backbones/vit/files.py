@@ -33,7 +33,7 @@ def load_weights(model: ViT, path: Path) -> None:
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds the weights of another model: {error}") from None
+        raise ValueError(f"{path} holds the weights of another model: {' '.join(str(error).split())}") from None
 
 
 def read_images(path: Path, config: ViTConfig, any_size: bool = True) -> Tensor:
@@ -105,4 +105,5 @@ def _load(path: Path) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is no file of tensors from torch.save: {str(error).splitlines()[0]}") from None
+            reason = " ".join(str(error).split()) or "it is empty"
+            raise ValueError(f"{path} is no file of tensors from torch.save: {reason:.200}") from None

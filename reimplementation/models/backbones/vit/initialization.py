@@ -26,3 +26,11 @@ def zero_layers(*layers: nn.Linear) -> None:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def wake_branches(model: nn.Module) -> None:
+    """Give every linear layer random weights, those of zeros too, so that the model's layers are not the identity.
+
+    What runs or checks a model without trained weights would see nothing of its layers otherwise.
+    """
+    init_layers(*(module for module in model.modules() if isinstance(module, nn.Linear)))
