@@ -122,19 +122,22 @@ class TestRope:
 
 
 class TestLearnedPositions:
-    positions = LearnedPositions(32, (6, 8), dropout=0.5, **DOUBLE)
+    @pytest.fixture
+    def learned(self):
+        return LearnedPositions(32, (6, 8), dropout=0.5, **DOUBLE)
 
-    def test_a_fresh_one(self):
-        values = self.positions.positions
-        assert abs(values.mean()) < 1e-9 and values.std().item() == pytest.approx(0.02)
+    def test_a_fresh_one(self, learned):
+        values = learned.positions
+        rounding = 0.02 * torch.finfo(torch.float32).eps  # they are computed in float32
+        assert abs(values.mean()) < 4 * rounding and values.std().item() == pytest.approx(0.02)
         grid = values.unflatten(0, (6, 8))
         between_neighbours = (grid[1:] - grid[:-1]).norm(dim=-1).mean()
         assert between_neighbours < (values - values[torch.randperm(48)]).norm(dim=-1).mean()
 
     @pytest.mark.parametrize("size", [(9, 5), (12, 16), (3, 4)])
-    def test_resized(self, size):
-        expected = formulas.bicubic(self.positions.positions, (6, 8), size)
-        torch.testing.assert_close(self.positions.eval()(size)[0], expected)
+    def test_resized(self, size, learned):
+        expected = formulas.bicubic(learned.positions, (6, 8), size)
+        torch.testing.assert_close(learned.eval()(size)[0], expected)
 
     def test_half_precision_is_resized_in_float32(self):
         half = LearnedPositions(32, (6, 8), dtype=torch.bfloat16)
@@ -158,8 +161,8 @@ class TestLearnedPositions:
         assert positions.size == (6, 8) and positions.positions.shape == (48, 8)
         assert torch.equal(positions((6, 8)), expected) and positions.positions.requires_grad
 
-    def test_dropout_in_training(self):
-        dropped = (self.positions.train()((6, 8)) == 0).double().mean()
+    def test_dropout_in_training(self, learned):
+        dropped = (learned.train()((6, 8)) == 0).double().mean()
         assert 0.4 < dropped < 0.6
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class RotaryPositions(nn.Module):
@@ -137,12 +138,24 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     Returns:
         (B, heads, S, d) in the dtype of ``x``, computed in at least float32.
     """
+    rope = with_prefix(rope, x.shape[-2] - rope.shape[-2])
     sin, cos = rope if rope.dim() == 3 else rope.unsqueeze(2)
-    num_prefix = x.shape[-2] - rope.shape[-2]
-    prefix, patches = x[..., :num_prefix, :], x[..., num_prefix:, :]
-    first, second = patches.chunk(2, -1)
-    turned = patches * cos + torch.cat([-second, first], -1) * sin
-    return torch.cat([prefix, turned.to(x.dtype)], -2) if num_prefix else turned.to(x.dtype)
+    half = x.shape[-1] // 2
+    sin, cos = sin[..., :half], cos[..., :half]  # the second half repeats them
+    first, second = x.chunk(2, -1)
+    turned = [
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    ]
+    return torch.cat(turned, -1).to(x.dtype)
+
+
+def with_prefix(rope: Tensor, count: int) -> Tensor:
+    """Put ``count`` tokens that no angle turns before those of (2, ..., L, d) sines and cosines."""
+    if not count:
+        return rope
+    sin, cos = rope
+    return torch.stack([F.pad(sin, (0, 0, count, 0), value=0.0), F.pad(cos, (0, 0, count, 0), value=1.0)])
 
 
 def _close(loaded: Tensor, periods: Tensor) -> bool:

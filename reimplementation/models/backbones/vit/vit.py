@@ -12,7 +12,7 @@ from .features import ViTFeatures
 from .initialization import truncated_normal_
 from .norm import make_norm
 from .patch_embed import PatchEmbed
-from .rope import RotaryPositions
+from .rope import RotaryPositions, with_prefix
 from .transformer import CrossAttentionLayer, DecoderLayer, EncoderLayer
 
 
@@ -159,6 +159,8 @@ class ViT(nn.Module):
         rope = self.prepare_rope(size, rope_seed)
         if mask is not None:
             tokens, rope = _masked(mask, tokens, rope)
+        if rope is not None:  # once for all layers
+            rope = with_prefix(rope, self.config.num_prefix_tokens)
         prefix = [learned.expand(x.shape[0], -1, -1) for learned in (self.cls_tokens, self.register_tokens)]
         return torch.cat([*prefix, tokens], 1), rope, size
 
