@@ -183,7 +183,9 @@ class TestDropPath:
     def branch(x, samples):
         return 2 * x
 
-    @pytest.mark.parametrize(("rate", "batch", "kept"), [(0.5, 6, 3), (0.1, 4, 3), (0.9, 3, 1), (0.2, 5, 4)])
+    @pytest.mark.parametrize(
+        ("rate", "batch", "kept"), [(0.5, 6, 3), (0.1, 4, 3), (0.9, 3, 1), (0.9, 20, 2), (0.07, 100, 93)]
+    )
     def test_each_sample_skips_or_is_scaled(self, rate, batch, kept):
         x = torch.rand(batch, 2, 3) + 1
         updates = (add_branch(x, self.branch, rate) - x) / (2 * x)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
+ROUNDING = 1e-6  # 20 * (1 - 0.9) is a little below 2, and means 2
+
+
 class LayerScale(nn.Module):
     """A learned factor for each channel (arXiv 2103.17239).
 
@@ -41,7 +44,7 @@ def add_branch(x: Tensor, branch: Callable[[Tensor, Tensor | None], Tensor], dro
     if drop_path_rate == 0:  # before the batch is looked at, which an exporter may leave open
         return x + branch(x, None)
     batch = x.shape[0]
-    kept = max(1, int(batch * (1 - drop_path_rate)))
+    kept = max(1, int(batch * (1 - drop_path_rate) + ROUNDING))
     if kept == batch:
         return x + branch(x, None)
     chosen = torch.randperm(batch, device=x.device)[:kept]
