@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 ROUNDING = 1e-6  # 20 * (1 - 0.9) is a little below 2, and means 2
 
 
