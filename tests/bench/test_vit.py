@@ -105,7 +105,8 @@ def test_timm_is_asked_for_the_same_size(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passed", vit.PASSES)
-def test_a_compiled_pass(passed):
-    figure = vit.measure_candidate(vit.vit_candidate("vit", CONFIG), (16, 16), 2, passed, "compiled", CPU, repeats=1)
+def test_a_compiled_backward_runs_again_and_again():
+    figure = vit.measure_candidate(
+        vit.vit_candidate("vit", CONFIG), (16, 16), 2, "backward", "compiled", CPU, repeats=2
+    )
     assert figure.mode == "compiled" and figure.timing.median_us > 0

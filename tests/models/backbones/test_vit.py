@@ -27,6 +27,8 @@ OPTIONS = {
     "default": {},
     "tokens": {"num_register_tokens": 4, "num_cls_tokens": 1, "layer_scale": 0.1, "qk_normalization": True},
     "layers": {"depth": 3, "rope_base": 30.0},
+    "longer side": {"rope_normalize_coords": "max"},
+    "shorter side": {"rope_normalize_coords": "min", "num_cls_tokens": 1},
     "fourier": {"pos_enc": "fourier", "activation": "swiglu"},
     "learnable": {
         "pos_enc": "learnable",
@@ -205,7 +207,7 @@ class TestAttentionWeights:
         assert list(weights) == ["layer_0"]
         state = {name: tensor.double() for name, tensor in vit.state_dict().items()}
         tokens = torch.cat([vit.cls_tokens.expand(2, -1, -1), vit.register_tokens.expand(2, -1, -1), vit.stem(x)], 1)
-        angles = formulas.rope_angles(formulas.places_separate((8, 12)), 100.0, 16)[None]
+        angles = formulas.rope_angles(formulas.places((8, 12)), 100.0, 16)[None]
         attention = formulas.below(state, "blocks.0.self_attention.")
         _, expected = formulas.self_attention_and_weights(config, attention, tokens, angles)
         torch.testing.assert_close(weights["layer_0"], expected, rtol=0, atol=ANGLE)

@@ -96,6 +96,16 @@ class TestRope:
         plain = RotaryPositions(8)((4, 6))
         assert torch.equal(rope.eval()((4, 6)), plain) and not torch.equal(rope.train()((4, 6)), plain)
 
+    def test_a_model_hands_its_settings_over(self):
+        settings = {"rope_shift_coords": 0.5, "rope_jitter_coords": 1.5, "rope_rescale_coords": 2.0, "rope_base": 30.0}
+        vit = formulas.config(**settings, rope_normalize_coords="max").instantiate()
+        found = (vit.rope.shift, vit.rope.jitter, vit.rope.rescale, vit.rope.base, vit.rope.normalize_coords)
+        assert found == (0.5, 1.5, 2.0, 30.0, "max")
+        x = torch.randn(1, 3, 64, 96, **DOUBLE)
+        formulas.fill(vit)
+        first, again, other = (vit(x, rope_seed=seed).dense_features for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
     def test_a_seed_repeats(self):
         rope = RotaryPositions(8, shift=0.1)
         assert torch.equal(rope((4, 6), seed=3), rope((4, 6), seed=3))
@@ -254,9 +264,7 @@ def test_layers_with_other_tokens(kind, options):
     layer = formulas.fill(getattr(vit, f"create_{kind}_layer")())
     x, kv = torch.randn(2, 6, 64, **DOUBLE), torch.randn(2, 12, 64, **DOUBLE)
     state = layer.state_dict()
-    angles_q, angles_k = (
-        formulas.rope_angles(formulas.places_separate(size), 100.0, 16)[None] for size in ((2, 3), (3, 4))
-    )
+    angles_q, angles_k = (formulas.rope_angles(formulas.places(size), 100.0, 16)[None] for size in ((2, 3), (3, 4)))
     expected = x
     if kind == "decoder":
         attention = formulas.below(state, "self_attention.")

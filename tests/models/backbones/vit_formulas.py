@@ -70,8 +70,8 @@ def vit(config: ViTConfig, state: State, images: Tensor, mask: Tensor | None = N
         tokens = norm(tokens, below(state, "patch_embed_norm."), torch.finfo(torch.float64).eps)
     angles = None
     if config.pos_enc == "rope":
-        places = places_separate(size) if config.rope_normalize_coords == "separate" else None
-        angles = rope_angles(places, config.rope_base, config.head_dim).expand(len(images), -1, -1)
+        centres = places(size, config.rope_normalize_coords)
+        angles = rope_angles(centres, config.rope_base, config.head_dim).expand(len(images), -1, -1)
     if mask is not None:
         tokens = torch.stack([sample[kept] for sample, kept in zip(tokens, mask)])
         angles = torch.stack([sample[kept] for sample, kept in zip(angles, mask)])
@@ -120,24 +120,28 @@ def linear(x: Tensor, state: State, name: str) -> Tensor:
     return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0)
 
 
-def places_separate(size: tuple[int, int]) -> Tensor:
-    """(L, 2) centres of the patches, row and column in [-1, 1]."""
-    rows, columns = size
+def places(size: tuple[int, int], normalize: str = "separate") -> Tensor:
+    """(L, 2) centres of the patches, row and column, in [-1, 1] of what divides them."""
+    rows, columns = {
+        "separate": size,
+        "max": (max(size), max(size)),
+        "min": (min(size), min(size)),
+    }[normalize]
     return torch.tensor(
         [
             [(2 * row + 1) / rows - 1, (2 * column + 1) / columns - 1]
-            for row in range(rows)
-            for column in range(columns)
+            for row in range(size[0])
+            for column in range(size[1])
         ],
         dtype=torch.float64,
     )
 
 
-def rope_angles(places: Tensor, base: float, head_dim: int) -> Tensor:
+def rope_angles(centres: Tensor, base: float, head_dim: int) -> Tensor:
     """(L, d / 2): a full turn for each period; first the row's angles, then the column's."""
     quarter = head_dim // 4
     periods = torch.tensor([base ** (2 * i / (head_dim / 2)) for i in range(quarter)], dtype=torch.float64)
-    return torch.cat([2 * math.pi * places[:, :1] / periods, 2 * math.pi * places[:, 1:] / periods], 1)
+    return torch.cat([2 * math.pi * centres[:, :1] / periods, 2 * math.pi * centres[:, 1:] / periods], 1)
 
 
 def turn(x: Tensor, angles: Tensor | None) -> Tensor:
@@ -215,8 +219,8 @@ def mlp(config: ViTConfig, state: State, x: Tensor) -> Tensor:
 def fourier(size: tuple[int, ...], state: State) -> Tensor:
     weights = state["w_fourier"]
     axes = [[-1 + 2 * i / (side - 1) for i in range(side)] for side in size]
-    places = torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.float64) for axis in axes))
-    angles = places @ weights
+    grid = torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.float64) for axis in axes))
+    angles = grid @ weights
     features = torch.cat([angles.sin(), angles.cos()], -1) / weights.shape[1] ** 0.5
     return linear(features, state, "w_fc1")
 
@@ -248,7 +252,7 @@ def dinov3(state: State, images: Tensor, num_heads: int) -> Tensor:
     x = patches(images.double(), (16, 16)) @ state["patch_embed.proj.weight"].flatten(1).T
     x = x + state["patch_embed.proj.bias"]
     x = torch.cat([state[name].expand(len(x), -1, -1) for name in ("cls_token", "storage_tokens")] + [x], 1)
-    angles = rope_angles(places_separate(size), 100.0, x.shape[-1] // num_heads)[None]
+    angles = rope_angles(places(size), 100.0, x.shape[-1] // num_heads)[None]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     for index in range(depth):
         block = below(state, f"blocks.{index}.")
