@@ -143,6 +143,8 @@ def measure_candidate(
     """
     model = candidate.build(size).to(device)
     images = torch.randn(batch_size, candidate.in_channels, *size, device=device, dtype=candidate.dtype)
+    if mode == "compiled":
+        torch._dynamo.reset()  # lest it count the models before as recompilations, and stop compiling
     run = torch.compile(model, dynamic=False) if mode == "compiled" else model
     # A compiled backward frees what it has used, unless it is told that it will run again.
     with torch._functorch.config.patch(donated_buffer=False) if passed == "backward" else nullcontext():

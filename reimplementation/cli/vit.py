@@ -172,21 +172,22 @@ def run_infer(options: argparse.Namespace) -> None:
 
 
 def run_benchmark(options: argparse.Namespace) -> None:
-    draw_all = None
-    if options.output_dir:
-        if not options.no_plots:  # before the work begins: a missing extra is named at once
-            from reimplementation.bench.vit_plots import draw_all
-        options.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = options.output_dir
+    wants_plots = folder and not options.no_plots
+    if wants_plots:  # before the work begins: a missing extra is named at once
+        from reimplementation.bench.vit_plots import draw_all
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     document = _measure_all(options)
     if options.format == "json":
         print(json.dumps(asdict(document), indent=1))
     else:
         _print_figures(document)
-    if options.output_dir:
-        document.write(options.output_dir / "benchmark_results.json")
-        bench.write_csv(options.output_dir / "benchmark_results.csv", document.results)
-        if draw_all:
-            draw_all(options.output_dir, document, options.plot_formats, options.dpi)
+    if folder:
+        document.write(folder / "benchmark_results.json")
+        bench.write_csv(folder / "benchmark_results.csv", document.results)
+    if wants_plots:
+        draw_all(folder, document, options.plot_formats, options.dpi)
 
 
 def run_export(options: argparse.Namespace) -> None:

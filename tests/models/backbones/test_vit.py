@@ -306,6 +306,13 @@ class TestFeatures:
             ViTFeatures(torch.zeros(1, 24, 4), 0, 0).visual_tokens_as_grid  # noqa: B018
 
 
+def test_get_block():
+    vit = formulas.config(depth=2).instantiate()
+    assert vit.get_block(1) is vit.get_block(-1) is vit.blocks[1]
+    with pytest.raises(IndexError):
+        vit.get_block(2)
+
+
 def test_get_head():
     vit = formulas.config(heads={"a": HeadConfig()}).instantiate()
     assert vit.get_head("a") is vit.heads["a"]

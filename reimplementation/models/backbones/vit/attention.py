@@ -41,6 +41,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
+        self.qk_normalization = qk_normalization
         self.norm = make_norm(norm_type, hidden_size, **factory)
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias, **factory)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias, **factory)
@@ -72,10 +73,15 @@ class SelfAttention(nn.Module):
         return attention_weights(query, key)
 
     def _heads(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, num_heads, S, d) queries, keys and values."""
-        query, key, value = (_split(part, self.num_heads) for part in self.qkv_proj(self.norm(x)).chunk(3, -1))
-        query, key = self.q_norm(query), self.k_norm(key)
-        return (query, key, value) if rope is None else (rotate(query, rope), rotate(key, rope), value)
+        """(B, num_heads, S, d) queries, keys and values. Queries and keys turn together, in half as many kernels."""
+        heads = _split(self.qkv_proj(self.norm(x)), 3 * self.num_heads)
+        query_key, value = heads.split((2 * self.num_heads, self.num_heads), 1)
+        if self.qk_normalization:
+            query, key = query_key.chunk(2, 1)
+            query_key = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
+        if rope is not None:
+            query_key = rotate(query_key, rope)
+        return (*query_key.chunk(2, 1), value)
 
 
 class CrossAttention(nn.Module):

@@ -98,6 +98,7 @@ class UpsampleHead(nn.Module):
 
     def __init__(self, widths: Sequence[int], num_smooth_layers: int = 2, dropout: float = 0.0, **factory: Any):
         super().__init__()
+        self.num_smooth_layers = num_smooth_layers
         self.dropout = nn.Dropout(dropout)
         self.upsample_layers = nn.ModuleList(
             nn.ConvTranspose2d(before, after, kernel_size=2, stride=2, **factory)
@@ -109,7 +110,7 @@ class UpsampleHead(nn.Module):
         x = self.dropout(x)
         for upsample, smooth in zip(self.upsample_layers, self.smooth_layers):
             x = upsample(x)
-            if len(smooth):
+            if self.num_smooth_layers:
                 x = x + smooth(x)
         return x
 

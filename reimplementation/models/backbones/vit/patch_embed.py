@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.in_channels = config.in_channels
         self.patch_size = tuple(config.patch_size)
-        convolution = nn.Conv2d if len(self.patch_size) == 2 else nn.Conv3d
+        convolution: type[Any] = nn.Conv2d if len(self.patch_size) == 2 else nn.Conv3d
         self.patch = convolution(
             config.in_channels, config.hidden_size, self.patch_size, stride=self.patch_size, **factory
         )

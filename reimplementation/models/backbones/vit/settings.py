@@ -6,13 +6,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from numbers import Real
-from typing import Any, TypeVar
-
-Settings = TypeVar("Settings")
+from typing import Any
 
 
-def from_mapping(kind: type[Settings], mapping: Any, where: str) -> Settings:
-    """A dataclass from a mapping of its fields; ``where`` names the mapping in messages.
+def from_mapping(kind: Any, mapping: Any, where: str) -> Any:
+    """An instance of the dataclass ``kind`` from a mapping of its fields; ``where`` names the mapping in messages.
 
     Raises:
         TypeError: it is no mapping.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def create_mask(
     if scale < 1 or (scale > 1 and min(size) <= scale):
         raise ValueError(f"scale must be at least 1 and smaller than every side of the grid {tuple(size)}; got {scale}")
     blocks = [-(-side // scale) for side in size]
-    options = {"device": device, "generator": generator}
+    options: dict[str, Any] = {"device": device, "generator": generator}
     # Each block has a rank, and tokens within a block a fraction on top: the first tokens in this order are kept.
     ranks = torch.rand(batch_size, math.prod(blocks), **options).argsort(-1).unflatten(-1, blocks)
     for axis, side in enumerate(size, start=1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +34,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        factory = {"device": device, "dtype": dtype or config.dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype or config.dtype}
         hidden_size = config.hidden_size
         self.register_tokens = _prefix_tokens(config.num_register_tokens, hidden_size, **factory)
         self.cls_tokens = _prefix_tokens(config.num_cls_tokens, hidden_size, **factory)
@@ -82,7 +84,8 @@ class ViT(nn.Module):
         """(B, heads, N, N) attention weights under "layer_0", "layer_1", ...; arguments as of `forward`."""
         tokens, rope, _ = self._embed(x, mask, rope_seed)
         weights = {}
-        for index, block in enumerate(self.blocks):
+        for index in range(self.config.depth):
+            block = self.get_block(index)
             weights[f"layer_{index}"] = block.self_attention.forward_weights(tokens, rope)
             tokens = block(tokens, rope)
         return weights
@@ -120,6 +123,14 @@ class ViT(nn.Module):
     ) -> CrossAttentionLayer:
         """A cross-attention layer with fresh weights and this model's settings."""
         return CrossAttentionLayer(self.config, device=device, dtype=dtype or self.config.dtype)
+
+    def get_block(self, index: int) -> EncoderLayer:
+        """The layer of that number, counted from 0; negative ones from the end.
+
+        Raises:
+            IndexError: there is none.
+        """
+        return cast(EncoderLayer, self.blocks[index])
 
     def get_head(self, name: str) -> nn.Module:
         """The head of that name.
@@ -191,7 +202,7 @@ def _rope(config: ViTConfig, device: torch.device | str | None) -> RotaryPositio
     )
 
 
-def _prefix_tokens(count: int, hidden_size: int, **factory: torch.device | str | torch.dtype | None) -> nn.Parameter:
+def _prefix_tokens(count: int, hidden_size: int, **factory: Any) -> nn.Parameter:
     tokens = nn.Parameter(torch.empty(1, count, hidden_size, **factory), requires_grad=count > 0)
     truncated_normal_(tokens)
     return tokens
