@@ -103,6 +103,16 @@ class TestYaml:
         with pytest.raises(TypeError, match=message):
             ViTConfig.from_yaml(text)
 
+    def test_a_value_of_gigabytes_is_shown_in_short(self):
+        lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+        lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+        with pytest.raises(ValueError, match="unknown key 'a0'"):
+            ViTConfig.from_yaml(PLAIN + "\n".join(lines))
+        bomb = "\n".join(lines).replace("a11: &a11", "patch_size: &a11")
+        with pytest.raises((TypeError, ValueError)) as error:
+            ViTConfig.from_dict({**yaml.safe_load(PLAIN), "patch_size": yaml.safe_load(bomb)["patch_size"]})
+        assert len(str(error.value)) < 1000
+
     def test_a_missing_file_is_named(self):
         with pytest.raises(OSError, match="no-such.yaml"):
             ViTConfig.from_yaml("no-such.yaml")

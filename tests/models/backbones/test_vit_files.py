@@ -131,3 +131,11 @@ class TestPackage:
         export_package(model, tmp_path / "vit.pt2")
         errors = check_package(model, load_package(tmp_path / "vit.pt2"))
         assert list(errors) == [2, 1, 3] and max(errors.values()) < 1e-5
+        for images in (torch.zeros(2, 3, 64, 88), torch.zeros(2, 3, 64, 96, dtype=torch.bfloat16)):
+            with pytest.raises(RuntimeError):
+                load_package(tmp_path / "vit.pt2")(images)
+
+    def test_no_package(self, tmp_path):
+        (tmp_path / "vit.pt2").write_bytes(b"no package at all")
+        with pytest.raises(RuntimeError):
+            load_package(tmp_path / "vit.pt2")

@@ -12,7 +12,7 @@ import torch
 
 from .activations import ACTIVATIONS, is_glu
 from .head_config import HEAD_TYPES, HeadSettings
-from .settings import check_choice, check_fields, check_range, from_mapping
+from .settings import check_choice, check_fields, check_range, from_mapping, shown
 
 if TYPE_CHECKING:
     from .vit import ViT
@@ -101,7 +101,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.dtype not in DTYPES.values():
-            raise TypeError(f"dtype must be one of torch's {', '.join(DTYPES)}; got {self.dtype!r:.80}")
+            raise TypeError(f"dtype must be one of torch's {', '.join(DTYPES)}; got {shown(self.dtype)}")
         check_choice("activation", self.activation, list(ACTIVATIONS))
         check_choice("pos_enc", self.pos_enc, POSITION_ENCODINGS)
         check_choice("rope_normalize_coords", self.rope_normalize_coords, ROPE_COORDINATES)
@@ -152,7 +152,7 @@ class ViTConfig:
         if isinstance(mapping, Mapping):
             mapping = dict(mapping)
             if (kind := mapping.pop("type", TYPE)) != TYPE:
-                raise ValueError(f"{where}: type must be {TYPE}; got {kind!r:.80}")
+                raise ValueError(f"{where}: type must be {TYPE}; got {shown(kind)}")
             if isinstance(dtype := mapping.get("dtype"), str):
                 check_choice(f"{where}: dtype", dtype, list(DTYPES))
                 mapping["dtype"] = DTYPES[dtype]
@@ -255,18 +255,18 @@ def _check_numbers(config: ViTConfig) -> None:
 def _check_heads(config: ViTConfig) -> None:
     heads = config.heads
     if not isinstance(heads, Mapping):
-        raise TypeError(f"heads must be a mapping from names to settings of heads; got {heads!r:.80}")
+        raise TypeError(f"heads must be a mapping from names to settings of heads; got {shown(heads)}")
     for name, head in heads.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"the name of a head must be an identifier, as of a Python variable; got {name!r:.80}")
+            raise ValueError(f"the name of a head must be an identifier, as of a Python variable; got {shown(name)}")
         if not isinstance(head, HeadSettings):
-            raise TypeError(f"heads.{name} must be settings of a head; got {head!r:.80}")
+            raise TypeError(f"heads.{name} must be settings of a head; got {shown(head)}")
         _named(f"heads.{name}", lambda head=head: head.check(config))
 
 
 def _heads_from_dict(heads: Any, where: str) -> dict[str, Any]:
     if not isinstance(heads, Mapping):
-        raise TypeError(f"{where} must be a mapping from names to settings of heads; got {heads!r:.80}")
+        raise TypeError(f"{where} must be a mapping from names to settings of heads; got {shown(heads)}")
     return {name: _head_from_dict(head, f"{where}.{name}") for name, head in heads.items()}
 
 
@@ -274,7 +274,7 @@ def _head_from_dict(head: Any, where: str) -> HeadSettings:
     if isinstance(head, HeadSettings):
         return head
     if not isinstance(head, Mapping) or "type" not in head:
-        raise ValueError(f"{where} must be a mapping with a type, one of {', '.join(HEAD_TYPES)}; got {head!r:.80}")
+        raise ValueError(f"{where} must be a mapping with a type, one of {', '.join(HEAD_TYPES)}; got {shown(head)}")
     head = dict(head)
     kind = head.pop("type")
     check_choice(f"{where}: type", kind, list(HEAD_TYPES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -78,10 +79,18 @@ def random_images(config: ViTConfig, batch: int, device: torch.device) -> Tensor
 
 
 def load_package(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function from images to dense features; the images must be as `export_package` says, which nobody checks."""
+    """A function from images to dense features; RuntimeError from it where images are not as `export_package` says.
+
+    From here on, packages of this process check their inputs: they would read beyond the ends of smaller ones.
+
+    Raises:
+        ValueError: there is no such file.
+        RuntimeError: it is no package.
+    """
     if not path.is_file():
         raise ValueError(
             f"there is no package {path}; write it with: python -m reimplementation vit export CONFIG {path}"
         )
+    os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
     package = torch._inductor.aoti_load_package(str(path))
     return lambda images: package(images)

@@ -6,7 +6,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from numbers import Real
+from reprlib import Repr
 from typing import Any
+
+_SHORT = Repr()
+_SHORT.maxlevel = 2  # YAML's aliases can nest a few lines into gigabytes
 
 
 def from_mapping(kind: Any, mapping: Any, where: str) -> Any:
@@ -17,7 +21,7 @@ def from_mapping(kind: Any, mapping: Any, where: str) -> Any:
         ValueError: a key is unknown or missing.
     """
     if not isinstance(mapping, Mapping):
-        raise TypeError(f"{where} must be a mapping of settings; got {mapping!r:.80}")
+        raise TypeError(f"{where} must be a mapping of settings; got {shown(mapping)}")
     known = [field.name for field in fields(kind)]
     for key in mapping:
         if key not in known:
@@ -44,7 +48,7 @@ def check_fields(settings: Any) -> None:
         value = getattr(settings, field.name)
         found = [converted for convert in converters if (converted := convert(value)) is not _NO]
         if not found:
-            raise TypeError(f"{field.name} must be {_spelled(kinds)}; got {value!r:.80}")
+            raise TypeError(f"{field.name} must be {_spelled(kinds)}; got {shown(value)}")
         object.__setattr__(settings, field.name, found[0])
 
 
@@ -59,6 +63,11 @@ def check_range(name: str, value: float, least: float, below: float = float("inf
     if not least <= value < below:
         limits = f"at least {least:g}" if below == float("inf") else f"in [{least:g}, {below:g})"
         raise ValueError(f"{name} must be {limits}; got {value:g}")
+
+
+def shown(value: Any) -> str:
+    """A value in short, for a message."""
+    return _SHORT.repr(value)
 
 
 def did_you_mean(word: Any, choices: Sequence[str]) -> str:
