@@ -75,6 +75,7 @@ class TestYaml:
             (PLAIN.replace("type: ViT", "type: ResNet"), "type must be ViT; got 'ResNet'"),
             (PLAIN + "heads: {a: {out_features: 3}}", "heads.a must be a mapping with a type, one of Head, "),
             (PLAIN + "heads: {a: {type: Hea}}", "heads.a: type must be one of .*; did you mean 'Head'"),
+            (PLAIN + "heads: {a: {type: [Head]}}", r"heads.a: type must be one of .*; got \['Head'\]"),
             (PLAIN + "heads: {a: {type: Head, width: 3}}", "heads.a: unknown key 'width'"),
             (PLAIN + "heads: {a: {type: Head, out_features: 0}}", "heads.a: out_features must be at least 1; got 0"),
             (PLAIN + "heads: {a.b: {type: Head}}", "the name of a head must be an identifier"),

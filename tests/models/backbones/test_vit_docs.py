@@ -64,7 +64,7 @@ def test_commands(command):
         assert cli.main(shlex.split(COMMANDS[-2])[3:]) == 0  # which writes the package
     if "benchmark" in command:
         pytest.importorskip("rich")
-        command += " --repeats 1"
+        command += " --repeats 1 --dpi 40"
     assert cli.main(shlex.split(command)[3:]) == 0
 
 

@@ -55,7 +55,9 @@ def check_fields(settings: Any) -> None:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}; got {shown(value)}{did_you_mean(value, choices)}"
+        )
 
 
 def check_range(name: str, value: float, least: float, below: float = float("inf")) -> None:
@@ -71,7 +73,8 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(word: Any, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(word), choices, n=1)
+    """What to append to a message: the choice that is spelled most like the word, if one is."""
+    close = difflib.get_close_matches(word, choices, n=1) if isinstance(word, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
