@@ -39,6 +39,13 @@ class TestWeights:
         with pytest.raises(ValueError, match="weights.pt holds the weights of another model: .*blocks.1"):
             load_weights(CONFIG.instantiate(), tmp_path / "weights.pt")
 
+    def test_half_of_dinov3(self, tmp_path):
+        state = state_dict(swiglu=True)
+        del state["blocks.0.mlp.w2.weight"]
+        torch.save(state, tmp_path / "dinov3.pth")
+        with pytest.raises(ValueError, match="dinov3.pth holds the weights of another model: .*mlp.w2.weight"):
+            load_weights(dinov3_config("vits16plus").replace(depth=2).instantiate(), tmp_path / "dinov3.pth")
+
     @pytest.mark.parametrize("content", [torch.zeros(3), {"a": 3}])
     def test_no_state_dict(self, content, tmp_path):
         torch.save(content, tmp_path / "weights.pt")

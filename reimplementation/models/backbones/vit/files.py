@@ -27,12 +27,12 @@ def load_weights(model: ViT, path: Path) -> None:
     state_dict = _load(path)
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} must hold a state dict, tensors by name; got {type(state_dict).__name__}")
-    if is_dinov3(state_dict):
-        heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("heads.")}
-        state_dict = {**heads, **from_dinov3(state_dict, model.config)}
     try:
+        if is_dinov3(state_dict):
+            heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("heads.")}
+            state_dict = {**heads, **from_dinov3(state_dict, model.config)}
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} holds the weights of another model: {' '.join(str(error).split())}") from None
 
 
