@@ -25,6 +25,7 @@ TRAINING = {
     "rope_rescale_coords": 2.0,
 }
 every_position = pytest.mark.parametrize("name", OPTIONS)
+one_position = pytest.mark.parametrize("name", ["rope", pytest.param("fourier", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@every_position
+@one_position
 def test_one_graph_for_every_batch(name):
     vit = model(**OPTIONS[name])
     compiled = torch.compile(vit, fullgraph=True, backend="eager", dynamic=True)
@@ -109,7 +110,7 @@ class _DenseFeatures(torch.nn.Module):
         return self.vit(x).dense_features
 
 
-@pytest.mark.parametrize("name", ["rope", pytest.param("fourier", marks=pytest.mark.slow)])
+@one_position
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
