@@ -1,0 +1,16 @@
+"""Sparse detectors: SparseDrive's perception and Sparse4Dv3, from images to boxes and map lines."""
+
+from .checkpoint import load_checkpoint
+from .config import SparseDriveConfig
+from .detector import SparseDrive
+from .instance_bank import TemporalState
+from .presets import sparse4d_v3, sparsedrive_small
+
+__all__ = [
+    "SparseDrive",
+    "SparseDriveConfig",
+    "TemporalState",
+    "load_checkpoint",
+    "sparse4d_v3",
+    "sparsedrive_small",
+]

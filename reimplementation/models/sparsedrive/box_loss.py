@@ -1,0 +1,125 @@
+"""Losses of the head for boxes: classes, boxes and their quality, of every decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reimplementation.ops.box_key_points import CENTRE, SIN_COS_YAW
+
+from .config import BoxHeadConfig
+from .denoising import DenoisingQueries
+from .geometry import ENCODED_DIMS, encode_boxes
+from .losses import focal_loss, gaussian_focal_loss, mean_over_ranks, stack_layers
+from .matching import assign, box_cost, focal_cost
+from .targets import PaddedTargets, rows_of
+
+SMALL_CLASS_WEIGHTS = (2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0)  # for the ten encoded values
+
+
+def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) -> dict[str, Tensor]:
+    """The weighted terms of every layer that predicted classes.
+
+    Args:
+        outputs: of the head.
+        targets: labels, and boxes (bs, m, 9) whose unknown values are NaN.
+        config: of the head.
+
+    Returns:
+        ``loss_cls_0``, ``loss_box_0``, ``loss_cns_0`` (centerness), ``loss_yns_0`` (yawness), ``loss_cls_1``, …, scalars;
+        with denoising queries ``loss_cls_dn_0``, ``loss_box_dn_0``, … too.
+    """
+    depths, logits, boxes, quality = stack_layers(outputs)
+    boxes = boxes[..., :ENCODED_DIMS]
+    encoded, weights = encoded_targets(targets, config)
+
+    cost = config.cost_class * focal_cost(logits, targets.labels) + config.cost_box * box_cost(
+        boxes, encoded, weights * weights.new_tensor(config.cost_weights)
+    )
+    assigned = assign(cost, targets.counts)
+    matched = assigned >= 0
+    labels = torch.where(matched, rows_of(targets.labels, assigned), len(config.classes))
+    target = turned_where_symmetric(rows_of(encoded, assigned), boxes, labels, config)
+    weights = rows_of(weights, assigned) * weights.new_tensor(config.loss_weights)
+    num_matched = mean_over_ranks(matched.sum((1, 2)))
+    learns_box = matched & (logits.detach().amax(-1).sigmoid() > config.min_score_for_boxes)
+
+    def per_layer(name: str, factor: float, terms: Tensor) -> dict[str, Tensor]:
+        return _per_layer(name, depths, factor * terms.sum((1, 2)) / num_matched)
+
+    distance = torch.where(learns_box, ((boxes - target).abs() * weights).sum(-1), 0)
+    centerness, yawness = quality_losses(quality, boxes, target)
+    return {
+        **per_layer("loss_cls", config.loss_class, focal_loss(logits, labels)),
+        **per_layer("loss_box", config.loss_box, distance),
+        **per_layer("loss_cns", config.loss_centerness, torch.where(learns_box, centerness, 0)),
+        **per_layer("loss_yns", config.loss_yawness, torch.where(learns_box, yawness, 0)),
+        **(denoising_losses(outputs["denoising"], config) if "denoising" in outputs else {}),
+    }
+
+
+def denoising_losses(outputs: Mapping, config: BoxHeadConfig) -> dict[str, Tensor]:
+    """Class and box terms of the denoising queries, whose targets are known without matching."""
+    depths, logits, boxes, _ = stack_layers(outputs)
+    terms: dict[str, Tensor] = {}
+    for depth, layer_logits, layer_boxes in zip(depths, logits, boxes):
+        queries: DenoisingQueries = outputs["queries"][depth]
+        num_valid = mean_over_ranks(queries.valid.sum())
+        weights = queries.weights * queries.weights.new_tensor(config.loss_weights)
+        classes = torch.where(queries.valid, focal_loss(layer_logits, queries.labels), 0)
+        distance = ((layer_boxes[..., :ENCODED_DIMS] - queries.boxes).abs() * weights).sum(-1)
+        distance = torch.where(queries.labels < len(config.classes), distance, 0)
+        terms[f"loss_cls_dn_{depth}"] = config.loss_class * classes.sum() / num_valid
+        terms[f"loss_box_dn_{depth}"] = config.loss_box * distance.sum() / num_valid
+    return terms
+
+
+def encoded_targets(targets: PaddedTargets, config: BoxHeadConfig) -> tuple[Tensor, Tensor]:
+    """Boxes as the network predicts them, and what each value counts, both (bs, m, 10).
+
+    A value that is not known counts nothing; of a traffic cone the heading does not.
+    """
+    is_padding = torch.arange(targets.labels.shape[1], device=targets.labels.device) >= torch.tensor(
+        targets.counts, device=targets.labels.device
+    ).unsqueeze(1)
+    boxes = torch.where(is_padding[..., None], 1, targets.values)
+    encoded = encode_boxes(boxes)
+    is_small = torch.isin(targets.labels, _indices(config.small_classes, config, targets.labels))
+    weights = torch.where(is_small[..., None], encoded.new_tensor(SMALL_CLASS_WEIGHTS), 1)
+    return encoded.nan_to_num(), torch.where(encoded.isnan(), 0, weights)
+
+
+def turned_where_symmetric(target: Tensor, boxes: Tensor, labels: Tensor, config: BoxHeadConfig) -> Tensor:
+    """Targets whose heading is turned by half a circle where that is nearer and the class looks the same both ways."""
+    is_symmetric = torch.isin(labels, _indices(config.symmetric_classes, config, labels))
+    points_away = (target[..., SIN_COS_YAW] * boxes.detach()[..., SIN_COS_YAW]).sum(-1) < 0
+    before, heading, behind = target.split((6, 2, target.shape[-1] - 8), dim=-1)
+    heading = torch.where((is_symmetric & points_away)[..., None], -heading, heading)
+    return torch.cat([before, heading, behind], dim=-1)
+
+
+def quality_losses(quality: Tensor, boxes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (...) of centerness and yawness logits (..., 2) of boxes that have these targets.
+
+    Centerness is to be exp(-distance of the centres), yawness whether the headings are less than a right angle apart. Both
+    are constants here: a box is not moved in order to be as good as was said.
+    """
+    boxes = boxes.detach()
+    centerness, yawness = quality.unbind(-1)
+    nearness = (-torch.linalg.vector_norm(boxes[..., CENTRE] - target[..., CENTRE], dim=-1)).exp()
+    agrees = (boxes[..., SIN_COS_YAW] * target[..., SIN_COS_YAW]).sum(-1) > 0
+    return (
+        F.binary_cross_entropy_with_logits(centerness, nearness, reduction="none"),
+        gaussian_focal_loss(yawness.sigmoid(), agrees.to(quality.dtype)),
+    )
+
+
+def _per_layer(name: str, depths: list[int], terms: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_{depth}": term for depth, term in zip(depths, terms)}
+
+
+def _indices(names: Sequence[str], config: BoxHeadConfig, like: Tensor) -> Tensor:
+    return like.new_tensor([config.classes.index(name) for name in names if name in config.classes])
