@@ -11,8 +11,8 @@ from torch.nn import functional as F
 class FPN(nn.Module):
     """A pyramid of equal channels, in which every level has seen the coarser ones.
 
-    Each map is projected by a 1x1 convolution, the coarser levels are added from the top down (nearest neighbour), and a
-    3x3 convolution smooths each sum. Parameters have mmdetection's names (``lateral_convs.0.conv.weight``).
+    Each map is projected by a 1x1 convolution, the coarser levels are added from the top down (nearest neighbour), and
+    a 3x3 convolution smooths each sum. Parameters have mmdetection's names (``lateral_convs.0.conv.weight``).
 
     Args:
         in_channels: channels of the maps, finest first.

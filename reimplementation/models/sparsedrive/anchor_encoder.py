@@ -11,7 +11,10 @@ from .layers import CoordinateMLP, linear_relu_norm
 
 
 class BoxAnchorEncoder(nn.Module):
-    """Position, size, heading and velocity, each embedded by an MLP of its own, side by side (Sparse4Dv3, section 3.3)."""
+    """Position, size, heading and velocity, each embedded by an MLP of its own, side by side.
+
+    This is the encoder of Sparse4Dv3 (arXiv 2311.11722, section 3.3).
+    """
 
     def __init__(self, embed_dims: int = 256):
         super().__init__()

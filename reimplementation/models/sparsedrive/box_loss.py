@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from reimplementation.ops.box_key_points import CENTRE, SIN_COS_YAW
 
 from .config import BoxHeadConfig
-from .denoising import DenoisingQueries
+from .denoising import DenoisingTargets
 from .geometry import ENCODED_DIMS, encode_boxes
 from .losses import focal_loss, gaussian_focal_loss, mean_over_ranks, stack_layers
 from .matching import assign, box_cost, focal_cost
@@ -29,8 +29,8 @@ def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) 
         config: of the head.
 
     Returns:
-        ``loss_cls_0``, ``loss_box_0``, ``loss_cns_0`` (centerness), ``loss_yns_0`` (yawness), ``loss_cls_1``, …, scalars;
-        with denoising queries ``loss_cls_dn_0``, ``loss_box_dn_0``, … too.
+        ``loss_cls_0``, ``loss_box_0``, ``loss_cns_0`` (centerness), ``loss_yns_0`` (yawness), ``loss_cls_1``, …,
+        scalars; with denoising queries ``loss_cls_dn_0``, ``loss_box_dn_0``, … too.
     """
     depths, logits, boxes, quality = stack_layers(outputs)
     boxes = boxes[..., :ENCODED_DIMS]
@@ -62,16 +62,19 @@ def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) 
 
 
 def denoising_losses(outputs: Mapping, config: BoxHeadConfig) -> dict[str, Tensor]:
-    """Class and box terms of the denoising queries, whose targets are known without matching."""
+    """Class and box terms of the denoising queries, whose targets are known without matching.
+
+    Their divisor is the number of queries, those of the background included, as in Sparse4Dv3's training.
+    """
     depths, logits, boxes, _ = stack_layers(outputs)
     terms: dict[str, Tensor] = {}
     for depth, layer_logits, layer_boxes in zip(depths, logits, boxes):
-        queries: DenoisingQueries = outputs["queries"][depth]
-        num_valid = mean_over_ranks(queries.valid.sum())
-        weights = queries.weights * queries.weights.new_tensor(config.loss_weights)
-        classes = torch.where(queries.valid, focal_loss(layer_logits, queries.labels), 0)
-        distance = ((layer_boxes[..., :ENCODED_DIMS] - queries.boxes).abs() * weights).sum(-1)
-        distance = torch.where(queries.labels < len(config.classes), distance, 0)
+        targets: DenoisingTargets = outputs["targets"][depth]
+        num_valid = mean_over_ranks(targets.valid.sum())
+        weights = targets.weights * targets.weights.new_tensor(config.loss_weights)
+        classes = torch.where(targets.valid, focal_loss(layer_logits, targets.labels), 0)
+        distance = ((layer_boxes[..., :ENCODED_DIMS] - targets.boxes).abs() * weights).sum(-1)
+        distance = torch.where(targets.labels < len(config.classes), distance, 0)
         terms[f"loss_cls_dn_{depth}"] = config.loss_class * classes.sum() / num_valid
         terms[f"loss_box_dn_{depth}"] = config.loss_box * distance.sum() / num_valid
     return terms
@@ -104,8 +107,8 @@ def turned_where_symmetric(target: Tensor, boxes: Tensor, labels: Tensor, config
 def quality_losses(quality: Tensor, boxes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (...) of centerness and yawness logits (..., 2) of boxes that have these targets.
 
-    Centerness is to be exp(-distance of the centres), yawness whether the headings are less than a right angle apart. Both
-    are constants here: a box is not moved in order to be as good as was said.
+    Centerness is to be exp(-distance of the centres), yawness whether the headings are less than a right angle apart.
+    Both are constants here: a box is not moved in order to be as good as was said.
     """
     boxes = boxes.detach()
     centerness, yawness = quality.unbind(-1)

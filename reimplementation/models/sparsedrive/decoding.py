@@ -17,8 +17,8 @@ def decode_detections(outputs: Mapping, num_outputs: int) -> list[dict[str, Tens
     taken by class score, then scored again: times the centerness, where there is one (Sparse4Dv3, section 3.2).
 
     Returns:
-        Per sample, best first: ``boxes_3d`` (k, 9), the form of the targets; ``scores_3d`` (k,) in [0, 1]; ``labels_3d``
-        (k,) int64; ``instance_ids`` (k,) int64, where there are ids.
+        Per sample, best first: ``boxes_3d`` (k, 9), the form of the targets; ``scores_3d`` (k,) in [0, 1];
+        ``labels_3d`` (k,) int64; ``instance_ids`` (k,) int64, where there are ids.
     """
     scores = outputs["classification"][-1].float().sigmoid()
     ids = outputs.get("instance_id")
@@ -45,8 +45,8 @@ def decode_lines(outputs: Mapping) -> list[dict[str, Tensor]]:
     """Lines of the last layer; an instance may be one of every class.
 
     Returns:
-        Per sample, best first, as many as there are instances: ``map_lines`` (k, num_points, 2) in metres, ``map_scores``
-        (k,) in [0, 1], ``map_labels`` (k,) int64.
+        Per sample, best first, as many as there are instances: ``map_lines`` (k, num_points, 2) in metres,
+        ``map_scores`` (k,) in [0, 1], ``map_labels`` (k,) int64.
     """
     scores = outputs["classification"][-1].float().sigmoid()
     score, instance, label = _best_pairs(scores, scores.shape[1])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reimplementation.models.backbones.resnet import ResNet
 from reimplementation.models.necks.fpn import FPN
@@ -14,7 +15,7 @@ from reimplementation.ops.checks import check_shape
 from .box_loss import box_losses, encoded_targets
 from .config import SparseDriveConfig
 from .decoding import decode_detections, decode_lines
-from .denoising import DenoisingQueries, denoising_queries
+from .denoising import Denoising, DenoisingState, KnownBoxes, draw_queries, go_on
 from .depth import DepthBranch, depth_loss
 from .feature_rows import FeatureRows
 from .head import SparseHead, box_head, line_head
@@ -22,7 +23,7 @@ from .instance_bank import TemporalState
 from .line_loss import line_losses
 from .targets import pad
 
-State = dict[str, TemporalState]
+State = dict[str, TemporalState | DenoisingState]
 METAS = ("projection_mat", "image_wh", "timestamp", "T_global")
 
 
@@ -80,10 +81,10 @@ class SparseDrive(nn.Module):
 
         Args:
             images: (bs, num_cams, 3, H, W), normalised.
-            metas: ``projection_mat`` (bs, num_cams, 4, 4), from the lidar's frame to pixels; ``image_wh`` (bs, num_cams,
-                2) in pixels; ``timestamp`` (bs,) in seconds; ``T_global`` (bs, 4, 4), rigid, from the lidar's frame to the
-                global one. The last two had better be float64: float32 tells the seconds of today's clocks apart only by
-                minutes. For the depth branch in training also ``focal`` (bs, num_cams) in pixels.
+            metas: ``projection_mat`` (bs, num_cams, 4, 4), from the lidar's frame to pixels; ``image_wh`` (bs,
+                num_cams, 2) in pixels; ``timestamp`` (bs,) in seconds; ``T_global`` (bs, 4, 4), rigid, from the lidar's
+                frame to the global one. The last two had better be float64: float32 tells the seconds of today's clocks
+                apart only by minutes. For the depth branch in training also ``focal`` (bs, num_cams) in pixels.
             state: of the last frame, as this function or `initial_state` returned it. None: the model keeps its own,
                 which `reset` forgets, and which is forgotten where the batch has another size than before.
             targets: in training, the ground truth for denoising, as `loss` takes it; only read if the configuration has
@@ -92,10 +93,10 @@ class SparseDrive(nn.Module):
 
         Returns:
             ``outputs``: for each head, ``outputs["det"]`` and ``outputs["map"]``, the lists ``classification``,
-            ``prediction`` and ``quality``, an entry a decoder layer: class logits (bs, n, num_classes); boxes (bs, n, 11)
-            as x, y, z, three log sizes, sine and cosine of the yaw, vx, vy, vz, or lines (bs, n, 2 * num_points), metres;
-            logits (bs, n, 2) of centerness and yawness, or None. ``outputs["det"]["instance_id"]`` (bs, n) int64.
-            ``outputs["depth"]`` in training. With ``state``: ``(outputs, new state)``.
+            ``prediction`` and ``quality``, an entry a decoder layer: class logits (bs, n, num_classes); boxes (bs, n,
+            11) as x, y, z, three log sizes, sine and cosine of the yaw, vx, vy, vz, or lines (bs, n, 2 * num_points),
+            metres; logits (bs, n, 2) of centerness and yawness, or None. ``outputs["det"]["instance_id"]`` (bs, n)
+            int64. ``outputs["depth"]`` in training. With ``state``: ``(outputs, new state)``.
 
         Raises:
             KeyError: ``metas`` lacks an entry.
@@ -104,7 +105,7 @@ class SparseDrive(nn.Module):
         if state is not None:
             return self.step(images, metas, state, targets, every_layer)
         kept = self._state
-        if kept and len(next(iter(kept.values())).timestamp) != len(images):
+        if kept and len(next(iter(kept.values())).feature) != len(images):
             kept = None
         outputs, self._state = self.step(images, metas, kept, targets, every_layer)
         return outputs
@@ -119,15 +120,18 @@ class SparseDrive(nn.Module):
     ) -> tuple[dict, State]:
         """`forward` as a function: nothing is kept, and ``state=None`` means that there was no frame before."""
         metas = self._checked(images, metas)
+        state = {} if state is None else state
         levels = self.image_features(images)
         feature_maps = self._rows(levels, self.config.num_cams)
         outputs: dict = {}
         new_state: State = {}
         for name, head in self.heads.items():
-            queries = self._denoising(targets, images) if name == "det" else None
-            outputs[name], remembered = head(feature_maps, metas, (state or {}).get(name), queries, every_layer)
+            denoising = self._denoising(metas, state, targets) if name == "det" else None
+            outputs[name], remembered = head(feature_maps, metas, state.get(name), denoising, every_layer)
             if remembered is not None:
                 new_state[name] = remembered
+            if denoising is not None:
+                new_state["denoising"] = self._kept_denoising(denoising, outputs[name]["denoising"])
         if self.training and self.config.num_depth_levels > 0 and "focal" in metas:
             outputs["depth"] = self.depth_branch(levels, metas["focal"])
         return outputs, new_state
@@ -167,10 +171,10 @@ class SparseDrive(nn.Module):
 
         Args:
             outputs: of `forward`.
-            targets: lists over samples: ``labels_3d`` (n,), ``boxes_3d`` (n, 9) as `decode` gives them, NaN where a value
-                is not known; ``map_labels`` (n,), ``map_lines`` (n, num_points, 2) in metres. ``depth``: a list over
-                levels of maps (bs, num_cams, H, W) in metres, 0 where nothing was measured. A head without targets gets
-                no loss.
+            targets: lists over samples: ``labels_3d`` (n,), ``boxes_3d`` (n, 9) as `decode` gives them, NaN where a
+                value is not known; ``map_labels`` (n,), ``map_lines`` (n, num_points, 2) in metres. ``depth``: a list
+                over levels of maps (bs, num_cams, H, W) in metres, 0 where nothing was measured. A head without targets
+                gets no loss.
 
         Returns:
             ``det_loss_cls_0``, ``det_loss_box_0``, ``det_loss_cns_0``, ``det_loss_yns_0``, …, ``map_loss_cls_0``,
@@ -205,26 +209,43 @@ class SparseDrive(nn.Module):
         names = ("labels_3d", "boxes_3d")
         return pad(names, targets[names[0]], targets[names[1]], (9,), len(self.config.det.classes), like)
 
-    def _denoising(self, targets: Mapping | None, images: Tensor) -> DenoisingQueries | None:
+    def _denoising(self, metas: Mapping[str, Tensor], state: State, targets: Mapping | None) -> Denoising | None:
         """Queries around the targets, in training and where the configuration asks for them."""
         config = self.config.det.denoising
         if not self.training or targets is None or config.num_groups == 0:
             return None
-        first = {name: [x[: config.max_boxes] for x in targets[name]] for name in ("labels_3d", "boxes_3d")}
-        boxes = self._padded_boxes(first, self.heads["det"].instance_bank.anchor.expand(len(images), -1, -1))
-        if max(boxes.counts) == 0:
-            return None
+        known = self._known_boxes(targets)
+        num_classes = len(self.config.det.classes)
+        denoising = draw_queries(known, config, self.config.det.cost_weights, num_classes)
+        if config.num_temp_groups > 0 and "denoising" in state and "det" in state:
+            last = state["det"]._replace(anchor=state["denoising"].anchor)
+            moved = self.heads["det"].instance_bank.recall(last, metas["timestamp"], metas["T_global"])
+            recalled = state["denoising"]._replace(anchor=moved.anchor)
+            denoising = go_on(denoising, known, recalled, moved.goes_on, num_classes)
+        return denoising
+
+    def _known_boxes(self, targets: Mapping[str, Sequence[Tensor]]) -> KnownBoxes:
+        """At most ``max_boxes`` targets a sample, padded to as many: the same number of queries in every frame."""
+        limit = self.config.det.denoising.max_boxes
+        first = {name: [x[:limit] for x in targets[name]] for name in ("labels_3d", "boxes_3d")}
+        like = self.heads["det"].instance_bank.anchor.expand(len(first["labels_3d"]), -1, -1)
+        boxes = self._padded_boxes(first, like)
         encoded, weights = encoded_targets(boxes, self.config.det)
-        return denoising_queries(
-            boxes.labels,
-            encoded,
-            weights,
+        ids = torch.full_like(boxes.labels, -1)
+        for row, sample in zip(ids, targets.get("instance_id", ())):
+            row[: len(sample[:limit])] = sample[:limit]
+        missing = limit - boxes.labels.shape[1]
+        return KnownBoxes(
+            F.pad(boxes.labels, (0, missing)),
+            F.pad(encoded, (0, 0, 0, missing)),
+            F.pad(weights, (0, 0, 0, missing)),
+            F.pad(ids, (0, missing), value=-1),
             boxes.counts,
-            len(self.config.det.classes),
-            config.num_groups,
-            config.noise_scale,
-            self.config.det.cost_weights,
         )
+
+    def _kept_denoising(self, denoising: Denoising, outputs: Mapping) -> DenoisingState:
+        num_kept = self.config.det.denoising.num_temp_groups
+        return denoising.keep(outputs["feature"], outputs["prediction"][-1], outputs["targets"][-1], num_kept)
 
     def _checked(self, images: Tensor, metas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The metas with times and poses in double precision, after a look at every shape."""

@@ -13,8 +13,8 @@ from reimplementation import ops
 class FeatureRows:
     """`ops.feature_maps_format` that keeps the levels' shapes and first rows on the device.
 
-    They only depend on the images' size. Sent to the GPU once, they cost no copy a frame, and a captured CUDA graph finds
-    them where they were. Maps in channels-last memory are concatenated as they lie.
+    They only depend on the images' size. Sent to the GPU once, they cost no copy a frame, and a captured CUDA graph
+    finds them where they were. Maps in channels-last memory are concatenated as they lie.
     """
 
     def __init__(self):

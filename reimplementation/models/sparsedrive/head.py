@@ -18,7 +18,7 @@ from reimplementation.models.deformable import (
 from .anchor_encoder import BoxAnchorEncoder, LineAnchorEncoder
 from .attention import InstanceAttention
 from .config import BoxHeadConfig, MapHeadConfig, SparseDriveConfig
-from .denoising import DenoisingQueries
+from .denoising import Denoising
 from .ffn import AsymmetricFFN
 from .geometry import spread_boxes, spread_lines
 from .instance_bank import InstanceBank, Recalled, TemporalState
@@ -91,7 +91,7 @@ class SparseHead(nn.Module):
         feature_maps: Sequence[Tensor],
         metas: Mapping[str, Tensor],
         state: TemporalState | None = None,
-        denoising: DenoisingQueries | None = None,
+        denoising: Denoising | None = None,
         every_layer: bool = True,
     ) -> tuple[dict, TemporalState | None]:
         """Detect.
@@ -107,7 +107,8 @@ class SparseHead(nn.Module):
         Returns:
             ``classification``, ``prediction`` and ``quality``, each a list with an entry a layer: logits (bs, n,
             num_classes), anchors (bs, n, anchor_dims) and logits (bs, n, 2) or None; ``instance_id`` (bs, n) where
-            the head remembers; ``denoising``, where there was some: the three lists of those queries. And the state
+            the head remembers; ``denoising``, where there was some: the three lists of those queries,
+            their last ``feature``, and ``targets``, an entry a layer. And the state
             for the next frame, None where the head remembers nothing.
         """
         bank, num_anchors = self.instance_bank, self.instance_bank.config.num_anchors
@@ -137,7 +138,7 @@ class SparseHead(nn.Module):
                 anchor, logits, quality = layer(feature, anchor, embed, time_interval, every_layer or merges or ends)
                 layers.append((logits, anchor, quality))
                 if merges:
-                    feature, anchor = self._merge(recalled, feature, anchor, logits)
+                    feature, anchor = self._merge(recalled, feature, anchor, logits, denoising)
                 if not ends:
                     embed = self.anchor_encoder(anchor)
                 if memory is not None and depth > self.config.num_single_frame_decoders:
@@ -147,7 +148,10 @@ class SparseHead(nn.Module):
         outputs = _lists([[_first(part, num_anchors) for part in layer] for layer in layers])
         if denoising is not None:
             outputs["denoising"] = _lists([[_after(part, num_anchors) for part in layer] for layer in layers])
-            outputs["denoising"]["queries"] = [denoising] * len(layers)
+            outputs["denoising"]["feature"] = _after(feature, num_anchors)
+            outputs["denoising"]["targets"] = denoising.targets_of_layers(
+                len(layers), self.config.num_single_frame_decoders
+            )
         state = None
         if bank.config.num_temp_instances > 0:
             outputs["instance_id"], state = bank.keep(
@@ -169,13 +173,17 @@ class SparseHead(nn.Module):
         allowed = (goes_on[..., None] & is_recalled) | (of_own if within is None else of_own & within)
         return Memory(recalled.feature, self.anchor_encoder(recalled.anchor), goes_on, allowed)
 
-    def _merge(self, recalled: Recalled, feature: Tensor, anchor: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The bank's merger of the frame's own instances; denoising queries behind them stay as they are."""
-        count = self.instance_bank.config.num_anchors
-        merged = self.instance_bank.merge(recalled, feature[:, :count], anchor[:, :count], logits[:, :count])
-        if feature.shape[1] == count:
-            return merged
-        return torch.cat([merged[0], feature[:, count:]], dim=1), torch.cat([merged[1], anchor[:, count:]], dim=1)
+    def _merge(
+        self, recalled: Recalled, feature: Tensor, anchor: Tensor, logits: Tensor, denoising: Denoising | None
+    ) -> tuple[Tensor, Tensor]:
+        """The bank merges the frame's own instances; denoising queries, behind them, have a merger of theirs."""
+        if denoising is None:
+            return self.instance_bank.merge(recalled, feature, anchor, logits)
+        sizes = (self.instance_bank.config.num_anchors, denoising.anchor.shape[1])
+        (feature, noisy_feature), (anchor, noisy_anchor) = feature.split(sizes, dim=1), anchor.split(sizes, dim=1)
+        merged = self.instance_bank.merge(recalled, feature, anchor, logits[:, : sizes[0]])
+        noisy = denoising.merge(noisy_feature, noisy_anchor)
+        return torch.cat([merged[0], noisy[0]], dim=1), torch.cat([merged[1], noisy[1]], dim=1)
 
     def _attend(self, layer: InstanceAttention, feature: Tensor, embed: Tensor, allowed: Tensor | None) -> Tensor:
         """Instances look at one another."""

@@ -86,7 +86,7 @@ class InstanceBank(nn.Module):
         self.anchor_handler = anchor_handler
 
     def start(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Features (bs, num_anchors, embed_dims) and anchors (bs, num_anchors, anchor_dims) that a frame starts from."""
+        """What a frame starts from: features (bs, num_anchors, embed_dims), anchors (bs, num_anchors, anchor_dims)."""
         return self.instance_feature.expand(batch_size, -1, -1), self.anchor.expand(batch_size, -1, -1)
 
     def initial_state(self, batch_size: int) -> TemporalState:

@@ -63,8 +63,8 @@ def permutations(lines: Tensor) -> Tensor:
         lines: (..., n, 2); a line whose last point is its first is closed.
 
     Returns:
-        (..., 2 * (n - 1), n, 2): of a closed line, from every point on, in both directions. An open line has two orders,
-        each repeated.
+        (..., 2 * (n - 1), n, 2): of a closed line, from every point on, in both directions. An open line has two
+        orders, each repeated.
     """
     num_points = lines.shape[-2]
     place = torch.arange(num_points, device=lines.device)
