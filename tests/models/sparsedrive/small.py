@@ -84,8 +84,9 @@ def pose(time: float) -> Tensor:
     """(4, 4) float64: the car's place in the world, far from its origin."""
     angle = 0.3 + 0.2 * time
     matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    matrix[:3, 3] = torch.tensor([600.0 + 4 * time, 1600.0 - 2 * time, 0.1 * time])
+    cos, sin = math.cos(angle), math.sin(angle)
+    matrix[:2, :2] = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+    matrix[:3, 3] = torch.tensor([600.0 + 4 * time, 1600.0 - 2 * time, 0.1 * time], dtype=torch.float64)
     return matrix
 
 

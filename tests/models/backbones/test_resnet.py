@@ -1,0 +1,74 @@
+"""ResNet against the same network written with functions, from the parameters' names alone."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from reimplementation.models.backbones.resnet import ARCHITECTURES, ResNet
+
+PARAMETERS = {18: 11_176_512, 34: 21_284_672, 50: 23_508_032, 101: 42_500_160}  # torchvision's, less the classifier
+
+
+@pytest.mark.parametrize("depth", ARCHITECTURES)
+def test_number_of_parameters(depth):
+    with torch.device("meta"):
+        backbone = ResNet(depth)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == PARAMETERS[depth]
+
+
+def test_names():
+    with torch.device("meta"):
+        names = set(ResNet(50).state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.downsample.0.weight", "layer1.0.downsample.1.bias"} <= names
+    assert {"layer3.5.conv3.weight", "layer4.2.bn3.num_batches_tracked"} <= names
+    assert not {name for name in names if name.startswith(("fc", "layer1.1.downsample"))}
+
+
+@pytest.mark.parametrize(("depth", "size"), [(18, (37, 51)), (50, (32, 32))])
+def test_maps(depth, size):
+    torch.manual_seed(0)
+    backbone = ResNet(depth).double().eval()
+    with torch.no_grad():
+        for name, buffer in backbone.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand_like(buffer) + 0.5)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    maps = backbone(images)
+    for got, wanted, channels in zip(maps, reference(backbone.state_dict(), images), backbone.out_channels, strict=True):
+        assert got.shape[1] == channels
+        torch.testing.assert_close(got, wanted)
+
+
+def reference(state, x):
+    """Every convolution whose name the parameters have, in the order of their names."""
+
+    def normalised(x, convolution, norm, stride):
+        weight = state[f"{convolution}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, variance, scale, shift = (
+            state[f"{norm}.{key}"].view(-1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    x = F.max_pool2d(normalised(x, "conv1", "bn1", 2).clamp(min=0), 3, 2, 1)
+    for stage in range(1, 5):
+        block = 0
+        while f"layer{stage}.{block}.conv1.weight" in state:
+            prefix = f"layer{stage}.{block}"
+            is_bottleneck = f"{prefix}.conv3.weight" in state
+            stride, branch = (2 if stage > 1 and block == 0 else 1), x
+            for index in range(1, 4 if is_bottleneck else 3):
+                step = stride if index == (2 if is_bottleneck else 1) else 1
+                branch = normalised(branch, f"{prefix}.conv{index}", f"{prefix}.bn{index}", step)
+                if f"{prefix}.conv{index + 1}.weight" in state:
+                    branch = branch.clamp(min=0)
+            if f"{prefix}.downsample.0.weight" in state:
+                x = normalised(x, f"{prefix}.downsample.0", f"{prefix}.downsample.1", stride)
+            x = (x + branch).clamp(min=0)
+            block += 1
+        yield x
+
+
+def test_unknown_depth():
+    with pytest.raises(ValueError, match="depth must be one of 18, 34, 50, 101; got 49"):
+        ResNet(49)
