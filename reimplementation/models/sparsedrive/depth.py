@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from reimplementation.ops.transforms import at_least_float32
+
 REFERENCE_FOCAL = 100.0  # pixels: a camera of this focal length sees the depth that the network says
 
 
@@ -25,13 +27,13 @@ class DepthBranch(nn.Module):
             focal: (bs, num_cams), focal lengths in pixels of the images that the network saw.
 
         Returns:
-            [(bs, num_cams, H, W)] in metres, float32.
+            [(bs, num_cams, H, W)] in metres, at least float32.
         """
-        factor = focal.float()[:, :, None, None] / REFERENCE_FOCAL
+        factor = focal[:, :, None, None] / REFERENCE_FOCAL
         depths = []
         for layer, level in zip(self.depth_layers, levels):
             with torch.autocast(level.device.type, enabled=False):
-                depth = layer(level.float()).exp()
+                depth = layer(at_least_float32(level)).exp()
             depths.append(depth.unflatten(0, focal.shape).squeeze(2) * factor)
         return depths
 

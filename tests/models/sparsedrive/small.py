@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 
 import torch
@@ -48,6 +50,11 @@ DENOISING = dataclasses.replace(
 
 def trained(config: SparseDriveConfig = CONFIG, seed: int = 0) -> SparseDrive:
     """A detector in evaluation whose parameters are random enough that everything depends on everything."""
+    return copy.deepcopy(_built(config, seed))
+
+
+@functools.cache
+def _built(config: SparseDriveConfig, seed: int) -> SparseDrive:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = SparseDrive(config)
