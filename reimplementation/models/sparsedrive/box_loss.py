@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from reimplementation.ops.box_key_points import CENTRE, SIN_COS_YAW
 
 from .config import BoxHeadConfig
 from .denoising import DenoisingTargets
-from .geometry import ENCODED_DIMS, encode_boxes
+from .geometry import ENCODED_DIMS
 from .losses import focal_loss, gaussian_focal_loss, mean_over_ranks, stack_layers
 from .matching import assign, box_cost, focal_cost
-from .targets import PaddedTargets, rows_of
-
-SMALL_CLASS_WEIGHTS = (2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0)  # for the ten encoded values
+from .targets import PaddedTargets, class_indices, encoded_boxes, rows_of
 
 
 def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) -> dict[str, Tensor]:
@@ -34,7 +32,7 @@ def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) 
     """
     depths, logits, boxes, quality = stack_layers(outputs)
     boxes = boxes[..., :ENCODED_DIMS]
-    encoded, weights = encoded_targets(targets, config)
+    encoded, weights = encoded_boxes(targets, config)
 
     cost = config.cost_class * focal_cost(logits, targets.labels) + config.cost_box * box_cost(
         boxes, encoded, weights * weights.new_tensor(config.cost_weights)
@@ -80,24 +78,9 @@ def denoising_losses(outputs: Mapping, config: BoxHeadConfig) -> dict[str, Tenso
     return terms
 
 
-def encoded_targets(targets: PaddedTargets, config: BoxHeadConfig) -> tuple[Tensor, Tensor]:
-    """Boxes as the network predicts them, and what each value counts, both (bs, m, 10).
-
-    A value that is not known counts nothing; of a traffic cone the heading does not.
-    """
-    is_padding = torch.arange(targets.labels.shape[1], device=targets.labels.device) >= torch.tensor(
-        targets.counts, device=targets.labels.device
-    ).unsqueeze(1)
-    boxes = torch.where(is_padding[..., None], 1, targets.values)
-    encoded = encode_boxes(boxes)
-    is_small = torch.isin(targets.labels, _indices(config.small_classes, config, targets.labels))
-    weights = torch.where(is_small[..., None], encoded.new_tensor(SMALL_CLASS_WEIGHTS), 1)
-    return encoded.nan_to_num(), torch.where(encoded.isnan(), 0, weights)
-
-
 def turned_where_symmetric(target: Tensor, boxes: Tensor, labels: Tensor, config: BoxHeadConfig) -> Tensor:
     """Targets whose heading is turned by half a circle where that is nearer and the class looks the same both ways."""
-    is_symmetric = torch.isin(labels, _indices(config.symmetric_classes, config, labels))
+    is_symmetric = torch.isin(labels, class_indices(config.symmetric_classes, config, labels))
     points_away = (target[..., SIN_COS_YAW] * boxes.detach()[..., SIN_COS_YAW]).sum(-1) < 0
     before, heading, behind = target.split((6, 2, target.shape[-1] - 8), dim=-1)
     heading = torch.where((is_symmetric & points_away)[..., None], -heading, heading)
@@ -122,7 +105,3 @@ def quality_losses(quality: Tensor, boxes: Tensor, target: Tensor) -> tuple[Tens
 
 def _per_layer(name: str, depths: list[int], terms: Tensor) -> dict[str, Tensor]:
     return {f"{name}_{depth}": term for depth, term in zip(depths, terms)}
-
-
-def _indices(names: Sequence[str], config: BoxHeadConfig, like: Tensor) -> Tensor:
-    return like.new_tensor([config.classes.index(name) for name in names if name in config.classes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from reimplementation.ops.box_key_points import VELOCITY
 
-from .config import DenoisingConfig
+from .config import BoxHeadConfig, DenoisingConfig
 from .matching import assign, box_cost
+from .targets import encoded_boxes, pad_boxes
 
 
 class KnownBoxes(NamedTuple):
@@ -101,14 +103,39 @@ class Denoising(NamedTuple):
         after = self.targets if self.continued is None else self.continued
         return [self.targets] * num_before_merger + [after] * (num_layers - num_before_merger)
 
-    def keep(self, feature: Tensor, anchor: Tensor, targets: DenoisingTargets, num_kept: int) -> DenoisingState:
-        """``num_kept`` groups, drawn at random, for the next frame."""
+    def keep(self, outputs: Mapping, config: DenoisingConfig) -> DenoisingState:
+        """Some groups, drawn at random, for the next frame: the last layer's ``outputs`` of these queries."""
+        feature, anchor, targets = outputs["feature"], outputs["prediction"][-1], outputs["targets"][-1]
         size = anchor.shape[1] // self.num_groups
-        groups = torch.randperm(self.num_groups, device=anchor.device)[:num_kept]
+        groups = torch.randperm(self.num_groups, device=anchor.device)[: config.num_temp_groups]
         rows = (groups[:, None] * size + torch.arange(size, device=anchor.device)).flatten()
         return DenoisingState(
             feature.detach()[:, rows], anchor.detach()[:, rows], targets.instance_id[:, rows], targets.valid[:, rows]
         )
+
+
+def known_boxes(targets: Mapping[str, Sequence[Tensor]], config: BoxHeadConfig, like: Tensor) -> KnownBoxes:
+    """The first boxes of each sample, padded to ``max_boxes``: the same number of queries in every frame.
+
+    Args:
+        targets: ``labels_3d``, ``boxes_3d`` and maybe ``instance_id``, lists over samples.
+        config: of the head.
+        like: a tensor (bs, …) of the dtype and device that the targets are to have.
+    """
+    limit = config.denoising.max_boxes
+    boxes = pad_boxes({name: [x[:limit] for x in targets[name]] for name in ("labels_3d", "boxes_3d")}, config, like)
+    encoded, weights = encoded_boxes(boxes, config)
+    ids = torch.full_like(boxes.labels, -1)
+    for row, sample in zip(ids, targets.get("instance_id", ())):
+        row[: len(sample[:limit])] = sample[:limit]
+    missing = limit - boxes.labels.shape[1]
+    return KnownBoxes(
+        F.pad(boxes.labels, (0, missing)),
+        F.pad(encoded, (0, 0, 0, missing)),
+        F.pad(weights, (0, 0, 0, missing)),
+        F.pad(ids, (0, missing), value=-1),
+        boxes.counts,
+    )
 
 
 def draw_queries(

@@ -6,22 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reimplementation.models.backbones.resnet import ResNet
 from reimplementation.models.necks.fpn import FPN
 from reimplementation.ops.checks import check_shape
 
-from .box_loss import box_losses, encoded_targets
+from .box_loss import box_losses
 from .config import SparseDriveConfig
 from .decoding import decode_detections, decode_lines
-from .denoising import Denoising, DenoisingState, KnownBoxes, draw_queries, go_on
+from .denoising import Denoising, DenoisingState, draw_queries, go_on, known_boxes
 from .depth import DepthBranch, depth_loss
 from .feature_rows import FeatureRows
 from .head import SparseHead, box_head, line_head
 from .instance_bank import TemporalState
 from .line_loss import line_losses
-from .targets import pad
+from .targets import pad_boxes, pad_lines
 
 State = dict[str, TemporalState | DenoisingState]
 METAS = ("projection_mat", "image_wh", "timestamp", "T_global")
@@ -121,6 +120,9 @@ class SparseDrive(nn.Module):
         """`forward` as a function: nothing is kept, and ``state=None`` means that there was no frame before."""
         metas = self._checked(images, metas)
         state = {} if state is None else state
+        for remembered in state.values():
+            if len(remembered.feature) != len(images):
+                raise ValueError(f"state is of {len(remembered.feature)} samples, and images of {len(images)}")
         levels = self.image_features(images)
         feature_maps = self._rows(levels, self.config.num_cams)
         outputs: dict = {}
@@ -131,7 +133,7 @@ class SparseDrive(nn.Module):
             if remembered is not None:
                 new_state[name] = remembered
             if denoising is not None:
-                new_state["denoising"] = self._kept_denoising(denoising, outputs[name]["denoising"])
+                new_state["denoising"] = denoising.keep(outputs["det"]["denoising"], self.config.det.denoising)
         if self.training and self.config.num_depth_levels > 0 and "focal" in metas:
             outputs["depth"] = self.depth_branch(levels, metas["focal"])
         return outputs, new_state
@@ -186,18 +188,11 @@ class SparseDrive(nn.Module):
         """
         terms: dict[str, Tensor] = {}
         if "labels_3d" in targets:
-            boxes = self._padded_boxes(targets, outputs["det"]["prediction"][-1])
+            boxes = pad_boxes(targets, self.config.det, outputs["det"]["prediction"][-1])
             losses = box_losses(outputs["det"], boxes, self.config.det)
             terms.update({f"det_{name}": term for name, term in losses.items()})
         if "map_labels" in targets and "map" in outputs:
-            lines = pad(
-                ("map_labels", "map_lines"),
-                targets["map_labels"],
-                targets["map_lines"],
-                (self.config.map.num_points, 2),
-                len(self.config.map.classes),
-                outputs["map"]["prediction"][-1],
-            )
+            lines = pad_lines(targets, self.config.map, outputs["map"]["prediction"][-1])
             losses = line_losses(outputs["map"], lines, self.config.map)
             terms.update({f"map_{name}": term for name, term in losses.items()})
         if "depth" in targets and "depth" in outputs:
@@ -205,47 +200,22 @@ class SparseDrive(nn.Module):
             terms["loss_dense_depth"] = self.config.loss_depth * loss
         return terms
 
-    def _padded_boxes(self, targets: Mapping[str, Sequence[Tensor]], like: Tensor):
-        names = ("labels_3d", "boxes_3d")
-        return pad(names, targets[names[0]], targets[names[1]], (9,), len(self.config.det.classes), like)
-
     def _denoising(self, metas: Mapping[str, Tensor], state: State, targets: Mapping | None) -> Denoising | None:
         """Queries around the targets, in training and where the configuration asks for them."""
         config = self.config.det.denoising
         if not self.training or targets is None or config.num_groups == 0:
             return None
-        known = self._known_boxes(targets)
+        bank = self.heads["det"].instance_bank
+        _, anchor = bank.start(len(metas["timestamp"]))
+        known = known_boxes(targets, self.config.det, like=anchor)
         num_classes = len(self.config.det.classes)
         denoising = draw_queries(known, config, self.config.det.cost_weights, num_classes)
         if config.num_temp_groups > 0 and "denoising" in state and "det" in state:
             last = state["det"]._replace(anchor=state["denoising"].anchor)
-            moved = self.heads["det"].instance_bank.recall(last, metas["timestamp"], metas["T_global"])
+            moved = bank.recall(last, metas["timestamp"], metas["T_global"])
             recalled = state["denoising"]._replace(anchor=moved.anchor)
             denoising = go_on(denoising, known, recalled, moved.goes_on, num_classes)
         return denoising
-
-    def _known_boxes(self, targets: Mapping[str, Sequence[Tensor]]) -> KnownBoxes:
-        """At most ``max_boxes`` targets a sample, padded to as many: the same number of queries in every frame."""
-        limit = self.config.det.denoising.max_boxes
-        first = {name: [x[:limit] for x in targets[name]] for name in ("labels_3d", "boxes_3d")}
-        like = self.heads["det"].instance_bank.anchor.expand(len(first["labels_3d"]), -1, -1)
-        boxes = self._padded_boxes(first, like)
-        encoded, weights = encoded_targets(boxes, self.config.det)
-        ids = torch.full_like(boxes.labels, -1)
-        for row, sample in zip(ids, targets.get("instance_id", ())):
-            row[: len(sample[:limit])] = sample[:limit]
-        missing = limit - boxes.labels.shape[1]
-        return KnownBoxes(
-            F.pad(boxes.labels, (0, missing)),
-            F.pad(encoded, (0, 0, 0, missing)),
-            F.pad(weights, (0, 0, 0, missing)),
-            F.pad(ids, (0, missing), value=-1),
-            boxes.counts,
-        )
-
-    def _kept_denoising(self, denoising: Denoising, outputs: Mapping) -> DenoisingState:
-        num_kept = self.config.det.denoising.num_temp_groups
-        return denoising.keep(outputs["feature"], outputs["prediction"][-1], outputs["targets"][-1], num_kept)
 
     def _checked(self, images: Tensor, metas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The metas with times and poses in double precision, after a look at every shape."""

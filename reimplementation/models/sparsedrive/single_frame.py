@@ -26,8 +26,8 @@ class SingleFrame(nn.Module):
             images, projection_mat, image_wh: as `SparseDrive.forward` takes them.
 
         Returns:
-            Box anchors (bs, n, 11), their class logits (bs, n, num_classes) and quality logits (bs, n, 2); with a map head
-            also lines (bs, m, 2 * num_points) and their class logits.
+            Box anchors (bs, n, 11), their class logits (bs, n, num_classes) and quality logits (bs, n, 2); with a map
+            head also lines (bs, m, 2 * num_points) and their class logits.
         """
         metas = {
             "projection_mat": projection_mat,

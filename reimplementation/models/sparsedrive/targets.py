@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from .config import BoxHeadConfig, MapHeadConfig
+from .geometry import BOX_DIMS, encode_boxes
+
+SMALL_CLASS_WEIGHTS = (2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0)  # for the ten encoded values
 
 
 class PaddedTargets(NamedTuple):
@@ -23,10 +28,19 @@ class PaddedTargets(NamedTuple):
     counts: list[int]
 
 
+def pad_boxes(targets: Mapping[str, Sequence[Tensor]], config: BoxHeadConfig, like: Tensor) -> PaddedTargets:
+    """``labels_3d`` and ``boxes_3d`` (n, 9) of each sample, as `pad`."""
+    return pad(targets, ("labels_3d", "boxes_3d"), (BOX_DIMS,), len(config.classes), like)
+
+
+def pad_lines(targets: Mapping[str, Sequence[Tensor]], config: MapHeadConfig, like: Tensor) -> PaddedTargets:
+    """``map_labels`` and ``map_lines`` (n, num_points, 2) of each sample, as `pad`."""
+    return pad(targets, ("map_labels", "map_lines"), (config.num_points, 2), len(config.classes), like)
+
+
 def pad(
+    targets: Mapping[str, Sequence[Tensor]],
     names: tuple[str, str],
-    labels: Sequence[Tensor],
-    values: Sequence[Tensor],
     shape: tuple[int, ...],
     num_classes: int,
     like: Tensor,
@@ -34,9 +48,8 @@ def pad(
     """Pad lists over samples.
 
     Args:
-        names: how the two lists are called.
-        labels: per sample (n,), classes.
-        values: per sample (n, *shape).
+        targets: the lists.
+        names: which of them hold labels (n,) and values (n, *shape).
         shape: of a value.
         num_classes: a label is below it.
         like: predictions (bs, …), whose batch, dtype and device the targets are to have.
@@ -44,6 +57,7 @@ def pad(
     Raises:
         ValueError: the lists do not fit one another or the batch, or a label is no class.
     """
+    labels, values = (targets[name] for name in names)
     if len(labels) != len(like) or len(values) != len(like):
         raise ValueError(
             f"{names[0]} and {names[1]} must hold an entry for each of {len(like)} samples; "
@@ -71,3 +85,23 @@ def rows_of(values: Tensor, assigned: Tensor) -> Tensor:
     """Each prediction's target (layers, bs, n, …) out of values (bs, m, …), by index (layers, bs, n); -1: the first."""
     sample = torch.arange(len(values), device=values.device)[None, :, None]
     return values[sample, assigned.clamp(min=0)]
+
+
+def encoded_boxes(targets: PaddedTargets, config: BoxHeadConfig) -> tuple[Tensor, Tensor]:
+    """Boxes as the network predicts them, and what each value counts, both (bs, m, 10).
+
+    A value that is not known counts nothing; of a traffic cone the heading does not.
+    """
+    is_padding = torch.arange(targets.labels.shape[1], device=targets.labels.device) >= torch.tensor(
+        targets.counts, device=targets.labels.device
+    ).unsqueeze(1)
+    boxes = torch.where(is_padding[..., None], 1, targets.values)
+    encoded = encode_boxes(boxes)
+    is_small = torch.isin(targets.labels, class_indices(config.small_classes, config, targets.labels))
+    weights = torch.where(is_small[..., None], encoded.new_tensor(SMALL_CLASS_WEIGHTS), 1)
+    return encoded.nan_to_num(), torch.where(encoded.isnan(), 0, weights)
+
+
+def class_indices(names: Sequence[str], config: BoxHeadConfig, like: Tensor) -> Tensor:
+    """The places of classes in the configuration's list, int64; those that it lacks are left out."""
+    return like.new_tensor([config.classes.index(name) for name in names if name in config.classes])

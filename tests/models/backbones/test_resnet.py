@@ -34,7 +34,9 @@ def test_maps(depth, size):
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     maps = backbone(images)
-    for got, wanted, channels in zip(maps, reference(backbone.state_dict(), images), backbone.out_channels, strict=True):
+    for got, wanted, channels in zip(
+        maps, reference(backbone.state_dict(), images), backbone.out_channels, strict=True
+    ):
         assert got.shape[1] == channels
         torch.testing.assert_close(got, wanted)
 

@@ -7,7 +7,6 @@ import pytest
 
 from reimplementation.models.sparsedrive import SparseDriveConfig
 from reimplementation.models.sparsedrive.config import BankConfig, DenoisingConfig
-
 from tests.models.sparsedrive.small import CONFIG, DENOISING
 
 pytest.importorskip("yaml")

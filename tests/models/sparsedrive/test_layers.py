@@ -46,15 +46,22 @@ def norm(state, name, x):
 def mlp(state, prefix, steps, x):
     """Steps by letter: a linear layer, a ReLU, a norm; the index of each is its place."""
     for index, step in enumerate(steps):
-        name = f"{prefix}.{index}"
-        x = {"L": lambda: linear(state, name, x), "R": lambda: x.clamp(min=0), "N": lambda: norm(state, name, x)}[step]()
+        if step == "R":
+            x = x.clamp(min=0)
+        else:
+            x = {"L": linear, "N": norm}[step](state, f"{prefix}.{index}", x)
     return x
 
 
 def test_box_anchor_encoder():
     encoder = randomised(BoxAnchorEncoder(DIMS))
     anchor, state = randn(2, 3, 11), encoder.state_dict()
-    parts = {"pos_fc": anchor[..., :3], "size_fc": anchor[..., 3:6], "yaw_fc": anchor[..., 6:8], "vel_fc": anchor[..., 8:]}
+    parts = {
+        "pos_fc": anchor[..., :3],
+        "size_fc": anchor[..., 3:6],
+        "yaw_fc": anchor[..., 6:8],
+        "vel_fc": anchor[..., 8:],
+    }
     expected = torch.cat([mlp(state, name, "LRN" * 4, part) for name, part in parts.items()], dim=-1)
     torch.testing.assert_close(encoder(anchor), expected)
     assert [linear.out_features for linear in encoder.pos_fc if isinstance(linear, nn.Linear)] == [DIMS // 2] * 4

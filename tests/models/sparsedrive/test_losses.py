@@ -14,7 +14,7 @@ from reimplementation.models.sparsedrive.depth import DepthBranch, depth_loss
 from reimplementation.models.sparsedrive.line_loss import line_losses, permutations
 from reimplementation.models.sparsedrive.losses import focal_loss, gaussian_focal_loss
 from reimplementation.models.sparsedrive.matching import assign
-from reimplementation.models.sparsedrive.targets import pad
+from reimplementation.models.sparsedrive.targets import pad_boxes, pad_lines
 from tests.models.sparsedrive.small import BOX_HEAD, MAP_HEAD, NUM_POINTS, frame, targets, trained
 
 pytest.importorskip("scipy")
@@ -120,7 +120,7 @@ def value_weights(target: list[float], label: int) -> list[float]:
 
 def test_box_losses():
     outputs, wanted = scene()
-    padded = pad(("labels_3d", "boxes_3d"), *wanted.values(), (9,), 10, outputs["prediction"][0])
+    padded = pad_boxes(wanted, BOX_HEAD, outputs["prediction"][0])
     terms = box_losses(outputs, padded, BOX_HEAD)
     expected = expected_box_losses(
         {key: outputs[key] for key in ("classification", "prediction", "quality")}, *wanted.values()
@@ -133,7 +133,7 @@ def test_box_losses():
 def test_unknown_values_give_no_gradient_but_finite_ones():
     outputs, wanted = scene()
     outputs["prediction"] = [layer.requires_grad_() for layer in outputs["prediction"]]
-    padded = pad(("labels_3d", "boxes_3d"), *wanted.values(), (9,), 10, outputs["prediction"][0])
+    padded = pad_boxes(wanted, BOX_HEAD, outputs["prediction"][0])
     sum(box_losses(outputs, padded, BOX_HEAD).values()).backward()
     for layer in outputs["prediction"]:
         assert layer.grad.isfinite().all() and layer.grad.any()
@@ -143,7 +143,7 @@ def test_unknown_values_give_no_gradient_but_finite_ones():
 def test_quality_does_not_move_boxes():
     outputs, wanted = scene()
     outputs["prediction"] = [layer.requires_grad_() for layer in outputs["prediction"]]
-    padded = pad(("labels_3d", "boxes_3d"), *wanted.values(), (9,), 10, outputs["prediction"][0])
+    padded = pad_boxes(wanted, BOX_HEAD, outputs["prediction"][0])
     config = dataclasses.replace(BOX_HEAD, loss_box=0.0)
     sum(box_losses(outputs, padded, config).values()).backward()
     assert not any(layer.grad.any() for layer in outputs["prediction"])
@@ -176,7 +176,7 @@ def test_permutations():
 
 def test_line_losses():
     outputs, wanted = line_scene()
-    padded = pad(("map_labels", "map_lines"), *wanted.values(), (NUM_POINTS, 2), 3, outputs["prediction"][0])
+    padded = pad_lines(wanted, MAP_HEAD, outputs["prediction"][0])
     terms = line_losses(outputs, padded, MAP_HEAD)
     expected: dict[str, float] = {}
     for depth, (logits, anchors) in enumerate(zip(outputs["classification"], outputs["prediction"])):
