@@ -120,6 +120,7 @@ class InstanceBank(nn.Module):
         if self.swaps_heading:
             position, heading, velocity = anchor.split((6, 2, 3), dim=-1)
             anchor = torch.cat([position, heading.flip(-1), velocity], dim=-1)
+        interval = torch.where(goes_on & (passed != 0), passed, self.config.default_time_interval)
         return Recalled(
             feature=state.feature,
             anchor=anchor,
@@ -127,7 +128,7 @@ class InstanceBank(nn.Module):
             instance_id=torch.where(goes_on[:, None], state.instance_id, -1),
             next_id=state.next_id,
             goes_on=goes_on,
-            time_interval=torch.where(goes_on & (passed != 0), passed, self.config.default_time_interval),
+            time_interval=interval.to(anchor.dtype),
         )
 
     def merge(self, recalled: Recalled, feature: Tensor, anchor: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
