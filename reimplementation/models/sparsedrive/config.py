@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reimplementation.models.checks import check_positive
+
 from .mappings import read_dataclass, write_dataclass
 
 FAMILIES = ("sparsedrive", "sparse4d")
@@ -50,6 +52,7 @@ class BankConfig:
     confidence_decay: float = 0.6
 
     def __post_init__(self) -> None:
+        check_positive(num_anchors=self.num_anchors)
         if not 0 <= self.num_temp_instances < self.num_anchors:
             raise ValueError(
                 f"num_temp_instances must be in [0, num_anchors={self.num_anchors}); got {self.num_temp_instances}"
@@ -174,6 +177,13 @@ class SparseDriveConfig:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
         if self.family == "sparse4d" and self.map is not None:
             raise ValueError("a detector of the family sparse4d has no map head; set map to None")
+        check_positive(
+            embed_dims=self.embed_dims,
+            num_heads=self.num_heads,
+            num_groups=self.num_groups,
+            num_cams=self.num_cams,
+            feedforward_dims=self.feedforward_dims,
+        )
         if self.embed_dims % 8 != 0 or self.embed_dims % self.num_heads != 0:
             raise ValueError(
                 f"embed_dims must be a multiple of 8 and of num_heads={self.num_heads}; got {self.embed_dims}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation.models.backbones.resnet import ResNet
+from reimplementation.models.checks import check_tensors
 from reimplementation.models.necks.fpn import FPN
 from reimplementation.ops.checks import check_shape
 
@@ -100,6 +101,7 @@ class SparseDrive(nn.Module):
         Raises:
             KeyError: ``metas`` lacks an entry.
             ValueError: a shape is wrong.
+            TypeError: something is no tensor.
         """
         if state is not None:
             return self.step(images, metas, state, targets, every_layer)
@@ -222,6 +224,7 @@ class SparseDrive(nn.Module):
         missing = [name for name in METAS if name not in metas]
         if missing:
             raise KeyError(f"metas must hold {', '.join(METAS)}; {', '.join(missing)} is missing")
+        check_tensors({"images": images} | {name: metas[name] for name in METAS})
         sizes = {"num_cams": self.config.num_cams}
         check_shape("images", images, ("bs", "num_cams", 3, "H", "W"), sizes)
         check_shape("projection_mat", metas["projection_mat"], ("bs", "num_cams", 4, 4), sizes)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from reimplementation.models.deformable import (
     DeformableFeatureAggregation,
+    Sparse4DBox3DKeyPointsGenerator,
     SparseBox3DKeyPointsGenerator,
     SparsePoint3DKeyPointsGenerator,
 )
@@ -24,6 +25,7 @@ from .geometry import spread_boxes, spread_lines
 from .instance_bank import InstanceBank, Recalled, TemporalState
 from .refinement import BoxRefinement, LineRefinement
 
+ANCHOR_HANDLERS = {"sparsedrive": SparseBox3DKeyPointsGenerator, "sparse4d": Sparse4DBox3DKeyPointsGenerator}
 LAYER = ("gnn", "norm", "deformable", "ffn", "norm", "refine")
 
 
@@ -237,8 +239,7 @@ def box_head(config: SparseDriveConfig) -> SparseHead:
         head.bank,
         spread_boxes(head.bank.num_anchors, head.max_distance),
         config.embed_dims,
-        SparseBox3DKeyPointsGenerator(config.embed_dims),
-        swaps_heading=config.family == "sparse4d",
+        ANCHOR_HANDLERS[config.family](config.embed_dims),
     )
     key_points = {
         "type": SparseBox3DKeyPointsGenerator,

@@ -63,7 +63,6 @@ class InstanceBank(nn.Module):
         anchor: (num_anchors, anchor_dims), where the anchors start.
         embed_dims: channels of an instance.
         anchor_handler: a key point generator, whose ``anchor_projection`` moves anchors between frames.
-        swaps_heading: hand over anchors with sine and cosine exchanged, as Sparse4D's networks learnt to read them.
         learns_feature: whether the features to start from are trained; otherwise they stay zero.
     """
 
@@ -73,12 +72,10 @@ class InstanceBank(nn.Module):
         anchor: Tensor,
         embed_dims: int,
         anchor_handler: nn.Module,
-        swaps_heading: bool = False,
         learns_feature: bool = False,
     ):
         super().__init__()
         self.config = config
-        self.swaps_heading = swaps_heading
         self.anchor = nn.Parameter(anchor)
         self.instance_feature = nn.Parameter(torch.zeros(len(anchor), embed_dims), requires_grad=learns_feature)
         if learns_feature:
@@ -117,9 +114,6 @@ class InstanceBank(nn.Module):
             [between_frames(state.T_global, T_global)],
             time_intervals=[-torch.where(goes_on, passed, 0)],
         )
-        if self.swaps_heading:
-            position, heading, velocity = anchor.split((6, 2, 3), dim=-1)
-            anchor = torch.cat([position, heading.flip(-1), velocity], dim=-1)
         interval = torch.where(goes_on & (passed != 0), passed, self.config.default_time_interval)
         return Recalled(
             feature=state.feature,

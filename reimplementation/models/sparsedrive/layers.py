@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reimplementation.ops.transforms import at_least_float32
+from reimplementation.ops.dtypes import at_least_float32
 
 
 def linear_relu_norm(in_dims: int, dims: int, num_linears: int, num_norms: int) -> list[nn.Module]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation.ops.box_key_points import SIN_COS_YAW, VELOCITY
-from reimplementation.ops.transforms import at_least_float32
+from reimplementation.ops.dtypes import at_least_float32
 
 from .layers import Scale, linear_relu_norm
 

@@ -44,6 +44,7 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
         ("family: bevformer", ValueError, "family must be one of sparsedrive, sparse4d; got 'bevformer'"),
         ("family: sparse4d", ValueError, "set map to None"),
         ("embed_dims: 100", ValueError, "embed_dims must be a multiple of 8"),
+        ("num_cams: 0", ValueError, "num_cams must be at least 1; got 0"),
         ("num_levels: 5", ValueError, "num_levels must be 1 to 4"),
         ("num_depth_levels: 5", ValueError, "num_depth_levels must be in [0, num_levels=4]"),
     ],

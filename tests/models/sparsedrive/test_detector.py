@@ -228,6 +228,12 @@ def test_images_that_do_not_fit(model):
         model(images[0], metas)
 
 
+def test_what_is_no_tensor(model):
+    images, metas = frame(1)
+    with pytest.raises(TypeError, match=re.escape("image_wh must be a torch.Tensor; got list")):
+        model(images, {**metas, "image_wh": [[1, 2]]})
+
+
 def test_a_meta_that_is_missing(model):
     images, metas = frame(1)
     del metas["timestamp"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator
+from reimplementation.models.deformable import Sparse4DBox3DKeyPointsGenerator, SparseBox3DKeyPointsGenerator
 from reimplementation.models.sparsedrive.config import BankConfig
 from reimplementation.models.sparsedrive.instance_bank import InstanceBank, TemporalState
 from tests.models.sparsedrive.small import pose
@@ -19,10 +19,9 @@ def seed():
     torch.manual_seed(0)
 
 
-def bank(**settings) -> InstanceBank:
+def bank(handler: type = SparseBox3DKeyPointsGenerator) -> InstanceBank:
     config = BankConfig(num_anchors=NUM_ANCHORS, num_temp_instances=NUM_KEPT)
-    handler = SparseBox3DKeyPointsGenerator(DIMS)
-    return InstanceBank(config, torch.randn(NUM_ANCHORS, 11), DIMS, handler, **settings).double()
+    return InstanceBank(config, torch.randn(NUM_ANCHORS, 11), DIMS, handler(DIMS)).double()
 
 
 def state(time: float = 0.0) -> TemporalState:
@@ -46,15 +45,15 @@ def moved(anchor: np.ndarray, seconds: float, T_source: np.ndarray, T_target: np
     return np.concatenate([centre[:3], anchor[3:6], heading[::-1], rotation @ anchor[8:11]])
 
 
-@pytest.mark.parametrize("swaps_heading", [False, True])
-def test_recall(swaps_heading):
+@pytest.mark.parametrize("handler", [SparseBox3DKeyPointsGenerator, Sparse4DBox3DKeyPointsGenerator])
+def test_recall(handler):
     last, times = state(0.0), [0.5, 1.75]
     T_global = torch.stack([pose(time) for time in times])
-    recalled = bank(swaps_heading=swaps_heading).recall(last, torch.tensor(times).double(), T_global)
+    recalled = bank(handler).recall(last, torch.tensor(times).double(), T_global)
     for sample, time in enumerate(times):
         for index in range(NUM_KEPT):
             wanted = moved(last.anchor[sample, index].numpy(), time, pose(0.0).numpy(), pose(time).numpy())
-            if swaps_heading:  # Sparse4D's networks were trained on cosine and sine in each other's place
+            if handler is Sparse4DBox3DKeyPointsGenerator:  # which was trained on swapped ones
                 wanted[[6, 7]] = wanted[[7, 6]]
             np.testing.assert_allclose(recalled.anchor[sample, index].numpy(), wanted, rtol=1e-9, atol=1e-9)
     assert torch.equal(recalled.feature, last.feature) and torch.equal(recalled.instance_id, last.instance_id)
