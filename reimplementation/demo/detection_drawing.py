@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,9 +41,8 @@ def draw(path: str | Path, rig: Rig, found: Detections, title: str, note: str, w
     view_height = view_width * max(camera.height / camera.width for camera in rig.cameras)
     labels = sorted({box.label for box in found.boxes} | {line.label for line in found.lines})
     colors = dict(zip(labels, colormaps["tab20"].colors * (1 + len(labels) // 20)))
-    body = max(
-        len(rows) * (view_height + VIEW_LABEL), VIEW_LABEL + ABOVE + LEGEND_ROW * (1 + len(labels) // LEGEND_COLUMNS)
-    )
+    legend_rows = math.ceil(len(labels) / LEGEND_COLUMNS)
+    body = max(len(rows) * (view_height + VIEW_LABEL), VIEW_LABEL + ABOVE + legend_rows * LEGEND_ROW)
 
     figure, page = new_page(HEADER + body + FOOTER)
     write(page, MARGIN, 66, title, 38, TEXT, weight="bold")
@@ -57,10 +57,8 @@ def draw(path: str | Path, rig: Rig, found: Detections, title: str, note: str, w
     write(page, left, HEADER + VIEW_LABEL - 12, f"from above, {RANGE:.0f} m to every side", 15, MUTED)
     _from_above(add_panel(figure, left, HEADER + VIEW_LABEL, ABOVE, ABOVE), found, colors)
     for i, label in enumerate(labels):
-        x, y = (
-            left + i % LEGEND_COLUMNS * ABOVE / LEGEND_COLUMNS,
-            HEADER + VIEW_LABEL + ABOVE + LEGEND_ROW * (1 + i // LEGEND_COLUMNS),
-        )
+        row, column = divmod(i, LEGEND_COLUMNS)
+        x, y = left + column * ABOVE / LEGEND_COLUMNS, HEADER + VIEW_LABEL + ABOVE + (row + 1) * LEGEND_ROW
         write(page, x, y, label.replace("_", " "), 15, colors[label])
     save(figure, path)
 

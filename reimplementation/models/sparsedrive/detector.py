@@ -17,7 +17,7 @@ from .config import SparseDriveConfig
 from .decoding import decode_detections, decode_lines
 from .denoising import Denoising, DenoisingState, draw_queries, go_on, known_boxes
 from .depth import DepthBranch, depth_loss
-from .feature_rows import FeatureRows
+from .feature_rows import feature_rows
 from .head import SparseHead, box_head, line_head
 from .instance_bank import TemporalState
 from .line_loss import line_losses
@@ -59,7 +59,6 @@ class SparseDrive(nn.Module):
         # The aggregation reads a pixel's channels side by side: where convolutions write them so, no one transposes.
         self.img_backbone.to(memory_format=torch.channels_last)
         self.img_neck.to(memory_format=torch.channels_last)
-        self._rows = FeatureRows()
         self._state: State | None = None
 
     @property
@@ -126,7 +125,7 @@ class SparseDrive(nn.Module):
             if len(remembered.feature) != len(images):
                 raise ValueError(f"state is of {len(remembered.feature)} samples, and images of {len(images)}")
         levels = self.image_features(images)
-        feature_maps = self._rows(levels, self.config.num_cams)
+        feature_maps = feature_rows(levels, self.config.num_cams)
         outputs: dict = {}
         new_state: State = {}
         for name, head in self.heads.items():

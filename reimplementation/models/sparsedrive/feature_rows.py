@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,26 +11,32 @@ from torch import Tensor
 from reimplementation import ops
 
 
-class FeatureRows:
-    """`ops.feature_maps_format` that keeps the levels' shapes and first rows on the device.
+def feature_rows(levels: Sequence[Tensor], num_cams: int) -> list[Tensor]:
+    """What `ops.feature_maps_format` returns, without its copy of the levels' shapes to the device in every frame.
 
-    They only depend on the images' size. Sent to the GPU once, they cost no copy a frame, and a captured CUDA graph
-    finds them where they were. Maps in channels-last memory are concatenated as they lie.
+    Maps in channels-last memory are concatenated as they lie.
+
+    Args:
+        levels: [(bs * num_cams, C, H, W)], finest first.
+        num_cams: cameras.
     """
+    maps = [level.unflatten(0, (-1, num_cams)) for level in levels]
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return ops.feature_maps_format(maps)
+    rows = torch.cat([level.flatten(3).transpose(2, 3) for level in maps], dim=2).flatten(1, 2)
+    shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
+    return [rows, *_level_table(shapes, num_cams, rows.device)]
 
-    def __init__(self):
-        self._levels: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, levels: Sequence[Tensor], num_cams: int) -> list[Tensor]:
-        """``[col_feats, spatial_shape, scale_start_index]`` of levels [(bs * num_cams, C, H, W)], finest first."""
-        maps = [level.unflatten(0, (-1, num_cams)) for level in levels]
-        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-            return ops.feature_maps_format(maps)
-        key = (levels[0].device, num_cams, *(tuple(level.shape[-2:]) for level in levels))
-        if key not in self._levels:
-            self._levels[key] = tuple(ops.feature_maps_format(maps)[1:])
-        rows = torch.cat([level.flatten(3).transpose(2, 3) for level in maps], dim=2).flatten(1, 2)
-        return [rows, *self._levels[key]]
+@torch.compiler.assume_constant_result
+def _level_table(shapes: tuple[tuple[int, int], ...], num_cams: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The levels' shapes and first rows, which the images' size decides: a compiled or captured graph holds them."""
+    return _made_once(shapes, num_cams, device)
 
-    def __getstate__(self) -> dict:
-        return {"_levels": {}}  # a copy of the model, or one in another process, has a device of its own
+
+@functools.lru_cache(maxsize=64)
+def _made_once(shapes: tuple[tuple[int, int], ...], num_cams: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # what a first frame in that mode leaves can still be trained with
+        maps = [torch.empty(1, num_cams, 0, *shape, device=device) for shape in shapes]
+        _, spatial_shape, scale_start_index = ops.feature_maps_format(maps)
+    return spatial_shape, scale_start_index

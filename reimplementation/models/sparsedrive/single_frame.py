@@ -18,6 +18,7 @@ class SingleFrame(nn.Module):
     def __init__(self, model: SparseDrive):
         super().__init__()
         self.model = model
+        self.train(model.training)
 
     def forward(self, images: Tensor, projection_mat: Tensor, image_wh: Tensor) -> tuple[Tensor, ...]:
         """The last layer's predictions.

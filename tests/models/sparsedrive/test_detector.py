@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation import ops
-from reimplementation.models.sparsedrive.feature_rows import FeatureRows
+from reimplementation.models.sparsedrive.feature_rows import feature_rows
 from tests.models.sparsedrive.small import CONFIG, NUM_BOXES, NUM_CAMS, frame, trained
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # float32, over some twenty layers
@@ -190,13 +190,26 @@ def test_plain_pytorch_agrees(model):
 
 
 def test_rows_are_the_formatted_maps():
-    rows = FeatureRows()
     for width in (12, 10, 12):
         levels = [torch.randn(2 * NUM_CAMS, 4, *shape) for shape in ((6, width), (3, 5))]
-        found = rows([level.contiguous(memory_format=torch.channels_last) for level in levels], NUM_CAMS)
+        found = feature_rows([level.contiguous(memory_format=torch.channels_last) for level in levels], NUM_CAMS)
         expected = ops.feature_maps_format([level.unflatten(0, (2, NUM_CAMS)) for level in levels])
         for got, wanted in zip(found, expected, strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_a_first_frame_in_inference_mode_leaves_training_possible():
+    """What is kept for the size of the images must not be an inference tensor."""
+    model, size = trained(), (32, 64)
+    images, metas = frame(1)
+    images = images[..., : size[0], : size[1]]
+    with torch.inference_mode():
+        model(images, metas)
+    model.reset()
+    with torch.enable_grad():
+        outputs = model.train()(images, metas)
+        last(outputs).sum().backward()
+    assert model.img_backbone.conv1.weight.grad.any()
 
 
 def test_neck_writes_rows_of_channels(model):

@@ -44,7 +44,7 @@ def test_one_graph_serves_every_frame():
 
 @pytest.mark.slow
 def test_compiled():
-    model = trained()
+    model = trained(TINY)
     assert_frames_agree(model, torch.compile(model, fullgraph=True))
 
 
