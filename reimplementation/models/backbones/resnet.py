@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class BasicBlock(nn.Module):
@@ -99,6 +100,28 @@ class ResNet(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+    def fold_norms(self) -> None:
+        """Fold every normalisation into the convolution before it: the same maps from half as many kernels.
+
+        This is for inference, after a checkpoint was loaded: no normalisation is left whose names one could have.
+
+        Raises:
+            RuntimeError: the backbone is in training, where the normalisation depends on the batch.
+        """
+        if self.training:
+            raise RuntimeError("fold_norms is for inference; call eval() first")
+        for module in list(self.modules()):
+            for convolution, norm in _pairs(module):
+                folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, folded)
+                setattr(module, norm, nn.Identity())
+
+
+def _pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """The names of a module's convolutions, each with that of the normalisation behind it."""
+    names = [name for name, child in module.named_children() if isinstance(child, (nn.Conv2d, nn.BatchNorm2d))]
+    return list(zip(names[::2], names[1::2]))
 
 
 def _stage(block: type, in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:

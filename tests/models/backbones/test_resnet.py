@@ -71,6 +71,30 @@ def reference(state, x):
         yield x
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+@torch.no_grad()
+def test_folded(depth):
+    torch.manual_seed(0)
+    backbone = ResNet(depth).double().to(memory_format=torch.channels_last).eval()
+    for norm in backbone.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = backbone(images)
+    backbone.fold_norms()
+    assert not any("bn" in name or "downsample.1" in name for name in backbone.state_dict())
+    assert backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for got, wanted in zip(backbone(images), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_folding_is_for_inference():
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
+        ResNet(18).fold_norms()
+
+
 def test_unknown_depth():
     with pytest.raises(ValueError, match="depth must be one of 18, 34, 50, 101; got 49"):
         ResNet(49)

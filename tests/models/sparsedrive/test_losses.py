@@ -12,7 +12,7 @@ from reimplementation.models.sparsedrive.box_loss import box_losses
 from reimplementation.models.sparsedrive.config import BOX_CLASSES
 from reimplementation.models.sparsedrive.depth import DepthBranch, depth_loss
 from reimplementation.models.sparsedrive.line_loss import line_losses, permutations
-from reimplementation.models.sparsedrive.losses import focal_loss, gaussian_focal_loss
+from reimplementation.models.sparsedrive.losses import focal_loss, gaussian_focal_loss, mean_over_ranks
 from reimplementation.models.sparsedrive.matching import assign
 from reimplementation.models.sparsedrive.targets import pad_boxes, pad_lines
 from tests.models.sparsedrive.small import BOX_HEAD, MAP_HEAD, NUM_POINTS, frame, targets, trained
@@ -56,6 +56,17 @@ def test_gaussian_focal_loss():
         wanted -= score**2 * math.log(1 - score) * (1 - target) ** 4
         loss = gaussian_focal_loss(torch.tensor(score, dtype=torch.float64), torch.tensor(target))
         assert loss.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_counts_are_averaged_over_processes(monkeypatch):
+    """Two processes with 3 and 7 matched: both divide by 5; with nothing matched anywhere, by 1."""
+    assert mean_over_ranks(torch.tensor([3, 0])).tolist() == [3, 1]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count: count.add_(torch.tensor([7, 0])))
+    own = torch.tensor([3.0, 0.0])
+    assert mean_over_ranks(own).tolist() == [5, 1]
+    assert own.tolist() == [3, 0]
 
 
 def scene() -> tuple[dict, dict]:
