@@ -13,7 +13,7 @@ from reimplementation.ops.box_key_points import CENTRE, SIN_COS_YAW
 from .config import BoxHeadConfig
 from .denoising import DenoisingTargets
 from .geometry import ENCODED_DIMS
-from .losses import focal_loss, gaussian_focal_loss, mean_over_ranks, stack_layers
+from .losses import focal_loss, gaussian_focal_loss, layer_means, mean_over_ranks, stack_layers
 from .matching import assign, box_cost, focal_cost
 from .targets import PaddedTargets, class_indices, encoded_boxes, rows_of
 
@@ -45,18 +45,16 @@ def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) 
     num_matched = mean_over_ranks(matched.sum((1, 2)))
     learns_box = matched & (logits.detach().amax(-1).sigmoid() > config.min_score_for_boxes)
 
-    def per_layer(name: str, factor: float, terms: Tensor) -> dict[str, Tensor]:
-        return _per_layer(name, depths, factor * terms.sum((1, 2)) / num_matched)
-
-    distance = torch.where(learns_box, ((boxes - target).abs() * weights).sum(-1), 0)
+    distance = ((boxes - target).abs() * weights).sum(-1)
     centerness, yawness = quality_losses(quality, boxes, target)
-    return {
-        **per_layer("loss_cls", config.loss_class, focal_loss(logits, labels)),
-        **per_layer("loss_box", config.loss_box, distance),
-        **per_layer("loss_cns", config.loss_centerness, torch.where(learns_box, centerness, 0)),
-        **per_layer("loss_yns", config.loss_yawness, torch.where(learns_box, yawness, 0)),
-        **(denoising_losses(outputs["denoising"], config) if "denoising" in outputs else {}),
+    terms = {
+        "loss_cls": config.loss_class * focal_loss(logits, labels),
+        "loss_box": config.loss_box * torch.where(learns_box, distance, 0),
+        "loss_cns": config.loss_centerness * torch.where(learns_box, centerness, 0),
+        "loss_yns": config.loss_yawness * torch.where(learns_box, yawness, 0),
     }
+    losses = layer_means(terms, depths, num_matched)
+    return losses | (denoising_losses(outputs["denoising"], config) if "denoising" in outputs else {})
 
 
 def denoising_losses(outputs: Mapping, config: BoxHeadConfig) -> dict[str, Tensor]:
@@ -101,7 +99,3 @@ def quality_losses(quality: Tensor, boxes: Tensor, target: Tensor) -> tuple[Tens
         F.binary_cross_entropy_with_logits(centerness, nearness, reduction="none"),
         gaussian_focal_loss(yawness.sigmoid(), agrees.to(quality.dtype)),
     )
-
-
-def _per_layer(name: str, depths: list[int], terms: Tensor) -> dict[str, Tensor]:
-    return {f"{name}_{depth}": term for depth, term in zip(depths, terms)}

@@ -43,6 +43,7 @@ class BankConfig:
     max_time_interval       seconds; over a longer gap a sample starts anew
     default_time_interval   seconds; assumed where there is no earlier frame, or one of the same time
     confidence_decay        what a cached confidence is worth a frame later
+    min_score_for_id        an instance of a lower score gets no id yet; None: every one gets one
     """
 
     num_anchors: int
@@ -50,6 +51,7 @@ class BankConfig:
     max_time_interval: float = 2.0
     default_time_interval: float = 0.5
     confidence_decay: float = 0.6
+    min_score_for_id: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(num_anchors=self.num_anchors)
@@ -86,7 +88,6 @@ class BoxHeadConfig:
     symmetric_classes      a box of theirs may be turned by half a circle
     small_classes          their sizes count less, their heading nothing (Sparse4D: traffic cones)
     min_score_for_boxes    a matched prediction of a lower score learns its class only
-    min_score_for_id       an instance of a lower score gets no id yet; None: every one gets one
     """
 
     classes: tuple[str, ...] = BOX_CLASSES
@@ -108,13 +109,16 @@ class BoxHeadConfig:
     loss_yawness: float = 1.0
     loss_weights: tuple[float, ...] = (2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     min_score_for_boxes: float = 0.05
-    min_score_for_id: float | None = None
     num_outputs: int = 300
 
     def __post_init__(self) -> None:
         _check_decoders(self.num_decoders, self.num_single_frame_decoders)
         _check_length("cost_weights", self.cost_weights, 10)
         _check_length("loss_weights", self.loss_weights, 10)
+        for name in ("symmetric_classes", "small_classes"):
+            unknown = sorted(set(getattr(self, name)) - set(self.classes))
+            if unknown:
+                raise ValueError(f"{name} must be some of classes, {', '.join(self.classes)}; got {', '.join(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,9 +109,9 @@ class SparseHead(nn.Module):
         Returns:
             ``classification``, ``prediction`` and ``quality``, each a list with an entry a layer: logits (bs, n,
             num_classes), anchors (bs, n, anchor_dims) and logits (bs, n, 2) or None; ``instance_id`` (bs, n) where
-            the head remembers; ``denoising``, where there was some: the three lists of those queries,
-            their last ``feature``, and ``targets``, an entry a layer. And the state
-            for the next frame, None where the head remembers nothing.
+            the head remembers; ``denoising``, where there was some: the three lists of those queries, their last
+            ``feature``, and ``targets``, an entry a layer. And the state for the next frame, None where the head
+            remembers nothing.
         """
         bank, num_anchors = self.instance_bank, self.instance_bank.config.num_anchors
         recalled = None if state is None else bank.recall(state, metas["timestamp"], metas["T_global"])
@@ -149,22 +149,19 @@ class SparseHead(nn.Module):
 
         outputs = _lists([[_first(part, num_anchors) for part in layer] for layer in layers])
         if denoising is not None:
-            outputs["denoising"] = _lists([[_after(part, num_anchors) for part in layer] for layer in layers])
-            outputs["denoising"]["feature"] = _after(feature, num_anchors)
-            outputs["denoising"]["targets"] = denoising.targets_of_layers(
-                len(layers), self.config.num_single_frame_decoders
-            )
-        state = None
-        if bank.config.num_temp_instances > 0:
-            outputs["instance_id"], state = bank.keep(
-                recalled,
-                _first(feature, num_anchors),
-                outputs["prediction"][-1],
-                outputs["classification"][-1],
-                metas["timestamp"],
-                metas["T_global"],
-                getattr(self.config, "min_score_for_id", None),
-            )
+            noisy = _lists([[_after(part, num_anchors) for part in layer] for layer in layers])
+            targets = denoising.targets_of_layers(len(layers), self.config.num_single_frame_decoders)
+            outputs["denoising"] = {**noisy, "feature": _after(feature, num_anchors), "targets": targets}
+        if bank.config.num_temp_instances == 0:
+            return outputs, None
+        outputs["instance_id"], state = bank.keep(
+            recalled,
+            _first(feature, num_anchors),
+            outputs["prediction"][-1],
+            outputs["classification"][-1],
+            metas["timestamp"],
+            metas["T_global"],
+        )
         return outputs, state
 
     def _memory(self, recalled: Recalled, num_keys: int, within: Tensor | None) -> Memory:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .config import BankConfig
 from .geometry import between_frames
@@ -151,7 +152,6 @@ class InstanceBank(nn.Module):
         logits: Tensor,
         timestamp: Tensor,
         T_global: Tensor,
-        min_score_for_id: float | None = None,
     ) -> tuple[Tensor, TemporalState]:
         """Give every instance an id, and keep the best for the next frame.
 
@@ -162,7 +162,6 @@ class InstanceBank(nn.Module):
             recalled: what this frame recalled; None: nothing.
             feature, anchor, logits: (bs, num_anchors, …), the last layer's instances and their class logits.
             timestamp, T_global: of this frame, as for `recall`.
-            min_score_for_id: an instance of a lower score gets no id yet; None: every one gets one.
 
         Returns:
             Ids (bs, num_anchors) int64, and the state.
@@ -176,12 +175,12 @@ class InstanceBank(nn.Module):
             kept = recalled.confidence.shape[1]
             decayed = recalled.confidence * self.config.confidence_decay
             confidence = torch.cat([torch.maximum(decayed, score[:, :kept]), score[:, kept:]], dim=1)
-            known = torch.nn.functional.pad(recalled.instance_id, (0, score.shape[1] - kept), value=-1)
+            known = F.pad(recalled.instance_id, (0, score.shape[1] - kept), value=-1)
             next_id = recalled.next_id
 
         is_new = known < 0
-        if min_score_for_id is not None:
-            is_new = is_new & (score >= min_score_for_id)
+        if self.config.min_score_for_id is not None:
+            is_new = is_new & (score >= self.config.min_score_for_id)
         count = is_new.cumsum(dim=1)
         instance_id = torch.where(is_new, next_id[:, None] + count - 1, known)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import MapHeadConfig
-from .losses import focal_loss, mean_over_ranks, stack_layers
+from .losses import focal_loss, layer_means, mean_over_ranks, stack_layers
 from .matching import assign, focal_cost, line_cost
 from .targets import PaddedTargets, rows_of
 
@@ -44,11 +44,7 @@ def line_losses(outputs: Mapping, targets: PaddedTargets, config: MapHeadConfig)
         "loss_cls": config.loss_class * focal_loss(logits, labels),
         "loss_line": config.loss_line * torch.where(learns_line, difference, 0),
     }
-    return {
-        f"{name}_{depth}": term.sum() / count
-        for name, layers in terms.items()
-        for depth, term, count in zip(depths, layers, num_matched)
-    }
+    return layer_means(terms, depths, num_matched)
 
 
 def normalised(points: Tensor, config: MapHeadConfig) -> Tensor:

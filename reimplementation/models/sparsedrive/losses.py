@@ -46,6 +46,15 @@ def mean_over_ranks(count: Tensor) -> Tensor:
     return count.clamp(min=1)
 
 
+def layer_means(terms: Mapping[str, Tensor], depths: Sequence[int], counts: Tensor) -> dict[str, Tensor]:
+    """Each layer's terms (layers, bs, n), added up and divided by the layer's count, under ``name_depth``."""
+    return {
+        f"{name}_{depth}": term.sum() / count
+        for name, layers in terms.items()
+        for depth, term, count in zip(depths, layers, counts)
+    }
+
+
 def stack_layers(outputs: Mapping[str, Sequence]) -> tuple[list[int], Tensor, Tensor, Tensor | None]:
     """The layers that predicted classes: which, and their logits, anchors and quality (layers, bs, n, …), ≥ float32."""
     depths = [depth for depth, logits in enumerate(outputs["classification"]) if logits is not None]

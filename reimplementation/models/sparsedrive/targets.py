@@ -29,8 +29,12 @@ class PaddedTargets(NamedTuple):
 
 
 def pad_boxes(targets: Mapping[str, Sequence[Tensor]], config: BoxHeadConfig, like: Tensor) -> PaddedTargets:
-    """``labels_3d`` and ``boxes_3d`` (n, 9) of each sample, as `pad`."""
-    return pad(targets, ("labels_3d", "boxes_3d"), (BOX_DIMS,), len(config.classes), like)
+    """``labels_3d`` and ``boxes_3d`` (n, 9) of each sample, as `pad`; a size that is not positive is a ValueError."""
+    padded = pad(targets, ("labels_3d", "boxes_3d"), (BOX_DIMS,), len(config.classes), like)
+    for sample, boxes in enumerate(targets["boxes_3d"]):
+        if (boxes[:, 3:6] <= 0).any():
+            raise ValueError(f"boxes_3d[{sample}] must have positive sizes; got {boxes[:, 3:6].min().item()}")
+    return padded
 
 
 def pad_lines(targets: Mapping[str, Sequence[Tensor]], config: MapHeadConfig, like: Tensor) -> PaddedTargets:
@@ -92,16 +96,14 @@ def encoded_boxes(targets: PaddedTargets, config: BoxHeadConfig) -> tuple[Tensor
 
     A value that is not known counts nothing; of a traffic cone the heading does not.
     """
-    is_padding = torch.arange(targets.labels.shape[1], device=targets.labels.device) >= torch.tensor(
-        targets.counts, device=targets.labels.device
-    ).unsqueeze(1)
-    boxes = torch.where(is_padding[..., None], 1, targets.values)
-    encoded = encode_boxes(boxes)
+    row = torch.arange(targets.labels.shape[1], device=targets.labels.device)
+    is_padding = row >= torch.tensor(targets.counts, device=row.device)[:, None]
+    encoded = encode_boxes(torch.where(is_padding[..., None], 1, targets.values))  # padding has a logarithm then
     is_small = torch.isin(targets.labels, class_indices(config.small_classes, config, targets.labels))
     weights = torch.where(is_small[..., None], encoded.new_tensor(SMALL_CLASS_WEIGHTS), 1)
     return encoded.nan_to_num(), torch.where(encoded.isnan(), 0, weights)
 
 
 def class_indices(names: Sequence[str], config: BoxHeadConfig, like: Tensor) -> Tensor:
-    """The places of classes in the configuration's list, int64; those that it lacks are left out."""
-    return like.new_tensor([config.classes.index(name) for name in names if name in config.classes])
+    """The places of classes in the configuration's list, int64."""
+    return like.new_tensor([config.classes.index(name) for name in names])

@@ -39,6 +39,7 @@ def test_what_a_file_leaves_out_is_the_default(tmp_path):
         ("map: 3", TypeError, "map must be a mapping; got int"),
         ("det: {classes: car}", TypeError, "det.classes must be a list; got 'car'"),
         ("det: {cost_weights: [1, 2]}", ValueError, "cost_weights must hold 10 values; got 2"),
+        ("det: {small_classes: [cone]}", ValueError, "small_classes must be some of classes, car, truck"),
         ("- depth", TypeError, "the configuration must be a mapping; got list"),
         ("depth: [", ValueError, "config.yaml"),
         ("family: bevformer", ValueError, "family must be one of sparsedrive, sparse4d; got 'bevformer'"),

@@ -19,8 +19,8 @@ def seed():
     torch.manual_seed(0)
 
 
-def bank(handler: type = SparseBox3DKeyPointsGenerator) -> InstanceBank:
-    config = BankConfig(num_anchors=NUM_ANCHORS, num_temp_instances=NUM_KEPT)
+def bank(handler: type = SparseBox3DKeyPointsGenerator, min_score_for_id: float | None = None) -> InstanceBank:
+    config = BankConfig(num_anchors=NUM_ANCHORS, num_temp_instances=NUM_KEPT, min_score_for_id=min_score_for_id)
     return InstanceBank(config, torch.randn(NUM_ANCHORS, 11), DIMS, handler(DIMS)).double()
 
 
@@ -126,7 +126,12 @@ def test_keep():
 @pytest.mark.parametrize("min_score", [None, 0.6])
 def test_ids_over_five_frames(min_score):
     """Every instance carries its id in its feature's place in a list; the second sample starts anew at frame 3."""
-    module, last, names, following = bank(), None, [[-1] * NUM_KEPT for _ in range(BS)], [0, 0]
+    module, last, names, following = (
+        bank(min_score_for_id=min_score),
+        None,
+        [[-1] * NUM_KEPT for _ in range(BS)],
+        [0, 0],
+    )
     confidences = [[0.0] * NUM_KEPT for _ in range(BS)]
     for frame in range(5):
         times = torch.tensor([0.5 * frame, 0.5 * frame + (10 if frame >= 3 else 0)]).double()
@@ -134,7 +139,7 @@ def test_ids_over_five_frames(min_score):
         logits = torch.randn(BS, NUM_ANCHORS, 4).double()
         feature, anchor = torch.zeros(BS, NUM_ANCHORS, DIMS).double(), torch.zeros(BS, NUM_ANCHORS, 11).double()
         recalled = None if last is None else module.recall(last, times, T_global)
-        ids, last = module.keep(recalled, feature, anchor, logits, times, T_global, min_score)
+        ids, last = module.keep(recalled, feature, anchor, logits, times, T_global)
         for sample in range(BS):
             if frame == 3 and sample == 1:
                 names[sample], confidences[sample] = [-1] * NUM_KEPT, [0.0] * NUM_KEPT

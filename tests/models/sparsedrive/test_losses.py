@@ -300,6 +300,7 @@ def test_layers_that_predicted_no_class_have_no_loss():
         ({"labels_3d": [torch.tensor([-1])]}, "labels_3d[0] must be in [0, 10); got -1 to -1"),
         ({"boxes_3d": [torch.zeros(1, 7)]}, "boxes_3d[0] (n, 9); got (1,) and (1, 7)"),
         ({"boxes_3d": [torch.zeros(2, 9)]}, "got (1,) and (2, 9)"),
+        ({"boxes_3d": [torch.zeros(1, 9)]}, "boxes_3d[0] must have positive sizes; got 0.0"),
         ({"labels_3d": [], "boxes_3d": []}, "must hold an entry for each of 1 samples; got 0 and 0"),
         ({"map_lines": [torch.zeros(1, 3, 2)]}, f"map_lines[0] (n, {NUM_POINTS}, 2); got (1,) and (1, 3, 2)"),
     ],
