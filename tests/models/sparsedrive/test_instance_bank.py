@@ -125,14 +125,9 @@ def test_keep():
 
 @pytest.mark.parametrize("min_score", [None, 0.6])
 def test_ids_over_five_frames(min_score):
-    """Every instance carries its id in its feature's place in a list; the second sample starts anew at frame 3."""
-    module, last, names, following = (
-        bank(min_score_for_id=min_score),
-        None,
-        [[-1] * NUM_KEPT for _ in range(BS)],
-        [0, 0],
-    )
-    confidences = [[0.0] * NUM_KEPT for _ in range(BS)]
+    """Against lists of names and confidences, sorted in Python; the second sample starts anew at frame 3."""
+    module, last, following = bank(min_score_for_id=min_score), None, [0, 0]
+    names, confidences = [[-1] * NUM_KEPT for _ in range(BS)], [[0.0] * NUM_KEPT for _ in range(BS)]
     for frame in range(5):
         times = torch.tensor([0.5 * frame, 0.5 * frame + (10 if frame >= 3 else 0)]).double()
         T_global = pose(0.0).repeat(BS, 1, 1)
