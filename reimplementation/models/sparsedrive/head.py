@@ -30,14 +30,16 @@ LAYER = ("gnn", "norm", "deformable", "ffn", "norm", "refine")
 
 
 class Memory(NamedTuple):
-    """What ``temp_gnn`` looks at: features and embeddings (bs, m, embed_dims) of recalled instances.
+    """What ``temp_gnn`` looks at: recalled instances, which stand first among the n of a layer.
 
+    feature   (bs, n, embed_dims), as they were in the last frame
+    value     (bs, n, attention_dims)
     goes_on   (bs, 1, 1) bool; False: the sample starts anew and looks at its own instances instead
     allowed   (bs, 1, 1 or n, n) bool: which keys a query may look at
     """
 
     feature: Tensor
-    embed: Tensor
+    value: Tensor
     goes_on: Tensor
     allowed: Tensor
 
@@ -143,9 +145,6 @@ class SparseHead(nn.Module):
                     feature, anchor = self._merge(recalled, feature, anchor, logits, denoising)
                 if not ends:
                     embed = self.anchor_encoder(anchor)
-                if memory is not None and depth > self.config.num_single_frame_decoders:
-                    # The recalled instances come first, and each layer knows better than the last where they are.
-                    memory = memory._replace(embed=embed[:, : bank.config.num_temp_instances])
 
         outputs = _lists([[_first(part, num_anchors) for part in layer] for layer in layers])
         if denoising is not None:
@@ -166,11 +165,13 @@ class SparseHead(nn.Module):
 
     def _memory(self, recalled: Recalled, num_keys: int, within: Tensor | None) -> Memory:
         """Recalled instances as keys: of ``num_keys`` the first, or all of one's own where a sample starts anew."""
-        is_recalled = torch.arange(num_keys, device=recalled.anchor.device) < recalled.anchor.shape[1]
+        kept = recalled.feature.shape[1]
+        is_recalled = torch.arange(num_keys, device=recalled.feature.device) < kept
         goes_on = recalled.goes_on[:, None, None]
         of_own = ~goes_on[..., None]
         allowed = (goes_on[..., None] & is_recalled) | (of_own if within is None else of_own & within)
-        return Memory(recalled.feature, self.anchor_encoder(recalled.anchor), goes_on, allowed)
+        feature = F.pad(recalled.feature, (0, 0, 0, num_keys - kept))
+        return Memory(feature, self._value(feature), goes_on, allowed)
 
     def _merge(
         self, recalled: Recalled, feature: Tensor, anchor: Tensor, logits: Tensor, denoising: Denoising | None
@@ -200,17 +201,15 @@ class SparseHead(nn.Module):
     ) -> Tensor:
         """Instances look at the recalled ones; where there are none, at one another.
 
-        In the latter case the decoupled value is the query itself, without ``fc_before``: so were the networks trained.
+        The recalled ones have their old features, and the places that the layers before found for them. Where there are
+        none, the decoupled value is the query itself, without ``fc_before``: so were the networks trained.
         """
         query = self._query(feature, embed)
         residual = query if self.decoupled else feature
         key, value = query, residual
         if memory is not None:
-            rows = (0, 0, 0, query.shape[1] - memory.feature.shape[1])
-            recalled_key = F.pad(self._query(memory.feature, memory.embed), rows)
-            recalled_value = F.pad(self._value(memory.feature), rows)
-            key = torch.where(memory.goes_on, recalled_key, key)
-            value = torch.where(memory.goes_on, recalled_value, value)
+            key = self._query(torch.where(memory.goes_on, memory.feature, feature), embed)
+            value = torch.where(memory.goes_on, memory.value, value)
             allowed = memory.allowed
         attended = layer(residual, query, key, value, allowed)
         return self.fc_after(attended) if self.decoupled else attended
