@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from reimplementation import ops
+from reimplementation.models.sparsedrive.config import BankConfig
 from reimplementation.models.sparsedrive.head import box_head, line_head, operations
-from tests.models.sparsedrive.small import CONFIG, NUM_BOXES, NUM_CAMS, NUM_KEPT, frame, pose
+from tests.models.sparsedrive.small import CONFIG, MAP_HEAD, NUM_CAMS, NUM_LINES, frame, pose
 
+REMEMBERING = BankConfig(num_anchors=NUM_LINES, num_temp_instances=2)  # lines do in SparseDrive's second stage
 LEVELS = ((8, 12), (4, 6), (2, 3), (1, 2))
 
 
@@ -49,7 +51,7 @@ def decoder(head, maps, metas, recalled=None, interval=0.5):
     feature, anchor = head.instance_bank.instance_feature[None], head.instance_bank.anchor[None]
     embed = head.anchor_encoder(anchor)
     recalled_embed = None if recalled is None else head.anchor_encoder(recalled[1][None])
-    predictions = []
+    predictions, count = [], head.instance_bank.config.num_anchors
     for operation, layer in zip(head.operations, head.layers):
         if operation in ("gnn", "temp_gnn"):
             query = torch.cat([feature, embed], -1) if decoupled else feature + embed
@@ -59,9 +61,9 @@ def decoder(head, maps, metas, recalled=None, interval=0.5):
             elif recalled is None:
                 key, value = query, residual
             else:
-                assert decoupled
-                key = torch.cat([recalled[0][None], recalled_embed], -1)
-                value = head.fc_before(recalled[0][None])
+                old = recalled[0][None]
+                key = torch.cat([old, recalled_embed], -1) if decoupled else old + recalled_embed
+                value = head.fc_before(old) if decoupled else old
             feature = residual + attention(layer, query, key, value)
             feature = head.fc_after(feature) if decoupled else feature
         elif operation == "deformable":
@@ -72,12 +74,12 @@ def decoder(head, maps, metas, recalled=None, interval=0.5):
             anchor, logits, quality = layer(feature, anchor, embed, interval)
             predictions.append((logits, anchor, quality))
             if recalled is not None and len(predictions) == 1:
-                best = sorted(range(NUM_BOXES), key=lambda i: -logits[0, i].max().item())[: NUM_BOXES - NUM_KEPT]
+                best = sorted(range(count), key=lambda i: -logits[0, i].max().item())[: count - len(recalled[0])]
                 feature = torch.cat([recalled[0], feature[0, best]])[None]
                 anchor = torch.cat([recalled[1], anchor[0, best]])[None]
             embed = head.anchor_encoder(anchor)
             if recalled is not None and len(predictions) > 1:
-                recalled_embed = embed[:, :NUM_KEPT]
+                recalled_embed = embed[:, : len(recalled[0])]
     return predictions, feature
 
 
@@ -100,10 +102,18 @@ def test_a_frame_alone(make):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["sparsedrive", "sparse4d"])
-def test_three_frames(family):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: box_head(CONFIG),
+        lambda: box_head(dataclasses.replace(CONFIG, family="sparse4d", map=None)),
+        lambda: line_head(dataclasses.replace(CONFIG, map=dataclasses.replace(MAP_HEAD, bank=REMEMBERING))),
+    ],
+    ids=["boxes", "boxes of sparse4d", "lines"],
+)
+def test_three_frames(make):
     """The second sample's third frame comes after a gap: it starts anew in the midst of the batch."""
-    head = randomised(box_head(dataclasses.replace(CONFIG, family=family, map=None)))
+    head = randomised(make())
     state = None
     for index, times in enumerate([[0.0, 0.0], [0.5, 0.75], [1.0, 9.0]]):
         maps, metas = scene(2, times, seed=index)
