@@ -55,7 +55,8 @@ class Bottleneck(nn.Module):
         return F.relu(x + identity, inplace=True)
 
 
-ARCHITECTURES = {
+Block = BasicBlock | Bottleneck
+ARCHITECTURES: dict[int, tuple[type[Block], tuple[int, ...]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
@@ -124,7 +125,7 @@ def _pairs(module: nn.Module) -> list[tuple[str, str]]:
     return list(zip(names[::2], names[1::2]))
 
 
-def _stage(block: type, in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
+def _stage(block: type[Block], in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
     first = block(in_channels, channels, stride)
     return nn.Sequential(first, *(block(channels * block.expansion, channels, 1) for _ in range(count - 1)))
 

@@ -36,11 +36,9 @@ class MultiheadAttention(nn.Module):
         Returns:
             (bs, n, embed_dims).
         """
-        heads = F.scaled_dot_product_attention(
-            *self._heads_of(query, key, value),
-            attn_mask=allowed,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        queries, keys, values = self._heads_of(query, key, value)
+        heads = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, dropout_p=dropout)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def _heads_of(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -51,7 +49,8 @@ class MultiheadAttention(nn.Module):
             parts = [(query, shared), (value, 3 - shared)]
         else:
             parts = [(query, 1), (key, 1), (value, 1)]
-        projected, row = [], 0
+        projected: list[Tensor] = []
+        row = 0
         for tensor, count in parts:
             rows = slice(row * embed_dims, (row + count) * embed_dims)
             if count:

@@ -46,13 +46,14 @@ def box_losses(outputs: Mapping, targets: PaddedTargets, config: BoxHeadConfig) 
     learns_box = matched & (logits.detach().amax(-1).sigmoid() > config.min_score_for_boxes)
 
     distance = ((boxes - target).abs() * weights).sum(-1)
-    centerness, yawness = quality_losses(quality, boxes, target)
     terms = {
         "loss_cls": config.loss_class * focal_loss(logits, labels),
         "loss_box": config.loss_box * torch.where(learns_box, distance, 0),
-        "loss_cns": config.loss_centerness * torch.where(learns_box, centerness, 0),
-        "loss_yns": config.loss_yawness * torch.where(learns_box, yawness, 0),
     }
+    if quality is not None:
+        centerness, yawness = quality_losses(quality, boxes, target)
+        terms["loss_cns"] = config.loss_centerness * torch.where(learns_box, centerness, 0)
+        terms["loss_yns"] = config.loss_yawness * torch.where(learns_box, yawness, 0)
     losses = layer_means(terms, depths, num_matched)
     return losses | (denoising_losses(outputs["denoising"], config) if "denoising" in outputs else {})
 

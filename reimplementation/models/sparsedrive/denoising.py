@@ -91,7 +91,7 @@ class Denoising(NamedTuple):
 
     def merge(self, feature: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Features and anchors (bs, n, …) of these queries, the recalled ones in place of the first groups."""
-        if self.recalled is None:
+        if self.recalled is None or self.goes_on is None:
             return feature, anchor
         return (
             _replace_first(feature, self.recalled.feature, self.goes_on),

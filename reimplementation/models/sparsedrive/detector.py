@@ -57,8 +57,8 @@ class SparseDrive(nn.Module):
         if config.num_depth_levels > 0:
             self.depth_branch = DepthBranch(config.embed_dims, config.num_depth_levels)
         # The aggregation reads a pixel's channels side by side: where convolutions write them so, no one transposes.
-        self.img_backbone.to(memory_format=torch.channels_last)
-        self.img_neck.to(memory_format=torch.channels_last)
+        for part in (self.img_backbone, self.img_neck):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._state: State | None = None
 
     @property
@@ -66,7 +66,8 @@ class SparseDrive(nn.Module):
         """The heads by their names in the outputs, ``det`` and maybe ``map``."""
         if isinstance(self.head, SparseHead):
             return {"det": self.head}
-        return {name.removesuffix("_head"): head for name, head in self.head.named_children()}
+        heads = ((name.removesuffix("_head"), head) for name, head in self.head.named_children())
+        return {name: head for name, head in heads if isinstance(head, SparseHead)}
 
     def forward(
         self,
@@ -192,7 +193,7 @@ class SparseDrive(nn.Module):
             boxes = pad_boxes(targets, self.config.det, outputs["det"]["prediction"][-1])
             losses = box_losses(outputs["det"], boxes, self.config.det)
             terms.update({f"det_{name}": term for name, term in losses.items()})
-        if "map_labels" in targets and "map" in outputs:
+        if self.config.map is not None and "map_labels" in targets:
             lines = pad_lines(targets, self.config.map, outputs["map"]["prediction"][-1])
             losses = line_losses(outputs["map"], lines, self.config.map)
             terms.update({f"map_{name}": term for name, term in losses.items()})
@@ -211,10 +212,10 @@ class SparseDrive(nn.Module):
         known = known_boxes(targets, self.config.det, like=anchor)
         num_classes = len(self.config.det.classes)
         denoising = draw_queries(known, config, self.config.det.cost_weights, num_classes)
-        if config.num_temp_groups > 0 and "denoising" in state and "det" in state:
-            last = state["det"]._replace(anchor=state["denoising"].anchor)
-            moved = bank.recall(last, metas["timestamp"], metas["T_global"])
-            recalled = state["denoising"]._replace(anchor=moved.anchor)
+        last, queries = state.get("det"), state.get("denoising")
+        if config.num_temp_groups > 0 and isinstance(last, TemporalState) and isinstance(queries, DenoisingState):
+            moved = bank.recall(last._replace(anchor=queries.anchor), metas["timestamp"], metas["T_global"])
+            recalled = queries._replace(anchor=moved.anchor)
             denoising = go_on(denoising, known, recalled, moved.goes_on, num_classes)
         return denoising
 
@@ -223,7 +224,8 @@ class SparseDrive(nn.Module):
         missing = [name for name in METAS if name not in metas]
         if missing:
             raise KeyError(f"metas must hold {', '.join(METAS)}; {', '.join(missing)} is missing")
-        check_tensors({"images": images} | {name: metas[name] for name in METAS})
+        arguments: dict[str, object] = {"images": images, **{name: metas[name] for name in METAS}}
+        check_tensors(arguments)
         sizes = {"num_cams": self.config.num_cams}
         check_shape("images", images, ("bs", "num_cams", 3, "H", "W"), sizes)
         check_shape("projection_mat", metas["projection_mat"], ("bs", "num_cams", 4, 4), sizes)

@@ -55,7 +55,7 @@ def spread_boxes(count: int, radius: float) -> Tensor:
     return anchors
 
 
-def spread_lines(count: int, num_points: int, extent: tuple[float, float]) -> Tensor:
+def spread_lines(count: int, num_points: int, extent: tuple[float, ...]) -> Tensor:
     """Anchors (count, 2 * num_points): straight lines along the road, on a grid that covers the window around the car.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class SparseHead(nn.Module):
         bank: InstanceBank,
         anchor_encoder: nn.Module,
         key_points: Mapping,
-        refinement: type[nn.Module],
+        refinement: Callable[[int, int], nn.Module],
         decoupled: bool,
         first_gnn: bool,
     ):
@@ -125,7 +125,7 @@ class SparseHead(nn.Module):
         embed = self.anchor_encoder(anchor)
         memory = None if recalled is None else self._memory(recalled, anchor.shape[1], within)
 
-        layers = []
+        layers: list[tuple[Tensor | None, Tensor, Tensor | None]] = []
         for operation, layer in zip(self.operations, self.layers):
             if operation == "gnn":
                 feature = self._attend(layer, feature, embed, within)
@@ -137,12 +137,13 @@ class SparseHead(nn.Module):
                 feature = layer(feature)
             else:
                 depth = len(layers) + 1
-                merges = recalled is not None and depth == self.config.num_single_frame_decoders
                 ends = depth == self.config.num_decoders
-                anchor, logits, quality = layer(feature, anchor, embed, time_interval, every_layer or merges or ends)
+                merging = recalled if depth == self.config.num_single_frame_decoders else None
+                classify = every_layer or ends or merging is not None
+                anchor, logits, quality = layer(feature, anchor, embed, time_interval, classify)
                 layers.append((logits, anchor, quality))
-                if merges:
-                    feature, anchor = self._merge(recalled, feature, anchor, logits, denoising)
+                if merging is not None:
+                    feature, anchor = self._merge(merging, feature, anchor, logits, denoising)
                 if not ends:
                     embed = self.anchor_encoder(anchor)
 
@@ -150,12 +151,12 @@ class SparseHead(nn.Module):
         if denoising is not None:
             noisy = _lists([[_after(part, num_anchors) for part in layer] for layer in layers])
             targets = denoising.targets_of_layers(len(layers), self.config.num_single_frame_decoders)
-            outputs["denoising"] = {**noisy, "feature": _after(feature, num_anchors), "targets": targets}
+            outputs["denoising"] = {**noisy, "feature": feature[:, num_anchors:], "targets": targets}
         if bank.config.num_temp_instances == 0:
             return outputs, None
         outputs["instance_id"], state = bank.keep(
             recalled,
-            _first(feature, num_anchors),
+            feature[:, :num_anchors],
             outputs["prediction"][-1],
             outputs["classification"][-1],
             metas["timestamp"],
@@ -185,7 +186,7 @@ class SparseHead(nn.Module):
         noisy = denoising.merge(noisy_feature, noisy_anchor)
         return torch.cat([merged[0], noisy[0]], dim=1), torch.cat([merged[1], noisy[1]], dim=1)
 
-    def _attend(self, layer: InstanceAttention, feature: Tensor, embed: Tensor, allowed: Tensor | None) -> Tensor:
+    def _attend(self, layer: nn.Module, feature: Tensor, embed: Tensor, allowed: Tensor | None) -> Tensor:
         """Instances look at one another."""
         query = self._query(feature, embed)
         attended = layer(query if self.decoupled else feature, query, query, self._value(feature), allowed)
@@ -193,7 +194,7 @@ class SparseHead(nn.Module):
 
     def _attend_to_memory(
         self,
-        layer: InstanceAttention,
+        layer: nn.Module,
         feature: Tensor,
         embed: Tensor,
         memory: Memory | None,
@@ -249,6 +250,8 @@ def box_head(config: SparseDriveConfig) -> SparseHead:
 def line_head(config: SparseDriveConfig) -> SparseHead:
     """The head for map lines that a configuration describes."""
     head = config.map
+    if head is None:
+        raise ValueError("this configuration has no map head: its map is None")
     bank = InstanceBank(
         head.bank,
         spread_lines(head.bank.num_anchors, head.num_points, head.extent),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator, SparsePoint3DKeyPointsGenerator
+
 from .config import BankConfig
 from .geometry import between_frames
 
@@ -72,7 +74,7 @@ class InstanceBank(nn.Module):
         config: BankConfig,
         anchor: Tensor,
         embed_dims: int,
-        anchor_handler: nn.Module,
+        anchor_handler: SparseBox3DKeyPointsGenerator | SparsePoint3DKeyPointsGenerator,
         learns_feature: bool = False,
     ):
         super().__init__()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reimplementation.ops.dtypes import at_least_float32
+
 EPSILON = 1e-12
 
 
@@ -58,12 +60,13 @@ def layer_means(terms: Mapping[str, Tensor], depths: Sequence[int], counts: Tens
 def stack_layers(outputs: Mapping[str, Sequence]) -> tuple[list[int], Tensor, Tensor, Tensor | None]:
     """The layers that predicted classes: which, and their logits, anchors and quality (layers, bs, n, …), ≥ float32."""
     depths = [depth for depth, logits in enumerate(outputs["classification"]) if logits is not None]
-
-    def stacked(name: str) -> Tensor | None:
-        parts = [outputs[name][depth] for depth in depths]
-        if any(part is None for part in parts):
-            return None
-        whole = torch.stack(parts)
-        return whole.to(torch.promote_types(whole.dtype, torch.float32))
-
-    return depths, stacked("classification"), stacked("prediction"), stacked("quality")
+    logits, anchors, quality = (
+        [outputs[name][depth] for depth in depths] for name in ("classification", "prediction", "quality")
+    )
+    has_quality = all(layer is not None for layer in quality)
+    return (
+        depths,
+        at_least_float32(torch.stack(logits)),
+        at_least_float32(torch.stack(anchors)),
+        at_least_float32(torch.stack(quality)) if has_quality else None,
+    )

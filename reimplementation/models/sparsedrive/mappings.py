@@ -48,7 +48,7 @@ def _convert(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
         if value is None:
             return None
         (hint,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):

@@ -51,15 +51,13 @@ def line_cost(predictions: Tensor, targets: Tensor, beta: float) -> tuple[Tensor
     Returns:
         (..., n, m), and the permutation (..., n, m) int64.
     """
-    best = None
+    best = predictions.new_full((*predictions.shape[:-1], targets.shape[-3]), torch.inf)
+    permutation = torch.zeros_like(best, dtype=torch.int64)
     for order in range(targets.shape[-2]):  # one after another: all together take p times the memory
         difference = (predictions[..., :, None, :] - targets[..., None, :, order, :]).abs()
         distance = torch.where(difference < beta, 0.5 * difference**2 / beta, difference - 0.5 * beta).sum(-1)
-        if best is None:
-            best, permutation = distance, torch.zeros_like(distance, dtype=torch.int64)
-        else:
-            permutation = torch.where(distance < best, order, permutation)
-            best = torch.minimum(best, distance)
+        permutation = torch.where(distance < best, order, permutation)
+        best = torch.minimum(best, distance)
     return best / (predictions.shape[-1] // 2), permutation
 
 
@@ -75,7 +73,7 @@ def assign(cost: Tensor, counts: list[int]) -> Tensor:
     Returns:
         (layers, bs, n) int64 on the cost's device: a column, or -1.
     """
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
     usable = torch.where(cost.isfinite(), cost, UNUSABLE).detach().cpu()
     assigned = torch.full(usable.shape[:3], -1)

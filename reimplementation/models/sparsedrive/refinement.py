@@ -25,8 +25,7 @@ class Refinement(nn.Module):
             nn.Linear(embed_dims, anchor_dims),
             Scale(anchor_dims),
         )
-        self.cls_layers = _classifier(embed_dims, num_classes)
-        nn.init.constant_(self.cls_layers[-1].bias, -math.log((1 - PRIOR) / PRIOR))
+        self.cls_layers = _classifier(embed_dims, num_classes, bias=-math.log((1 - PRIOR) / PRIOR))
 
     def change(self, feature: Tensor) -> Tensor:
         """What the MLP adds to an anchor, (bs, n, anchor_dims), at least float32."""
@@ -76,6 +75,9 @@ class LineRefinement(Refinement):
         return refined, self.cls_layers(feature) if classify else None, None
 
 
-def _classifier(embed_dims: int, num_logits: int) -> nn.Sequential:
-    hidden = linear_relu_norm(embed_dims, embed_dims, num_linears=1, num_norms=2)
-    return nn.Sequential(*hidden, nn.Linear(embed_dims, num_logits))
+def _classifier(embed_dims: int, num_logits: int, bias: float | None = None) -> nn.Sequential:
+    """An MLP whose logits start around ``bias``, or wherever a linear layer starts."""
+    last = nn.Linear(embed_dims, num_logits)
+    if bias is not None:
+        nn.init.constant_(last.bias, bias)
+    return nn.Sequential(*linear_relu_norm(embed_dims, embed_dims, num_linears=1, num_norms=2), last)

@@ -38,7 +38,7 @@ class SingleFrame(nn.Module):
         }
         outputs, _ = self.model.step(images, metas, state=None, every_layer=False)
         det = outputs["det"]
-        found = (det["prediction"][-1], det["classification"][-1], det["quality"][-1])
+        found: tuple[Tensor, ...] = (det["prediction"][-1], det["classification"][-1], det["quality"][-1])
         if "map" in outputs:
             found += (outputs["map"]["prediction"][-1], outputs["map"]["classification"][-1])
         return found

@@ -161,3 +161,8 @@ def test_layers_that_nobody_reads():
         assert torch.equal(few["classification"][depth], every["classification"][depth])
     for got, wanted in zip(few["prediction"], every["prediction"]):
         assert torch.equal(got, wanted)
+
+
+def test_no_map_head_to_build():
+    with pytest.raises(ValueError, match="no map head"):
+        line_head(dataclasses.replace(CONFIG, map=None))
