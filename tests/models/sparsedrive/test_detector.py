@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation import ops
+from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.models.sparsedrive.feature_rows import feature_rows
 from tests.models.sparsedrive.small import CONFIG, NUM_BOXES, NUM_CAMS, frame, trained
 
@@ -187,6 +188,18 @@ def test_plain_pytorch_agrees(model):
     plain = trained(dataclasses.replace(CONFIG, use_deformable_func=False))
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(last(plain(*frame(1))), last(model(*frame(1))), **TOLERANCE)
+
+
+def test_maps_are_formatted_once(model):
+    """Every layer of both heads reads the same rows, in the same place in memory."""
+    seen, hooks = [], []
+    for module in model.modules():
+        if isinstance(module, DeformableFeatureAggregation):
+            hooks.append(module.register_forward_pre_hook(lambda _, args: seen.append(args[3][0].data_ptr())))
+    model(*frame(1))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 3 + 2 and len(set(seen)) == 1
 
 
 def test_rows_are_the_formatted_maps():
