@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 from reimplementation import __version__
 
-from . import bench, demo, detect, export, info, sweep
+from . import bench, demo, detect, export, info, sweep, vit
 
-COMMANDS = (bench, sweep, demo, detect, export, info)
+COMMANDS = (bench, sweep, demo, detect, vit, export, info)
 EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("PIL", "matplotlib", "rich"), "demo"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
-    **dict.fromkeys(("scipy", "yaml"), "train"),
+    "yaml": "config",
+    "scipy": "train",
 }
 USER_ERROR = 2
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as a shell counts programs that a signal ends

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from reimplementation import cli
-from reimplementation.cli import vit
 from reimplementation.models.backbones.vit import ViTConfig
 from reimplementation.models.backbones.vit.initialization import wake_branches
 
@@ -29,11 +28,6 @@ ffn_hidden_size: 16
 num_attention_heads: 2
 dtype: float32
 """
-
-
-@pytest.fixture(autouse=True)
-def commands(monkeypatch):
-    monkeypatch.setattr(cli, "COMMANDS", (vit,))
 
 
 @pytest.fixture

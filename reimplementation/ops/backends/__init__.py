@@ -41,8 +41,8 @@ BACKENDS = tuple(_BY_NAME)
 
 
 _forced: ContextVar[str | None] = ContextVar("forced backend", default=None)
-# What `_forced` holds, for compilers: Dynamo reads no ContextVar, but compiles anew when this changes. It is no subclass
-# with a default, for older releases would see nothing but the default.
+# What `_forced` holds, for compilers: Dynamo reads no ContextVar, but compiles anew when this changes. Of a subclass
+# with a default, older releases would see nothing but the default.
 _forced_in_graphs = threading.local()
 _forced_by_environment = os.environ.get("REIMPLEMENTATION_BACKEND") or None
 _warned: set[str] = set()

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from reimplementation import cli
-from reimplementation.cli import vit
 from reimplementation.models.backbones.vit import ViTConfig, dinov3_config
 
 from .test_vit_dinov3 import FFN, HIDDEN, state_dict
@@ -31,7 +30,6 @@ def blocks(language: str) -> list[str]:
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "COMMANDS", (vit,))
 
 
 def test_python():
