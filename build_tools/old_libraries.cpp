@@ -10,7 +10,9 @@ extern "C" {
 char __wrap___libc_single_threaded = 0;
 
 // GCC 11 moved this line into the library.
-[[noreturn]] void __wrap__ZSt28__throw_bad_array_new_lengthv() { throw std::bad_array_new_length(); }
+[[noreturn]] void __wrap__ZSt28__throw_bad_array_new_lengthv() {
+  throw std::bad_array_new_length();
+}
 
 // GCC 9 gave the two string streams constructors without an argument; the older ones are told how the stream is used.
 void __wrap__ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev(void* stream) {

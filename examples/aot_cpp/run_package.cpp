@@ -65,8 +65,8 @@ void write_tensors(const std::vector<at::Tensor>& tensors, const std::string& fi
   }
 }
 
-void run(const std::string& operators, const std::string& package, const std::string& inputs,
-         const std::string& outputs) {
+void run(
+    const std::string& operators, const std::string& package, const std::string& inputs, const std::string& outputs) {
   load_operators(operators);
   const std::vector<at::Tensor> arguments = read_tensors(inputs);
   // Unasked, a package takes inputs of other sizes than it was exported for, and reads beyond their ends.
