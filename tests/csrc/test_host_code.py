@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple, dataclass
 
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from tests.csrc.compiling import run_program, tool
+from tests.csrc.compiling import CSRC, run_program, tool
 
 MOST_SAMPLES, MOST_MERGED, MOST_KEYS = 2**26, 2**23, 2**32 - 1
 
 
 def test_nobody_meets_in_a_pool_and_it_is_no_larger_than_its_users(tmp_path):
     assert run_program("pool.cpp", tmp_path, tool("c++", "g++"), "-pthread").split() == ["0", "1", "1", "1"]
+
+
+def test_macros_of_pytorch_are_those_of_the_oldest_that_compiles_it():
+    """Headers of a later PyTorch have more, and sources that use them compile on a developer's machine alone."""
+    sources = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    used = {name for path in sources for name in re.findall(r"\b(?:STABLE|STD)_TORCH_\w+", path.read_text())}
+    assert used == {"STABLE_TORCH_LIBRARY", "STD_TORCH_CHECK"}
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class SparseDriveConfig:
             ValueError: the file is no YAML mapping, or as `from_dict`.
             TypeError: as `from_dict`.
         """
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         try:
             values = yaml.safe_load(Path(path).read_text())

@@ -187,7 +187,7 @@ class ViTConfig:
         is_text = isinstance(source, str) and "\n" in source
         where = "the YAML" if is_text else str(source)
         try:
-            mapping = yaml.safe_load(source if is_text else Path(source).read_text(encoding="utf-8"))
+            mapping = yaml.safe_load(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not plain YAML: {' '.join(str(error).split())}") from None
         return cls.from_dict(mapping, where)

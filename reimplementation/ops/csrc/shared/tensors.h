@@ -93,7 +93,8 @@ inline torch::stable::Tensor allocate(
     stride *= std::max<int64_t>(sizes[dim], 1);
   }
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const AOTITorchError error = aoti_torch_get_device_type(like.get(), &device_type);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a tensor does not tell its device");
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(
           static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, like.get_device_index(),
