@@ -140,6 +140,53 @@ def project_points(key_points, projection_mat, image_wh=None) -> Tensor:
     return pixels if image_wh is None else pixels / image_wh.double()[:, None, None]
 
 
+def feature_aggregation_weights(
+    key_points, projection_mat, image_wh, logits, camera_logits, keep, attn_drop, visible_only, num_levels
+) -> Tensor:
+    """(bs, num_queries, num_pts, num_cams, num_levels, num_groups) float64: exponentials over their sum."""
+    bs, num_queries, num_pts = key_points.shape[:3]
+    num_cams = projection_mat.shape[1]
+    if camera_logits is None:
+        terms = logits.double().reshape(bs, num_queries, num_cams, num_levels, num_pts, -1)
+    else:
+        terms = logits.double().reshape(bs, num_queries, 1, num_levels, num_pts, -1)
+        terms = terms + camera_logits.double().reshape(bs, 1, num_cams, num_levels, num_pts, -1)
+    terms = terms.permute(0, 1, 4, 2, 3, 5)
+    if visible_only:
+        location = project_points(key_points, projection_mat, image_wh)
+        depth = torch.einsum("bcj,bnpj->bnpc", projection_mat.double()[:, :, 2, :3], key_points.double())
+        depth = depth + projection_mat.double()[:, None, None, :, 2, 3]
+        seen = (depth > 1e-5) & (location > 0).all(-1) & (location < 1).all(-1)
+        left_out = ~seen & seen.any(-1, keepdim=True)
+        terms = torch.where(left_out[..., None, None], -torch.inf, terms)
+    powers = (terms - terms.detach().amax(dim=(2, 3, 4), keepdim=True)).exp()
+    weights = powers / powers.sum(dim=(2, 3, 4), keepdim=True)
+    if keep is None:
+        return weights
+    return weights * keep.transpose(2, 3)[..., None, None] / (1 - attn_drop)
+
+
+def deformable_feature_aggregation(
+    features,
+    spatial_shape,
+    scale_start_index,
+    key_points,
+    projection_mat,
+    image_wh,
+    logits,
+    camera_logits=None,
+    keep=None,
+    attn_drop=0.0,
+    visible_only=False,
+) -> Tensor:
+    """(bs, num_queries, C) float64; differentiable in all operands that are numbers."""
+    cameras = key_points, projection_mat, image_wh
+    weights = feature_aggregation_weights(
+        *cameras, logits, camera_logits, keep, attn_drop, visible_only, spatial_shape.shape[1]
+    )
+    return deformable_aggregation(features, spatial_shape, scale_start_index, project_points(*cameras), weights)
+
+
 def box_key_points(anchor, fix_scale, logits=None) -> Tensor:
     """(bs, num_anchor, num_fixed + num_learnable, 3) float64; differentiable in all three."""
     anchor = anchor.double()

@@ -3,6 +3,7 @@
 from .backends import CUDA_EXT_AVAILABLE, available_backends, build_info, use_backend
 from .box_key_points import box_key_points
 from .deformable_aggregation import deformable_aggregation_function
+from .deformable_feature_aggregation import deformable_feature_aggregation
 from .feature_maps import feature_maps_format
 from .ms_deform_attn import MSDeformAttnFunction, ms_deform_attn
 from .project_points import project_points
@@ -14,6 +15,7 @@ __all__ = [
     "box_key_points",
     "build_info",
     "deformable_aggregation_function",
+    "deformable_feature_aggregation",
     "feature_maps_format",
     "ms_deform_attn",
     "project_points",

@@ -15,7 +15,7 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 """What a kernel, or the way to it, raises for operands that an op does not take."""
 
 
-def call(op: Op, *operands: Any) -> Tensor:
+def call(op: Op, *operands: Any, settings: tuple = ()) -> Tensor:
     """Run the op on the best backend for the first operand's device.
 
     The kernels refuse what `Spec.check` refuses. It runs where they did, and says why in better words: beforehand it
@@ -23,38 +23,39 @@ def call(op: Op, *operands: Any) -> Tensor:
     refuses little, and where a call is traced, as a compiler would hide the error of a fake kernel in its own.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return _call_traced(op, operands)
+        return _call_traced(op, operands, settings)
     try:
         if torch._C._is_any_autocast_enabled():
             operands = _under_autocast(op, operands)
         if select_backend(operands[0].device, op.spec.title) == "grid_sample" or (
             op.spec.constants and _wants_formula(op, operands)
         ):
-            return op.formula(*_checked(op, operands))
+            return op.formula(*_checked(op, operands, settings), *settings)
         if dtypes_of(operands) not in op.read_as_they_are:
-            operands = _checked(op, operands)
+            operands = _checked(op, operands, settings)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            return op.recorded.apply(*operands)
+            return op.recorded.apply(*operands, *settings)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.operator(*operands)
+            return op.spec.output_of(op.operator(*operands, *settings))
     except _REFUSALS as error:
-        _explain(error, op, operands)
+        _explain(error, op, operands, settings)
         raise
 
 
-def _call_traced(op: Op, operands: tuple) -> Tensor:
+def _call_traced(op: Op, operands: tuple, settings: tuple) -> Tensor:
     """The same where a compiler or an exporter records the call. ONNX knows no operator of ours."""
     if torch._C._is_any_autocast_enabled():
         operands = _under_autocast(op, operands)
-    op.spec.check_call(operands)
+    op.spec.check_call(operands, settings)
     operands = op.spec.as_read(operands)
     if (
         op.spec.is_pointwise
         or torch.onnx.is_in_onnx_export()
         or select_backend(operands[0].device, op.spec.title, in_graph=True) == "grid_sample"
+        or any([operands[i] is not None and operands[i].requires_grad for i in op.spec.constants])
     ):
-        return op.formula(*operands)
-    return op.operator(*operands)
+        return op.formula(*operands, *settings)
+    return op.spec.output_of(op.operator(*operands, *settings))
 
 
 def _under_autocast(op: Op, operands: tuple) -> tuple:
@@ -70,9 +71,9 @@ def _wants_formula(op: Op, operands: Operands) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*[operands[i] for i in op.spec.constants])
 
 
-def _checked(op: Op, operands: tuple) -> tuple:
+def _checked(op: Op, operands: tuple, settings: tuple) -> tuple:
     """The operands as kernels and formulas read them, after they have passed the checks."""
-    op.spec.check_call(operands)
+    op.spec.check_call(operands, settings)
     dtypes = dtypes_of(operands)
     if op.spec.is_read(dtypes):
         op.read_as_they_are.add(dtypes)
@@ -80,10 +81,10 @@ def _checked(op: Op, operands: tuple) -> tuple:
     return op.spec.as_read(operands)
 
 
-def _explain(error: Exception, op: Op, operands: Operands) -> None:
+def _explain(error: Exception, op: Op, operands: Operands, settings: tuple) -> None:
     """Raise what says in better words why there was this error; return where nothing does."""
     try:
-        op.spec.check_call(operands)
+        op.spec.check_call(operands, settings)
     except (ValueError, TypeError) as better:
         raise better from None
     raise_if_out_of_memory(error, operands[0].device)

@@ -1,7 +1,8 @@
 """An op, registered with PyTorch: fake kernels, autograd and autocast follow from its spec.
 
-Every operator ``name(*operands)`` has a backward ``name_backward(grad_output, *operands, *flags)`` that returns the
-gradients of those operands that can have one.
+Every operator ``name(*operands, *settings)`` has a backward, ``name_backward(grad_output, *operands, *settings,
+*flags)``, that returns the gradients of those operands that can have one. What the operator returned beside its output
+follows the operands there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Flags = Callable[[Sequence[bool], Dtype], Sequence[bool]]
 class Op:
     """An op as `_call.call` runs it.
 
-    formula: the op in plain PyTorch, of operands as `Spec.as_read` returns them.
+    formula: the op in plain PyTorch, of operands as `Spec.as_read` returns them, and the settings.
     operator: ``torch.ops.reimplementation.NAME``; None without the extension.
     recorded: its autograd function for calls that nobody traces; likewise. It goes past the wrappers in Python that the
         dispatcher has around registered formulas, which take longer than the rest of a small call.
@@ -44,7 +45,7 @@ def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda nee
         spec: what it takes and gives.
         formula: the op in plain PyTorch.
         flags: from which of the `Spec.differentiable` operands need a gradient, and the dtype of the first operand, to
-            what the operator's backward takes behind the operands. Where it takes any, the first ones are those needs.
+            what the operator's backward takes last. Where it takes any, the first ones are those needs.
     """
     if not EXTENSION_AVAILABLE:
         return Op(spec, formula)
@@ -73,13 +74,13 @@ def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags) -
     """The backward of the operator, as a function of autograd's context and the output's gradient."""
     backward = getattr(torch.ops.reimplementation, f"{spec.name}_backward").default
 
-    def differentiate(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx, grad_output: Tensor, *of_what_is_kept: None) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[i] for i in spec.differentiable]
-        if spec.is_pointwise and (torch.is_grad_enabled() or sum(needs) < sum(ctx.needs_input_grad)):
-            return _differentiate_formula(formula, ctx, grad_output)
-        operands = ctx.saved_tensors
-        grads = backward(grad_output, *operands, *flags(needs, operands[0].dtype))
-        by_operand: list[Tensor | None] = [None] * len(spec.operands)
+        if sum(needs) < sum(ctx.needs_input_grad) or (spec.is_pointwise and torch.is_grad_enabled()):
+            return _differentiate_formula(spec, formula, ctx, grad_output)
+        saved = ctx.saved_tensors
+        grads = backward(grad_output, *saved, *ctx.settings, *flags(needs, saved[0].dtype))
+        by_operand: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, needed, grad in zip(spec.differentiable, needs, (grads,) if isinstance(grads, Tensor) else grads):
             by_operand[i] = grad if needed else None
         return tuple(by_operand)
@@ -92,25 +93,25 @@ def _register_with_torch(spec: Spec, operator: Callable[..., Tensor], differenti
     name = f"reimplementation::{spec.name}"
     num_operands, num_gradients = len(spec.operands), len(spec.differentiable)
 
-    def fake(*operands):
-        return spec.fake(operands)
+    def fake(*arguments):
+        return spec.fake(arguments[:num_operands])
 
     def fake_backward(grad_output, *rest):
-        operands, flags = rest[:num_operands], rest[num_operands:]
+        operands, flags = rest[:num_operands], rest[num_operands + (spec.kept is not None) + len(spec.settings) :]
         grads = spec.fake_gradients(grad_output, operands, flags[:num_gradients] or [True] * num_gradients)
         return grads if len(grads) > 1 else grads[0]
 
     def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        _save(spec, ctx, inputs, output)
 
     def no_second_derivative(ctx, *grads):
         raise RuntimeError(f"{spec.name} has no second derivative: call backward without create_graph=True")
 
     def autocast(device_type: str) -> Callable[..., Tensor]:
-        def kernel(*operands):
-            operands = spec.under_autocast(operands)
+        def kernel(*arguments):
+            operands = spec.under_autocast(arguments[:num_operands])
             with torch.autocast(device_type, enabled=False):
-                return operator(*operands)
+                return operator(*operands, *arguments[num_operands:])
 
         return kernel
 
@@ -128,10 +129,11 @@ def _recorded(spec: Spec, operator: Callable[..., Tensor], differentiate: Callab
 
     class Recorded(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *operands: Tensor | None) -> Tensor:
-            ctx.save_for_backward(*operands)
+        def forward(ctx, *arguments: Any) -> Tensor:
             with torch._C._AutoDispatchBelowAutograd():
-                return operator(*operands)
+                returned = operator(*arguments)
+            _save(spec, ctx, arguments, returned)
+            return spec.output_of(returned)
 
         @staticmethod
         def backward(ctx, grad_output: Tensor):
@@ -148,13 +150,27 @@ def _recorded(spec: Spec, operator: Callable[..., Tensor], differentiate: Callab
     return Recorded
 
 
-def _differentiate_formula(formula: Callable[..., Tensor], ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _save(spec: Spec, ctx, arguments: Sequence, returned: Any) -> None:
+    """Keep what the backward reads: the operands, what the operator returned for it, and the settings."""
+    num_operands = len(spec.operands)
+    operands, ctx.settings = arguments[:num_operands], arguments[num_operands:]
+    if spec.kept is None:
+        ctx.save_for_backward(*operands)
+    else:
+        ctx.save_for_backward(*operands, returned[1])
+        ctx.mark_non_differentiable(returned[1])
+
+
+def _differentiate_formula(
+    spec: Spec, formula: Callable[..., Tensor], ctx, grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients of an op by its formula; themselves differentiable where the backward shall be."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: where one operand was computed from another, what reaches the latter through it is not asked for here.
-        operands = [operand if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
-        output = formula(*operands)
+        saved = ctx.saved_tensors[: len(spec.operands)]
+        operands = [operand if operand is None else operand.view_as(operand) for operand in saved]
+        output = formula(*operands, *ctx.settings)
     wanted: list[Any] = [operand for operand, needed in zip(operands, ctx.needs_input_grad) if needed]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

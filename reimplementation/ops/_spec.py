@@ -62,6 +62,7 @@ WEIGHTS = Role(
     lambda own, first: first if _is_wide(first) else own,
     under_autocast=_weights_under_autocast,
 )
+MASK = Role(lambda first: (torch.bool,), lambda own, first: own)
 # Operands of arithmetic on points, which all have one dtype there: at least float32.
 REAL = Role(lambda first: FLOATING, lambda own, first: torch.promote_types(first, torch.float32))
 NUMBERS = Role(lambda first: FLOATING + INTEGER, REAL.read)
@@ -93,8 +94,11 @@ class Spec:
     operands: in the operator's order; the first is never optional.
     output: the shape of the output, from the sizes of the named dimensions. Its dtype is the one in which the first
         operand is read.
+    settings: the names of what the op takes behind the operands and passes on as it is, numbers and bools.
+    kept: likewise the shape of what the operator returns beside its output, for its backward alone; in float32, or
+        float64 beside a first operand in that. None where it returns its output alone.
     check_sizes: raises ValueError where sizes are not what the op takes, beyond what the dims say.
-    check_values: likewise for values that can be read without waiting for a GPU; takes the operands.
+    check_values: likewise for values that can be read without waiting for a GPU; takes the operands and the settings.
     is_pointwise: the op is elementwise arithmetic with a formula of standard operators. A compiler fuses that with what
         surrounds it, and an export should hold nothing else: whatever traces a call sees the formula, and it has the
         second derivatives, and the gradients that the kernels have not.
@@ -104,6 +108,8 @@ class Spec:
     title: str
     operands: tuple[Operand, ...]
     output: Callable[[Mapping[str, int]], Sequence[int]]
+    settings: tuple[str, ...] = ()
+    kept: Callable[[Mapping[str, int]], Sequence[int]] | None = None
     check_sizes: Callable[[Mapping[str, int]], None] = lambda sizes: None
     check_values: Callable[..., None] = lambda *operands: None
     is_pointwise: bool = False
@@ -115,8 +121,8 @@ class Spec:
 
     @cached_property
     def constants(self) -> tuple[int, ...]:
-        """The places of the other operands, where the formula has their gradients."""
-        places = range(len(self.operands)) if self.is_pointwise else ()
+        """The places of the operands that may need a gradient and get it from the formula alone."""
+        places = [i for i, operand in enumerate(self.operands) if torch.float32 in operand.role.accepted(torch.float32)]
         return tuple(i for i in places if i not in self.differentiable)
 
     @cached_property
@@ -138,10 +144,10 @@ class Spec:
         self.check_sizes(sizes)
         return sizes
 
-    def check_call(self, operands: Operands) -> None:
+    def check_call(self, operands: Operands, settings: Sequence = ()) -> None:
         """`check`, and the values as well: for operands that have some."""
         self.check(operands)
-        self.check_values(*operands)
+        self.check_values(*operands, *settings)
 
     def as_read(self, operands: Operands) -> tuple:
         """Operands that passed the checks, in the dtypes that kernels and formulas know."""
@@ -156,8 +162,8 @@ class Spec:
         roles = [operand.role for operand in self.operands]
         return all([own is None or own == role.read(own, dtypes[0]) for role, own in zip(roles, dtypes)])
 
-    def fake(self, operands: Operands) -> Tensor:
-        """An empty tensor like the output that a kernel makes of these operands; raises where it would refuse them."""
+    def fake(self, operands: Operands) -> Any:
+        """Empty tensors like those that a kernel makes of these operands; raises where it would refuse them."""
         sizes = self.check(operands)
         dtypes = dtypes_of(operands)
         if not self.is_read(dtypes):
@@ -167,11 +173,19 @@ class Spec:
                 if own is not None
             ]
             raise TypeError(f"operands must have the dtypes {', '.join(expected)}; got {dtypes}")
-        return operands[0].new_empty(tuple(self.output(sizes)))
+        output = operands[0].new_empty(tuple(self.output(sizes)))
+        if self.kept is None:
+            return output
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        return output, output.new_empty(tuple(self.kept(sizes)), dtype=dtype)
+
+    def output_of(self, returned: Any) -> Tensor:
+        """The output in what the operator returned."""
+        return returned if self.kept is None else returned[0]
 
     def fake_gradients(self, grad_output: Tensor, operands: Operands, needed: Sequence[bool]) -> tuple[Tensor, ...]:
         """Empty tensors like the gradients of the `differentiable` operands; of no element where none is needed."""
-        output = self.fake(operands)
+        output = self.output_of(self.fake(operands))
         check_dtype("grad_output", grad_output, (output.dtype,))
         check_device("grad_output", grad_output, output.device)
         if grad_output.shape != output.shape:

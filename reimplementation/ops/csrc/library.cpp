@@ -7,6 +7,7 @@
 #include "points/box_key_points.h"
 #include "aggregation/op.h"
 #include "attention/op.h"
+#include "feature_aggregation/op.h"
 #include "points/project_points.h"
 
 namespace reimplementation {
@@ -22,6 +23,16 @@ void define_schemas(StableLibrary& m) {
       "deformable_aggregation_backward(Tensor grad_output, Tensor feature_maps, Tensor spatial_shape, "
       "Tensor scale_start_index, Tensor sampling_location, Tensor weights, bool needs_feature_maps, "
       "bool needs_sampling_location, bool needs_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "deformable_feature_aggregation(Tensor feature_maps, Tensor spatial_shape, Tensor scale_start_index, "
+      "Tensor key_points, Tensor projection_mat, Tensor? image_wh, Tensor logits, Tensor? camera_logits, Tensor? keep, "
+      "float attn_drop, bool visible_only) -> (Tensor, Tensor)");
+  m.def(
+      "deformable_feature_aggregation_backward(Tensor grad_output, Tensor feature_maps, Tensor spatial_shape, "
+      "Tensor scale_start_index, Tensor key_points, Tensor projection_mat, Tensor? image_wh, Tensor logits, "
+      "Tensor? camera_logits, Tensor? keep, Tensor statistics, float attn_drop, bool visible_only, "
+      "bool needs_feature_maps, bool needs_key_points, bool needs_logits, bool needs_camera_logits, "
+      "bool deterministic=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
       "Tensor attention_weights) -> Tensor");
@@ -42,6 +53,8 @@ void define_schemas(StableLibrary& m) {
 void implement_on_cpu(StableLibrary& m) {
   m.impl("deformable_aggregation", TORCH_BOX(&aggregation::forward_cpu));
   m.impl("deformable_aggregation_backward", TORCH_BOX(&aggregation::backward_cpu));
+  m.impl("deformable_feature_aggregation", TORCH_BOX(&feature_aggregation::forward_cpu));
+  m.impl("deformable_feature_aggregation_backward", TORCH_BOX(&feature_aggregation::backward_cpu));
   m.impl("ms_deform_attn", TORCH_BOX(&attention::forward_cpu));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&attention::backward_cpu));
   m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cpu));

@@ -112,21 +112,6 @@ struct Operands {
   }
 };
 
-// sum += scale[0] * rows[0] + ... + scale[3] * rows[3], for `count` elements from `first` on.
-template <int lanes, typename T, typename Feature>
-C10_ALWAYS_INLINE void add_corners(
-    T* sum, const Corners<const Feature*>& rows, const Corners<T>& scale, int64_t first, int64_t count) {
-  for (; count >= lanes; count -= lanes, first += lanes) {
-    store<lanes>(
-        sum + first,
-        load<lanes>(sum + first) + scale[0] * load<lanes>(rows[0] + first) + scale[1] * load<lanes>(rows[1] + first) +
-            scale[2] * load<lanes>(rows[2] + first) + scale[3] * load<lanes>(rows[3] + first));
-  }
-  if constexpr (lanes > 1) {
-    add_corners<lanes / 2>(sum, rows, scale, first, count);
-  }
-}
-
 // The output of queries [begin, end), numbered through the batch.
 template <typename Feature, typename Weight>
 struct Forward {

@@ -38,6 +38,21 @@ C10_ALWAYS_INLINE void add_scaled(T* sum, const T* from, T scale, int64_t count)
   }
 }
 
+// sum += scale[0] * rows[0] + ... + scale[3] * rows[3], for `count` elements from `first` on.
+template <int lanes, typename T, typename Feature>
+C10_ALWAYS_INLINE void add_corners(
+    T* sum, const Corners<const Feature*>& rows, const Corners<T>& scale, int64_t first, int64_t count) {
+  for (; count >= lanes; count -= lanes, first += lanes) {
+    store<lanes>(
+        sum + first,
+        load<lanes>(sum + first) + scale[0] * load<lanes>(rows[0] + first) + scale[1] * load<lanes>(rows[1] + first) +
+            scale[2] * load<lanes>(rows[2] + first) + scale[3] * load<lanes>(rows[3] + first));
+  }
+  if constexpr (lanes > 1) {
+    add_corners<lanes / 2>(sum, rows, scale, first, count);
+  }
+}
+
 // dot[i] += the product of `with` and rows[i], for `count` elements from `first` on.
 template <int lanes, typename T, typename Feature>
 C10_ALWAYS_INLINE void add_dot_products(

@@ -66,8 +66,19 @@ struct Cameras {
     return {matrices + sample * num_cams * 16, image_wh == nullptr ? nullptr : image_wh + sample * num_cams * 2};
   }
 
+  HOST_DEVICE static T min_depth() {
+    return static_cast<T>(MIN_DEPTH);
+  }
+
   HOST_DEVICE Location<T> locate(int64_t camera, const T (&point)[3]) const {
+    T depth;
+    return locate(camera, point, depth);
+  }
+
+  // The same, and the depth as it was before it was raised.
+  HOST_DEVICE Location<T> locate(int64_t camera, const T (&point)[3], T& depth) const {
     const View view = see(camera, point);
+    depth = view.depth;
     return {view.x / (view.extent * view.width), view.y / (view.extent * view.height)};
   }
 
@@ -93,10 +104,6 @@ struct Cameras {
     T extent;       // the depth that they are divided by
     T width, height;
   };
-
-  HOST_DEVICE static T min_depth() {
-    return static_cast<T>(MIN_DEPTH);
-  }
 
   HOST_DEVICE static T apply_row(const T* row, const T (&point)[3]) {
     return row[3] + row[0] * point[0] + row[1] * point[1] + row[2] * point[2];

@@ -153,6 +153,11 @@ inline torch::stable::Tensor gradient_of(const torch::stable::Tensor& operand, b
   return needed ? allocate_like(operand) : allocate(operand, {0});
 }
 
+// The same, contiguous whatever the operand is.
+inline torch::stable::Tensor contiguous_gradient(const torch::stable::Tensor& operand, bool needed) {
+  return needed ? allocate(operand, operand.sizes()) : allocate(operand, {0});
+}
+
 inline torch::stable::Tensor zero_gradient_of(const torch::stable::Tensor& operand, bool needed) {
   torch::stable::Tensor gradient = gradient_of(operand, needed);
   return torch::stable::zero_(gradient);
