@@ -66,9 +66,9 @@ def test_an_operator_called_under_autocast(op, kernels, half):
 def test_what_a_module_gives_its_op(case, backend_device, half, monkeypatch):
     original, seen = getattr(ops, case.op), []
 
-    def spy(features, shapes, starts, locations, weights):
-        output = original(features, shapes, starts, locations, weights)
-        seen.append((locations.dtype, output.dtype == features.dtype))
+    def spy(features, shapes, starts, places, *others):
+        output = original(features, shapes, starts, places, *others)
+        seen.append((places.dtype, output.dtype == features.dtype))
         return output
 
     monkeypatch.setattr(ops, case.op, spy)

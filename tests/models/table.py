@@ -27,7 +27,7 @@ class ModuleCase:
     """
 
     name: str
-    op: str  # the op that the module hands its locations to, by its function's name
+    op: str  # the op that the module hands its key points or locations to, by its function's name
     build: Callable[..., nn.Module]
     operands: Callable[..., list[Tensor]]
     arguments: Callable[..., tuple]
@@ -126,7 +126,7 @@ def _attention_arguments(query, source, points, shapes, starts) -> tuple:
 
 AGGREGATION = ModuleCase(
     "DeformableFeatureAggregation",
-    "deformable_aggregation_function",
+    "deformable_feature_aggregation",
     _aggregation,
     _operands_with_rows,
     _arguments_with_rows,

@@ -15,6 +15,7 @@ from reimplementation.models.deformable import (
     project_points,
 )
 from tests.ops.agreement import KernelCalls
+from tests.reference import feature_aggregation_weights
 
 BS, NUM_ANCHOR, EMBED_DIMS, NUM_GROUPS, NUM_CAMS = 2, 5, 16, 4, 3
 LEVELS = ((8, 16), (4, 8))
@@ -174,11 +175,11 @@ def test_both_forms_of_maps_and_both_paths_agree(dtype, device):
 
 
 def test_both_paths_call_what_they_promise(device):
-    """One kernel each for key points, projection and aggregation; or none at all."""
+    """One kernel for key points and one for all between the linear layers; or none at all."""
     if device.type not in ops.available_backends(device):
         pytest.skip(f"the {device.type} kernels are not built")
     arguments = scene(device=device)
-    for fused, names in ((True, ["box_key_points", "project_points", "deformable_aggregation"]), (False, [])):
+    for fused, names in ((True, ["box_key_points", "deformable_feature_aggregation"]), (False, [])):
         with KernelCalls() as calls, torch.no_grad():
             build(use_deformable_func=fused).to(device)(*arguments)
         assert calls.names == names
@@ -250,18 +251,22 @@ def test_points_behind_the_camera_contribute_nothing():
 
 
 def sampling_weights(module, arguments, monkeypatch):
-    """The weights that a forward hands to the op."""
+    """The weights that the op makes of what a forward hands to it."""
     handed = []
-    original = ops.deformable_aggregation_function
+    original = ops.deformable_feature_aggregation
 
-    def spy(*tensors):
-        handed.append(tensors[4])
-        return original(*tensors)
+    def spy(*arguments):
+        handed.append(arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "deformable_aggregation_function", spy)
+        patch.setattr(ops, "deformable_feature_aggregation", spy)
         module(*arguments)
-    return handed[0]
+    cameras, logits = handed[0][3:6], handed[0][6:]
+    camera_logits, keep, attn_drop = logits[1:]
+    return feature_aggregation_weights(
+        *cameras, logits[0], camera_logits, keep, attn_drop, visible_only=False, num_levels=len(LEVELS)
+    )
 
 
 def test_a_layer_in_place_of_the_weights_one_gets_every_pair():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -180,14 +179,19 @@ class DeformableFeatureAggregation(nn.Module):
         with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
             key_points = self.kps_generator(anchor, instance_feature)
             check_shape("key_points", key_points, ("bs", "num_anchor", self.num_pts, 3), sizes)
-            sampling_location = ops.project_points(key_points, projection_mat, image_wh)
-            weights = self._sampling_weights(instance_feature + anchor_embed, projection_mat)
-            features = ops.deformable_aggregation_function(
+            logits, camera_logits = self._logits(instance_feature + anchor_embed, projection_mat)
+            dtype = torch.promote_types(logits.dtype, col_feats.dtype)
+            features = ops.deformable_feature_aggregation(
                 col_feats,
                 spatial_shape,
                 scale_start_index,
-                sampling_location,
-                as_dtype(weights, torch.promote_types(weights.dtype, col_feats.dtype)),
+                key_points,
+                projection_mat,
+                image_wh,
+                as_dtype(logits, dtype),
+                None if camera_logits is None else as_dtype(camera_logits, dtype),
+                self._keep(key_points),
+                self.attn_drop,
             )
         output = self.proj_drop(self.output_proj(as_dtype(features, instance_feature.dtype)))
         if self.residual_mode == "add":
@@ -196,32 +200,30 @@ class DeformableFeatureAggregation(nn.Module):
             output = torch.cat([output, instance_feature], dim=-1)
         return output
 
-    def _sampling_weights(self, feature: Tensor, projection_mat: Tensor) -> Tensor:
-        """Weights (bs, num_anchor, num_pts, num_cams, num_levels, num_groups) of queries (bs, num_anchor, C).
-
-        They add up to 1 over cameras, levels and points. A view: in memory the points come after the levels.
-        """
-        bs, num_anchor = feature.shape[:2]
+    def _logits(self, feature: Tensor, projection_mat: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the weights of queries (bs, num_anchor, C) as the op takes them, and the cameras' term or None."""
         if self.camera_encoder is None:
-            logits = self.weights_fc(feature)
-        else:
-            # As one matrix: where more dimensions are not contiguous, a linear layer adds its bias in another kernel.
-            matrices = projection_mat[:, :, :3].reshape(bs * self.num_cams, 12)
-            camera_embed = self.camera_encoder(as_dtype(matrices, feature.dtype))
-            if type(self.weights_fc) is nn.Linear:  # of a sum: once a query, once a camera, and not once a pair
-                of_camera = F.linear(camera_embed, self.weights_fc.weight)
-                of_camera = of_camera.view(bs, 1, self.num_cams, self.weights_fc.out_features)
-                logits = self.weights_fc(feature)[:, :, None] + of_camera
-            else:  # quantised, say, or adapted
-                logits = self.weights_fc(feature[:, :, None] + camera_embed.view(bs, 1, self.num_cams, self.embed_dims))
-        samples = self.num_cams, self.num_levels, self.num_pts
-        weights = logits.reshape(bs, num_anchor, math.prod(samples), self.num_groups).softmax(dim=2)
-        weights = weights.view(bs, num_anchor, *samples, self.num_groups)
-        if self.training and self.attn_drop > 0:
-            # One draw for all levels and groups of a pair, so that a dropped point is unseen by that camera.
-            draw = torch.rand(bs, num_anchor, self.num_cams, 1, self.num_pts, 1, device=weights.device)
-            weights = weights * ((draw > self.attn_drop).to(weights.dtype) / (1 - self.attn_drop))
-        return weights.permute(0, 1, 4, 2, 3, 5)
+            return self.weights_fc(feature), None
+        bs = feature.shape[0]
+        # As one matrix: where more dimensions are not contiguous, a linear layer adds its bias in another kernel.
+        matrices = projection_mat[:, :, :3].reshape(bs * self.num_cams, 12)
+        camera_embed = self.camera_encoder(as_dtype(matrices, feature.dtype))
+        if type(self.weights_fc) is nn.Linear:  # of a sum: once a query, once a camera, and not once a pair
+            of_camera = F.linear(camera_embed, self.weights_fc.weight)
+            return self.weights_fc(feature), of_camera.view(bs, self.num_cams, self.weights_fc.out_features)
+        # Quantised, say, or adapted.
+        of_pairs = feature[:, :, None] + camera_embed.view(bs, 1, self.num_cams, self.embed_dims)
+        return self.weights_fc(of_pairs).flatten(2), None
+
+    def _keep(self, key_points: Tensor) -> Tensor | None:
+        """What attention dropout leaves, if there is any: (bs, num_anchor, num_cams, num_pts).
+
+        One draw for all levels and groups of a pair, so that a dropped point is unseen by that camera.
+        """
+        if not self.training or self.attn_drop == 0:
+            return None
+        bs, num_anchor = key_points.shape[:2]
+        return torch.rand(bs, num_anchor, self.num_cams, self.num_pts, device=key_points.device) > self.attn_drop
 
     @staticmethod
     def project_points(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor | None = None) -> Tensor:
