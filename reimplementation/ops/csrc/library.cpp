@@ -67,6 +67,8 @@ void implement_on_cpu(StableLibrary& m) {
 void implement_on_cuda(StableLibrary& m) {
   m.impl("deformable_aggregation", TORCH_BOX(&aggregation::forward_cuda));
   m.impl("deformable_aggregation_backward", TORCH_BOX(&aggregation::backward_cuda));
+  m.impl("deformable_feature_aggregation", TORCH_BOX(&feature_aggregation::forward_cuda));
+  m.impl("deformable_feature_aggregation_backward", TORCH_BOX(&feature_aggregation::backward_cuda));
   m.impl("ms_deform_attn", TORCH_BOX(&attention::forward_cuda));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&attention::backward_cuda));
   m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cuda));
