@@ -82,14 +82,19 @@ def deformable_feature_aggregation(
         if logits.is_floating_point() and camera_logits.is_floating_point():
             dtype = torch.promote_types(logits.dtype, camera_logits.dtype)
             logits, camera_logits = as_dtype(logits, dtype), as_dtype(camera_logits, dtype)
-    cameras, settings = (key_points, projection_mat, image_wh), (attn_drop, visible_only)
-    operands = (feature_maps, spatial_shape, scale_start_index, *cameras, logits, camera_logits, keep)
-    if isinstance(feature_maps, Tensor) and feature_maps.is_cuda:  # composed of ops that have kernels there
-        if torch.is_autocast_enabled("cuda"):
-            operands = SPEC.under_autocast(operands)
-        SPEC.check_call(operands, settings)
-        return _formula(*SPEC.as_read(operands), *settings)
-    return call(_OP, *operands, settings=settings)
+    return call(
+        _OP,
+        feature_maps,
+        spatial_shape,
+        scale_start_index,
+        key_points,
+        projection_mat,
+        image_wh,
+        logits,
+        camera_logits,
+        keep,
+        settings=(attn_drop, visible_only),
+    )
 
 
 def _formula(
