@@ -39,6 +39,10 @@ def _operands() -> dict[str, list[torch.Tensor]]:
             *(features.requires_grad_(), shapes, starts),
             *(_locations(2, 5, 4, 3, 2), _leaf(2, 5, 4, 3, 2, 8)),
         ],
+        "deformable_feature_aggregation": [
+            *(features, shapes, starts, torch.rand(2, 5, 4, 3) + 1, projection, torch.full((2, 3, 2), 2.0)),
+            *(_leaf(2, 5, 2 * 4 * 8), _leaf(2, 3, 2 * 4 * 8)),
+        ],
         "ms_deform_attn": [
             *(_leaf(2, 161, 4, 8), torch.tensor([[9, 14], [5, 7]]), torch.tensor([0, 126])),
             *(_locations(2, 5, 4, 2, 3, 2), _leaf(2, 5, 4, 2, 3)),
