@@ -33,10 +33,12 @@ def call(op: Op, *operands: Any, settings: tuple = ()) -> Tensor:
             return op.formula(*_checked(op, operands, settings), *settings)
         if dtypes_of(operands) not in op.read_as_they_are:
             operands = _checked(op, operands, settings)
+        arguments = operands + settings if settings else operands
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            return op.recorded.apply(*operands, *settings)
+            return op.recorded.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.spec.output_of(op.operator(*operands, *settings))
+            returned = op.operator(*arguments)
+        return returned if op.spec.kept is None else returned[0]
     except _REFUSALS as error:
         _explain(error, op, operands, settings)
         raise

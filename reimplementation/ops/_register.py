@@ -133,7 +133,7 @@ def _recorded(spec: Spec, operator: Callable[..., Tensor], differentiate: Callab
             with torch._C._AutoDispatchBelowAutograd():
                 returned = operator(*arguments)
             _save(spec, ctx, arguments, returned)
-            return spec.output_of(returned)
+            return returned if spec.kept is None else returned[0]
 
         @staticmethod
         def backward(ctx, grad_output: Tensor):
@@ -152,12 +152,15 @@ def _recorded(spec: Spec, operator: Callable[..., Tensor], differentiate: Callab
 
 def _save(spec: Spec, ctx, arguments: Sequence, returned: Any) -> None:
     """Keep what the backward reads: the operands, what the operator returned for it, and the settings."""
-    num_operands = len(spec.operands)
-    operands, ctx.settings = arguments[:num_operands], arguments[num_operands:]
-    if spec.kept is None:
-        ctx.save_for_backward(*operands)
+    if spec.settings:
+        num_operands = len(spec.operands)
+        arguments, ctx.settings = arguments[:num_operands], arguments[num_operands:]
     else:
-        ctx.save_for_backward(*operands, returned[1])
+        ctx.settings = ()
+    if spec.kept is None:
+        ctx.save_for_backward(*arguments)
+    else:
+        ctx.save_for_backward(*arguments, returned[1])
         ctx.mark_non_differentiable(returned[1])
 
 
