@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
 from reimplementation import ops
+from reimplementation.ops._call import call
 from tests.models.table import AGGREGATION, AGGREGATION_OF_MAPS, ATTENTION, trainable
 from tests.ops.agreement import assert_close, run
 from tests.ops.table import FORMS, without_optional
@@ -50,6 +54,17 @@ def test_op(op, backend, backend_device, optional):
     assert_one_graph()
     (graph,) = graphs
     assert ("reimplementation" in graph.code) == (backend != "grid_sample" and not op.is_pointwise)
+
+
+@pytest.mark.parametrize(("op", "optional"), FORMS, ids=str)
+def test_the_first_call_of_all_may_be_compiled(op, optional):
+    """What an op works out once has been worked out when a compiler comes first."""
+    defined = sys.modules[op.function.__module__]._OP
+    fresh = replace(defined, spec=replace(defined.spec))
+    operands = op.on("cpu", **op.lean)
+    operands = operands if optional else without_optional(op, operands)
+    compiled = torch.compile(lambda *given: call(fresh, *given), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*operands), op.function(*operands), rtol=1e-12, atol=1e-12)
 
 
 def assert_agree(compiled, module, call, leaves) -> None:

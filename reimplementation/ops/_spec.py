@@ -7,8 +7,7 @@ depend on the dtype of the first operand: this one sets the op's device, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -114,20 +113,24 @@ class Spec:
     check_values: Callable[..., None] = lambda *operands: None
     is_pointwise: bool = False
 
-    @cached_property
-    def differentiable(self) -> tuple[int, ...]:
-        """The places of the operands that the kernels have gradients of."""
-        return tuple(i for i, operand in enumerate(self.operands) if operand.gradient is not None)
+    differentiable: tuple[int, ...] = field(init=False)
+    """The places of the operands that the kernels have gradients of."""
+    constants: tuple[int, ...] = field(init=False)
+    """The places of the operands that may need a gradient and get it from the formula alone."""
+    changes_under_autocast: bool = field(init=False)
 
-    @cached_property
-    def constants(self) -> tuple[int, ...]:
-        """The places of the operands that may need a gradient and get it from the formula alone."""
-        places = [i for i, operand in enumerate(self.operands) if torch.float32 in operand.role.accepted(torch.float32)]
-        return tuple(i for i in places if i not in self.differentiable)
-
-    @cached_property
-    def changes_under_autocast(self) -> bool:
-        return any(operand.role.under_autocast is not None for operand in self.operands)
+    def __post_init__(self) -> None:
+        """Work out now what follows: a compiler that traces the first call could not enter a cached property's lock."""
+        roles = [operand.role for operand in self.operands]
+        differentiable = tuple(i for i, operand in enumerate(self.operands) if operand.gradient is not None)
+        floating = [i for i, role in enumerate(roles) if torch.float32 in role.accepted(torch.float32)]
+        follows = {
+            "differentiable": differentiable,
+            "constants": tuple(i for i in floating if i not in differentiable),
+            "changes_under_autocast": any(role.under_autocast is not None for role in roles),
+        }
+        for name, value in follows.items():
+            object.__setattr__(self, name, value)  # as a frozen dataclass sets its own
 
     def check(self, operands: Operands) -> dict[str, int]:
         """The sizes of the named dimensions; raises TypeError or ValueError where the op does not take an operand."""
