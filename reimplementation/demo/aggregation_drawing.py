@@ -14,7 +14,22 @@ from matplotlib.patches import Rectangle
 from reimplementation.data.rig import Box, Camera, Rig
 from reimplementation.data.scene import NEAR, View, key_points
 
-from .drawing import ACCENT, BACKGROUND, FAINT, GAP, MARGIN, MUTED, TEXT, WIDTH, add_panel, area, new_page, save, write
+from .drawing import (
+    ACCENT,
+    BACKGROUND,
+    FAINT,
+    GAP,
+    MARGIN,
+    MUTED,
+    TEXT,
+    WIDTH,
+    add_panel,
+    area,
+    new_page,
+    save,
+    surround_rows,
+    write,
+)
 
 if TYPE_CHECKING:
     from .recovery import Recovery
@@ -38,7 +53,7 @@ def draw(
     Cameras stand as they look: those facing forward in the upper row, the others below, left ones left.
     `painted` (num_boxes, 3) uint8, where known, is shown beside the recovered colours.
     """
-    rows = _surround_rows(rig.cameras)
+    rows = surround_rows(rig.cameras)
     columns = max(len(row) for row in rows)
     view_width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
     view_height = view_width * max(camera.height / camera.width for camera in rig.cameras)
@@ -59,16 +74,6 @@ def draw(
             _view(axes, rig, views, recovery, camera_index)
     _swatches(page, panel_top, rig, recovery, painted)
     save(figure, path)
-
-
-def _surround_rows(cameras: Sequence[Camera]) -> list[list[int]]:
-    """Camera indices: those facing forward, then those facing back; in both rows left ones on the left."""
-    axes = np.array([camera.world_to_camera[2, :2] for camera in cameras])
-    to_the_right = np.degrees(np.arctan2(axes[:, 0], axes[:, 1]))
-    order = np.argsort(to_the_right)
-    front = [int(i) for i in order if abs(to_the_right[i]) <= 90]
-    back = sorted(set(range(len(cameras))) - set(front), key=lambda i: -(to_the_right[i] % 360))
-    return [row for row in (front, back) if row]
 
 
 def _header(page: Axes, rig: Rig, recovery: Recovery, painted: np.ndarray | None) -> None:

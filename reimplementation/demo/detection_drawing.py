@@ -14,9 +14,22 @@ from matplotlib.patches import Polygon
 from reimplementation.data.rig import Box, Camera, Rig
 from reimplementation.data.scene import NEAR
 
-from .aggregation_drawing import _surround_rows
 from .detection import Detections
-from .drawing import ACCENT, BACKGROUND, FAINT, GAP, MARGIN, MUTED, TEXT, WIDTH, add_panel, new_page, save, write
+from .drawing import (
+    ACCENT,
+    BACKGROUND,
+    FAINT,
+    GAP,
+    MARGIN,
+    MUTED,
+    TEXT,
+    WIDTH,
+    add_panel,
+    new_page,
+    save,
+    surround_rows,
+    write,
+)
 
 HEADER, VIEW_LABEL, LEGEND_ROW, FOOTER = 132, 34, 26, 40  # pixels
 ABOVE = 480  # pixels: width and height of the view from above
@@ -35,7 +48,7 @@ def draw(path: str | Path, rig: Rig, found: Detections, title: str, note: str, w
         title, note: the header's two lines.
         warning: whether the note is one, and is to be seen.
     """
-    rows = _surround_rows(rig.cameras)
+    rows = surround_rows(rig.cameras)
     columns = max(len(row) for row in rows)
     view_width = (WIDTH - 2 * MARGIN - columns * GAP - ABOVE) / columns
     view_height = view_width * max(camera.height / camera.width for camera in rig.cameras)

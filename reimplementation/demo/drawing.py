@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from reimplementation.data.rig import Camera
 
 BACKGROUND, TEXT, MUTED, FAINT, ACCENT = "#0d1117", "#f0f3f6", "#9198a1", "#3d444d", "#7ee2b8"
 DPI = 100
@@ -45,3 +48,13 @@ def write(axes: Axes, x: float, y: float, text: str, pixels: float, color: str, 
 def area(radius: float | np.ndarray) -> float | np.ndarray:
     """What `scatter` calls a size, for a radius in pixels."""
     return (2 * radius * POINTS_PER_PIXEL) ** 2
+
+
+def surround_rows(cameras: Sequence[Camera]) -> list[list[int]]:
+    """Camera indices: those facing forward, then those facing back; in both rows left ones on the left."""
+    axes = np.array([camera.world_to_camera[2, :2] for camera in cameras])
+    to_the_right = np.degrees(np.arctan2(axes[:, 0], axes[:, 1]))
+    order = np.argsort(to_the_right)
+    front = [int(i) for i in order if abs(to_the_right[i]) <= 90]
+    back = sorted(set(range(len(cameras))) - set(front), key=lambda i: -(to_the_right[i] % 360))
+    return [row for row in (front, back) if row]

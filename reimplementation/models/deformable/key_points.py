@@ -200,8 +200,9 @@ class Sparse4DBox3DKeyPointsGenerator(SparseBox3DKeyPointsGenerator):
         projected = SparseBox3DKeyPointsGenerator.anchor_projection(
             anchor, T_src2dst_list, src_timestamp, dst_timestamps, time_intervals
         )
-        order = [0, 1, 2, 3, 4, 5, 7, 6, *range(VELOCITY.start, anchor.shape[-1])]
-        return [frame[..., order] for frame in projected]
+        # Slices, for an index would be copied to a GPU at each call.
+        before, heading, after = slice(SIN_COS_YAW.start), SIN_COS_YAW, slice(SIN_COS_YAW.stop, None)
+        return [torch.cat([f[..., before], f[..., heading].flip(-1), f[..., after]], dim=-1) for f in projected]
 
 
 class SparsePoint3DKeyPointsGenerator(nn.Module):
