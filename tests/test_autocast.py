@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from reimplementation import ops
 from tests.models.table import trainable
 from tests.ops.agreement import assert_close, assert_same, run
-from tests.ops.table import FLOATING
+from tests.ops.table import FLOATING, SAMPLING_OPS
 from tests.reference import TOLERANCE, relative_error
 
 
@@ -52,6 +52,16 @@ def test_what_an_op_takes_without_autocast_it_takes_with_it(op, backend_device, 
     actual = run(op, operands, function=under_autocast(op, backend_device, half))
     assert_same(op, actual, expected)
     assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("op", SAMPLING_OPS, ids=str)
+def test_levels_without_pixels(op, backend_device, half):
+    """There is nothing to sample, and no common dtype is asked for of halves that have none under autocast."""
+    other = {torch.float16: torch.bfloat16, torch.bfloat16: torch.float16}[half]
+    operands = op.on(backend_device, other, 22)
+    operands[1] = torch.zeros_like(operands[1])
+    for result in run(op, operands, function=under_autocast(op, backend_device, half)):
+        assert not result.any()
 
 
 def test_an_operator_called_under_autocast(op, kernels, half):

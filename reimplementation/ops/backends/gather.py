@@ -68,7 +68,7 @@ def ms_deform_attn(
 
 def nothing(*operands: Tensor) -> Tensor:
     """A sum of nothing: without any level to sample, the output still has gradients, and they are zero."""
-    return torch.stack([operand[:0].sum() for operand in operands]).sum()
+    return reduce(torch.add, [operand[:0].sum() for operand in operands])
 
 
 def _sum_of_samples(rows: Tensor, shape: Tensor, start: Tensor, location: Tensor, weights: Tensor) -> Tensor:
