@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reimplementation import ops
 from reimplementation.bench.memory import extra_memory
+from reimplementation.ops.dtypes import name_of
 
 SECONDS_PER_FIGURE, MAX_REPEATS = 1.2, 50
 DTYPES = {  # a backend on a device: what is worth timing there
@@ -33,7 +34,7 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return name_of(self.dtype)
 
 
 @dataclass(frozen=True)

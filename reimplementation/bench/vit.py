@@ -21,6 +21,7 @@ from reimplementation.bench.memory import extra_memory
 from reimplementation.bench.timing import Timing, measure
 from reimplementation.models.backbones.vit import ViTConfig
 from reimplementation.models.backbones.vit.export import DenseFeatures
+from reimplementation.ops.dtypes import name_of
 
 PASSES = ("forward", "backward", "forward_backward")
 MODES = ("eager", "compiled")
@@ -157,7 +158,7 @@ def measure_candidate(
         image_size=_spelled(size),
         passed=passed,
         mode=mode,
-        dtype=str(candidate.dtype).removeprefix("torch."),
+        dtype=name_of(candidate.dtype),
         timing=timing,
         gflops=count_flops(candidate, size, passed) * batch_size / 1e9,
         extra_bytes=extra_bytes,

@@ -28,6 +28,7 @@ from reimplementation.models.backbones.vit.export import (
 from reimplementation.models.backbones.vit.files import load_weights, read_images, write_tensor
 from reimplementation.models.backbones.vit.initialization import wake_branches
 from reimplementation.models.backbones.vit.summary import summarize
+from reimplementation.ops.dtypes import name_of
 
 FORMATS = ("text", "json")
 
@@ -229,7 +230,7 @@ def _inference_facts(
         "model": str(options.model or options.config),
         "weights": "the package's" if options.model else str(options.weights or "random"),
         "device": str(images.device),
-        "dtype": str(images.dtype).removeprefix("torch."),
+        "dtype": name_of(images.dtype),
         "input_shape": list(images.shape),
         "output_shape": list(output.shape),
         "output_mean": output.double().mean().item(),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reimplementation.ops.dtypes import name_of
+
 from .activations import ACTIVATIONS, is_glu
 from .head_config import HEAD_TYPES, HeadSettings
 from .settings import check_choice, check_fields, check_range, from_mapping, shown
@@ -164,7 +166,7 @@ class ViTConfig:
         """Plain values of the fields that differ from their defaults, as `from_dict` reads them."""
         values = {"type": TYPE, **_changed_fields(self)}
         if "dtype" in values:
-            values["dtype"] = str(self.dtype).removeprefix("torch.")
+            values["dtype"] = name_of(self.dtype)
         if self.heads:
             values["heads"] = {
                 name: {"type": head.type_name, **_changed_fields(head)} for name, head in self.heads.items()

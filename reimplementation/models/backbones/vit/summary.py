@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from reimplementation.ops.dtypes import name_of
+
 from .config import ViTConfig
 
 PARTS = {  # what the names of its parameters begin with
@@ -63,7 +65,7 @@ def summarize(config: ViTConfig) -> dict[str, dict[str, Any]]:
         },
         "parameters": parameters,
         "memory": {
-            "dtype": str(config.dtype).removeprefix("torch."),
+            "dtype": name_of(config.dtype),
             "weight_bytes": weight_bytes,
             "weight_megabytes": weight_bytes / 1e6,
         },
