@@ -163,7 +163,12 @@ AGGREGATION = Op(
             shapes=(((3, 4), (2, 3)), ((3, 2), (1, 2))),
         )
     ),
-    geometries={"random": inputs.random_inputs, "rig": inputs.rig_inputs, "border": inputs.border_inputs},
+    geometries={
+        "random": inputs.random_inputs,
+        "rig": inputs.rig_inputs,
+        "border": inputs.border_inputs,
+        "few queries": partial(inputs.random_inputs, num_queries=2, num_points=150),  # which blocks of a GPU share
+    },
     empty={
         "batch": {"batch_size": 0},
         "queries": {"num_queries": 0},

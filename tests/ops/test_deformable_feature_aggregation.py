@@ -82,13 +82,19 @@ def test_any_cameras_levels_points(backend_device, num_points, num_cams, num_lev
 
 
 @pytest.mark.parametrize("by_camera", [True, False])
-def test_many_queries_and_points(device, by_camera):
-    """Queries enough for several to each block or chunk, and more weights of each than fit shared memory."""
-    many = feature_aggregation_inputs(3, num_queries=1500, channels=8, num_groups=2, by_camera=by_camera)
-    long = feature_aggregation_inputs(3, num_queries=3, num_points=300, channels=64, num_groups=8, by_camera=by_camera)
-    for inputs in (many, long):
-        assert_agrees(inputs, device, torch.float64)
-        assert_agrees(inputs, device, torch.float32)
+def test_many_queries(device, by_camera):
+    """Several of them to each block or chunk."""
+    inputs = feature_aggregation_inputs(3, num_queries=1500, channels=8, num_groups=2, by_camera=by_camera)
+    assert_agrees(inputs, device, torch.float64)
+    assert_agrees(inputs, device, torch.float32)
+
+
+@forms
+def test_many_points(device, form):
+    """So many that blocks share them, and that the logits of a query come in several chunks."""
+    inputs = feature_aggregation_inputs(3, num_queries=3, num_points=300, channels=64, num_groups=8, **FORMS[form])
+    for dtype in DTYPES:
+        assert_agrees(inputs, device, dtype)
 
 
 @forms

@@ -1,7 +1,4 @@
-// What the forward and the backward of deformable aggregation share on CUDA: operands, teams, and the visible pairs.
-//
-// A *pair* is a key point in a camera, a *sample* a pair in a level. One block owns one query. A *team* of up to 32 lanes
-// spans the query's channels: vector k of a lane holds VEC channels from `first + (k * lanes + lane) * VEC`.
+// What the forward and the backward of deformable aggregation share on CUDA: operands, and the visible pairs.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +8,14 @@
 #include "cuda/divisor.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
+#include "sampling/pairs.cuh"
 
 namespace reimplementation::aggregation {
 
 using namespace cuda;
+using sampling::Pair;
+using sampling::Points;
+using sampling::Shares;
 
 template <typename T, typename W>
 struct Operands {
@@ -24,19 +25,28 @@ struct Operands {
   LevelTable levels;
   int64_t location_strides[5];
   int64_t weight_strides[6];
-  Divisor queries, points;  // their numbers
-  int num_cams, num_levels;
+  Divisor queries;  // their number
+  Shares shares;    // of a query's key points
+  int cams, num_levels;
   int channels, group_channels;  // channels of a group share a weight
-  int lanes, log2_lanes;         // of a team; a power of two
 
   __device__ __forceinline__ bool has_few_levels(int most) const {
-    return static_cast<int64_t>(num_cams) * num_levels <= most;
+    return static_cast<int64_t>(cams) * num_levels <= most;
+  }
+  // Where a pair's location (or the location's gradient) begins, seen from the query.
+  __device__ __forceinline__ int64_t location_offset(const Pair& pair, const int64_t* strides) const {
+    return pair.point * strides[2] + pair.cam * strides[3];
+  }
+  // Where its weights (or their gradients) in a level begin, seen from the query.
+  __device__ __forceinline__ int64_t weight_offset(const Pair& pair, int level, const int64_t* strides) const {
+    return pair.point * strides[2] + pair.cam * strides[3] + level * strides[4];
   }
 };
 
 template <typename T, typename W>
 Operands<T, W> operands(
     const Sizes& sizes,
+    const Shares& shares,
     const Tensor& features,
     const LevelTable& levels,
     const Tensor& locations,
@@ -49,19 +59,12 @@ Operands<T, W> operands(
   copy_strides(locations, op.location_strides);
   copy_strides(weights, op.weight_strides);
   op.queries = Divisor(sizes.num_queries);
-  op.points = Divisor(sizes.num_points);
-  op.num_cams = static_cast<int>(sizes.num_cams);
+  op.cams = static_cast<int>(sizes.num_cams);
+  op.shares = shares;
   op.num_levels = static_cast<int>(sizes.num_levels);
   op.channels = static_cast<int>(sizes.channels);
   op.group_channels = static_cast<int>(sizes.channels / sizes.num_groups);
   return op;
-}
-
-// Makes teams that span `channels` where a lane holds `lane_channels`, or as many as a warp can.
-template <typename T, typename W>
-void set_team(Operands<T, W>& op, int channels, int lane_channels) {
-  op.log2_lanes = log2_lanes(channels, lane_channels);
-  op.lanes = 1 << op.log2_lanes;
 }
 
 // Whether vectors of `vec` channels stay within a group and on their alignment.
@@ -70,75 +73,39 @@ bool can_vectorize(const Sizes& sizes, const Tensor& features, int vec) {
   return sizes.channels / sizes.num_groups % vec == 0 && is_aligned(features, vec * sizeof(T));
 }
 
-inline unsigned query_blocks(const Sizes& sizes) {
+inline int64_t count_queries(const Sizes& sizes) {
   STD_TORCH_CHECK(
       sizes.batch * sizes.num_queries <= INT_MAX, "bs * num_queries must be below 2^31; got ", sizes.batch, " * ",
       sizes.num_queries);
-  return static_cast<unsigned>(sizes.batch * sizes.num_queries);
+  return sizes.batch * sizes.num_queries;
 }
 
-// A key point in a camera.
-struct Pair {
-  int cam, point;
+// How blocks of THREADS, of which a multiprocessor holds `blocks`, share out the key points.
+template <int THREADS>
+Shares shares_of(const Sizes& sizes, int blocks, int device) {
+  return Shares::of<THREADS>(count_queries(sizes), sizes.num_points, sizes.num_cams, [&] {
+    return int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount, device);
+  });
+}
 
-  __device__ __forceinline__ Pair(unsigned number, const Divisor& points) {
-    point = points.split(number);
-    cam = static_cast<int>(number);
-  }
-
-  // Where its location (or the location's gradient) begins, seen from the query.
-  __device__ __forceinline__ int64_t location(const int64_t* strides) const {
-    return point * strides[2] + cam * strides[3];
-  }
-
-  // Where its weights (or their gradients) in a level begin, seen from the query.
-  __device__ __forceinline__ int64_t weights(const int64_t* strides, int level) const {
-    return point * strides[2] + cam * strides[3] + level * strides[4];
-  }
-};
-
-// The visible ones among THREADS of a query's pairs; pairs are numbered camera by camera.
-template <typename T, int THREADS>
-struct VisiblePairs {
-  T x[THREADS], y[THREADS];
-  int number[THREADS];
-  int warp_counts[THREADS / WARP];
-};
-
-// Fills `found` with the visible ones of pairs first, ..., first + THREADS - 1 in their order; returns how many they are.
+// Fills `found` with the visible ones of THREADS of a block's pairs, of which a thread brings one if it `exists`; returns
+// how many they are.
 template <typename T, typename W, int THREADS>
 __device__ int compact_visible_pairs(
-    const Operands<T, W>& op, const compute_t<T>* locations, int first, VisiblePairs<compute_t<T>, THREADS>& found) {
-  const int number = first + threadIdx.x;
-  const int warp = threadIdx.x / WARP;
+    const Operands<T, W>& op,
+    const compute_t<T>* locations,
+    const Pair& pair,
+    bool exists,
+    sampling::VisiblePairs<compute_t<T>, THREADS>& found) {
   compute_t<T> x = 0, y = 0;
   bool visible = false;
-  if (number < op.points.divisor * op.num_cams) {
-    const compute_t<T>* location = locations + Pair(number, op.points).location(op.location_strides);
+  if (exists) {
+    const compute_t<T>* location = locations + op.location_offset(pair, op.location_strides);
     x = location[0];
     y = location[op.location_strides[4]];
     visible = inside_unit_square(x, y);
   }
-  const unsigned seen = __ballot_sync(ALL_LANES, visible);
-  __syncthreads();  // whoever still reads the pairs before these
-  if (threadIdx.x % WARP == 0) {
-    found.warp_counts[warp] = __popc(seen);
-  }
-  __syncthreads();
-  int position = __popc(seen & ((1u << (threadIdx.x % WARP)) - 1));
-  int count = 0;
-#pragma unroll
-  for (int w = 0; w < THREADS / WARP; ++w) {
-    position += w < warp ? found.warp_counts[w] : 0;
-    count += found.warp_counts[w];
-  }
-  if (visible) {
-    found.x[position] = x;
-    found.y[position] = y;
-    found.number[position] = number;
-  }
-  __syncthreads();
-  return count;
+  return sampling::compact(visible, pair, x, y, found);
 }
 
 }  // namespace reimplementation::aggregation

@@ -1,8 +1,6 @@
-// The gradient of the features of deformable feature aggregation on CUDA: that of deformable aggregation, from
-// locations and weights that are written down for it.
+// The gradient of the features of deformable feature aggregation on CUDA: that of deformable aggregation, without its
+// weights in memory.
 #pragma once
-
-#include <optional>
 
 #include "feature_aggregation/operands.cuh"
 #include "feature_gradient/feature_gradient.cuh"
@@ -24,11 +22,14 @@ class FeaturesGradient {
       cudaStream_t stream);
 
   Tensor finish() {
-    return sum_->finish();
+    return sum_.finish();
   }
 
  private:
-  std::optional<feature_gradient::FeatureGradient> sum_;
+  // In this order: the streams join before what is read there goes.
+  feature_gradient::SampledOp op_;
+  Tensor shifts_;
+  feature_gradient::FeatureGradient sum_;
 };
 
 }  // namespace reimplementation::feature_aggregation

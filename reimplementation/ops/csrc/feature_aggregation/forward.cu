@@ -1,13 +1,14 @@
 // Deformable feature aggregation on CUDA, forward.
 //
-// One block owns one query:
+// One block owns one query, or, where queries are few, some of its key points:
 //
 //   1. its threads share out the logits, group by group, and merge what they found: the largest one, and the sum of the
 //      exponentials;
 //   2. they project the key points and compact the visible pairs in a fixed order;
 //   3. one thread per sample turns the location into a footprint in shared memory: four rows, four weights; the threads
 //      of step 1 put the weights of its groups beside it;
-//   4. teams take the samples in turn: one broadcast read of the footprint, one coalesced gather per corner.
+//   4. teams take the samples in turn (sampling/gather.cuh): one broadcast read of the footprint, one coalesced gather
+//      per corner.
 //
 // Steps 2 and 4 are those of aggregation/forward.cu, and 4 is what takes the time. Neither locations nor weights are
 // ever in global memory; what is kept for the backward are two numbers a group. No atomics: the same bits every time.
@@ -16,9 +17,17 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cuda/levels.cuh"
-#include "feature_aggregation/operands.cuh"
+#include "feature_aggregation/softmax.cuh"
+#include "sampling/gather.cuh"
+#include "sampling/shared_outputs.cuh"
 
 namespace reimplementation::feature_aggregation {
+
+using sampling::Gatherer;
+using sampling::SharedOutputs;
+using sampling::Span;
+using sampling::Sums;
+
 namespace {
 
 constexpr int THREADS = 128;
@@ -28,30 +37,21 @@ constexpr int STAGED_WEIGHTS = 1024;  // and weights of theirs
 constexpr int STAGED_LEVELS = 4;      // levels of a pair staged together
 constexpr int MOST_GROUPS = STAGED_WEIGHTS / STAGED_LEVELS;  // of the channels that a block spans
 
-// What teams share out: channels first, ..., first + lanes * NV * VEC - 1, in groups first_group, ... of which there
-// are `groups`.
-struct Span {
-  int lanes, log2_lanes;
-  int first_channel, first_group, groups;
-};
-
-template <typename C>
-struct Samples {
-  Four<C> corner_weights[STAGED_SAMPLES];
-  Four<int> rows[STAGED_SAMPLES];  // the first is -1 where there is nothing to read
-  int cams[STAGED_SAMPLES];
-  int places[STAGED_SAMPLES];  // of the first group's logit in a camera's row
-  C weights[STAGED_WEIGHTS];   // of the span's groups, sample by sample
+// Where the first group's logits of a sample are: the query's, and the camera's if it has a term of its own.
+struct Places {
+  int of_query, of_camera;
 };
 
 template <typename C, int VEC, int NV>
 struct Shared {
-  Softmax<C> softmax[MOST_GROUPS];  // in the end the largest logit, and what takes exponentials to weights
+  Softmax<C> softmax[MOST_GROUPS];  // the largest logit, and what takes exponentials to weights
   union {
     struct {
-      VisiblePairs<C, THREADS> pairs;
-      Samples<C> samples;
-      Level levels[THREADS];  // of all cameras, where they are so few
+      sampling::VisiblePairs<C, THREADS> pairs;
+      sampling::Footprints<C, STAGED_SAMPLES> footprints;
+      Places places[STAGED_SAMPLES];
+      C weights[STAGED_WEIGHTS];  // of the span's groups, sample by sample
+      Level levels[THREADS];      // of all cameras, where they are so few
     };
     Softmax<C> partial[THREADS];
     C team_sums[THREADS * NV * VEC];
@@ -60,8 +60,43 @@ struct Shared {
   __device__ Shared() {}
 };
 
-// Footprints of samples (pairs first_pair, ... x levels first_level, ...), numbered level by level. Returns whether one
-// of them lies in an empty level.
+// The groups of a span.
+struct Groups {
+  int first, count;
+
+  __device__ __forceinline__ Groups(const Span& span, int group_channels)
+      : first(span.first / group_channels), count((span.end - 1) / group_channels - first + 1) {}
+};
+
+// Step 1: leaves in shared memory what makes weights of logits, and writes what the backward needs of it.
+template <typename T, typename L, int VEC, int NV>
+__device__ __forceinline__ void prepare_weights(
+    const Inputs<T, L>& in,
+    const Query<T, L>& query,
+    const Span& span,
+    const Groups& groups,
+    bool writes,
+    compute_t<T>* statistics,
+    Shared<compute_t<T>, VEC, NV>& shared) {
+  using C = compute_t<T>;
+  for (int first = 0; first < groups.count; first += THREADS) {
+    const int count = min(THREADS, groups.count - first);
+    const Softmax<C> softmax = find_softmax<THREADS>(in, query, groups.first + first, count, shared.partial);
+    if (threadIdx.x < count) {
+      const int group = groups.first + first + threadIdx.x;
+      shared.softmax[first + threadIdx.x] = {softmax.largest, in.kept_scale / softmax.sum};
+      if (writes && group * in.group_channels >= span.first) {  // else the block of the group's first channel does
+        C* of_group = statistics + (query.number * in.num_groups + group) * 2;
+        of_group[0] = softmax.largest;
+        of_group[1] = softmax.sum;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Step 3 for samples (pairs first_pair, ... x levels first_level, ...), numbered level by level. Returns whether one of
+// them lies in an empty level.
 template <typename T, typename L, int VEC, int NV>
 __device__ __forceinline__ bool stage_footprints(
     const Inputs<T, L>& in,
@@ -70,28 +105,17 @@ __device__ __forceinline__ bool stage_footprints(
     int first_level,
     unsigned num_levels,
     Shared<compute_t<T>, VEC, NV>& shared) {
-  const auto& pairs = shared.pairs;
-  auto& samples = shared.samples;
   bool any_empty = false;
   for (unsigned i = threadIdx.x; i < num_pairs * num_levels; i += THREADS) {
     const unsigned staged_level = i / num_pairs;
     const int level_number = first_level + staged_level;
     const int entry = first_pair + i - staged_level * num_pairs;
-    unsigned cam = pairs.number[entry];
-    const int point = in.points.split(cam);
-    const int64_t number = static_cast<int64_t>(cam) * in.num_levels + level_number;
+    const Pair pair = shared.pairs.pair[entry];
+    const int64_t number = static_cast<int64_t>(pair.cam) * in.num_levels + level_number;
     const Level level = in.has_few_levels(THREADS) ? shared.levels[number] : in.levels[number];
-    samples.cams[i] = cam;
-    samples.places[i] = (level_number * in.points.divisor + point) * in.num_groups;
-    if (level.empty()) {
-      samples.rows[i] = {-1, -1, -1, -1};
-      any_empty = true;
-      continue;
-    }
-    const auto x = bilinear_axis(pixel_position(pairs.x[entry], level.width), level.width);
-    const auto y = bilinear_axis(pixel_position(pairs.y[entry], level.height), level.height);
-    samples.corner_weights[i] = corner_weights(x, y);
-    samples.rows[i] = corner_rows(level, x, y);
+    any_empty |= shared.footprints.set(i, level, shared.pairs.x[entry], shared.pairs.y[entry]);
+    const int place = in.place(level_number, pair.point), in_camera = pair.cam * in.row + place;
+    shared.places[i] = {in.camera_logits == nullptr ? in_camera : place, in_camera};
   }
   return any_empty;
 }
@@ -100,182 +124,87 @@ template <typename T, typename L, int VEC, int NV>
 __device__ __forceinline__ void stage_weights(
     const Inputs<T, L>& in,
     const Query<T, L>& query,
-    const Span& span,
-    int count,
+    const Groups& groups,
+    int samples,
     Shared<compute_t<T>, VEC, NV>& shared) {
   using C = compute_t<T>;
-  auto& samples = shared.samples;
-  for (int first_group = 0; first_group < span.groups; first_group += THREADS) {
-    const Share<THREADS> share(min(THREADS, span.groups - first_group));
-    const int group = first_group + share.group;
+  for (int first = 0; first < groups.count; first += THREADS) {
+    const Share<THREADS> share(min(THREADS, groups.count - first));
+    const int group = first + share.group, number = groups.first + group;
     const Softmax<C> softmax = shared.softmax[group];
-    for (int sample = share.first; sample < count; sample += share.step) {
-      const C logit = query.logit(samples.cams[sample], in.row, samples.places[sample] + span.first_group + group);
-      samples.weights[sample * span.groups + group] = exponential(logit - softmax.largest) * softmax.sum;
-    }
-  }
-}
-
-// Gathers `COUNT` samples, `stride` apart, all loads before the first sum.
-template <int COUNT, typename T, int VEC, int NV>
-__device__ __forceinline__ void gather(
-    const Samples<compute_t<T>>& samples,
-    int sample,
-    int stride,
-    const T* const (&features)[NV],
-    const int (&groups)[NV],
-    int num_groups,
-    int row_bytes,
-    compute_t<T> (&sums)[NV][VEC]) {
-  Vector<T, VEC> corners[COUNT][NV][4];
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const Four<int> rows = samples.rows[sample + i * stride];
-#pragma unroll
-    for (int k = 0; k < NV; ++k) {
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        corners[i][k][corner] = load_vector<VEC>(row_address(features[k], rows[corner], row_bytes));
+    for (int sample = share.first; sample < samples; sample += share.step) {
+      const Places places = shared.places[sample];
+      C logit = to_compute(query.logits[places.of_query + number]);
+      if (query.camera_logits != nullptr) {
+        logit += to_compute(query.camera_logits[places.of_camera + number]);
       }
+      shared.weights[sample * groups.count + group] = exponential(logit - softmax.largest) * softmax.sum;
     }
   }
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const Four<compute_t<T>> corner_weights = samples.corner_weights[sample + i * stride];
-#pragma unroll
-    for (int k = 0; k < NV; ++k) {
-      const compute_t<T> group_weight = samples.weights[(sample + i * stride) * num_groups + groups[k]];
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        const compute_t<T> weight = corner_weights[corner] * group_weight;
-#pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          sums[k][v] += weight * corners[i][k][corner][v];
-        }
-      }
-    }
-  }
-}
-
-// Step 1: leaves in shared memory what makes weights of logits, and writes what the backward needs of it.
-template <typename T, typename L, int VEC, int NV>
-__device__ __forceinline__ void prepare_weights(
-    const Inputs<T, L>& in,
-    const Query<T, L>& query,
-    const Span& span,
-    compute_t<T>* statistics,
-    Shared<compute_t<T>, VEC, NV>& shared) {
-  for (int first = 0; first < span.groups; first += THREADS) {
-    const int count = min(THREADS, span.groups - first);
-    find_softmax<THREADS>(in, query, span.first_group + first, count, shared.partial, shared.softmax + first);
-  }
-  for (int i = threadIdx.x; i < span.groups; i += THREADS) {
-    const int group = span.first_group + i;
-    if (group * in.group_channels >= span.first_channel) {  // else the block of the group's first channel does
-      compute_t<T>* of_group = statistics + (query.number * in.num_groups + group) * 2;
-      of_group[0] = shared.softmax[i].largest;
-      of_group[1] = shared.softmax[i].sum;
-    }
-    shared.softmax[i].sum = in.kept_scale / shared.softmax[i].sum;
-  }
-  __syncthreads();
 }
 
 template <typename T, typename L, int VEC, int NV, int IN_FLIGHT>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_feature_aggregation_forward(
-    const Inputs<T, L> in, Span span, T* __restrict__ output, compute_t<T>* __restrict__ statistics) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    deformable_feature_aggregation_forward(
+        const Inputs<T, L> in, int log2_lanes, const Sums<T> sums, compute_t<T>* __restrict__ statistics) {
   using C = compute_t<T>;
   __shared__ Shared<C, VEC, NV> shared;
-  unsigned batch = blockIdx.x;
+  unsigned number = blockIdx.x;
+  const Points points = in.shares.take(number);
+  unsigned batch = number;
   in.queries.split(batch);
-  const Query<T, L> query(in, blockIdx.x, batch);
-  span.first_channel = (blockIdx.z * gridDim.y + blockIdx.y) * (span.lanes * NV * VEC);
-  if (span.first_channel >= in.channels) {
+  const Query<T, L> query(in, number, static_cast<int>(batch));
+  const Span span = Span::of_block<NV * VEC>(log2_lanes, in.channels);
+  if (span.first >= in.channels) {
     return;
   }
-  span.first_group = span.first_channel / in.group_channels;
-  span.groups =
-      (min(span.first_channel + span.lanes * NV * VEC, in.channels) - 1) / in.group_channels - span.first_group + 1;
-  prepare_weights(in, query, span, statistics, shared);
-
-  const int lane = threadIdx.x & (span.lanes - 1);
-  const int team = threadIdx.x >> span.log2_lanes;
-  const int teams = THREADS >> span.log2_lanes;
-  const T* features[NV];
-  int groups[NV];
+  const Groups groups(span, in.group_channels);
+  prepare_weights(in, query, span, groups, points.first == 0, statistics, shared);
+  Gatherer<T, VEC, NV, THREADS> gatherer(span, in.features + batch * in.levels.num_rows * in.channels, in.channels);
+  int in_groups[NV];
 #pragma unroll
   for (int k = 0; k < NV; ++k) {
-    // Lanes beyond the last channel read it once more and write nothing.
-    const int channel = min(span.first_channel + (k * span.lanes + lane) * VEC, in.channels - VEC);
-    features[k] = in.features + batch * in.levels.num_rows * in.channels + channel;
-    groups[k] = channel / in.group_channels - span.first_group;
+    in_groups[k] = gatherer.channels[k] / in.group_channels - groups.first;
   }
+
   const int last = THREADS - 1 - static_cast<int>(threadIdx.x);
   if (in.has_few_levels(THREADS) && last < in.num_cams * in.num_levels) {
     shared.levels[last] = in.levels[last];
   }
-
-  const int row_bytes = in.channels * static_cast<int>(sizeof(T));
-  const int most_samples = min(STAGED_SAMPLES, STAGED_WEIGHTS / span.groups);
-  C sums[NV][VEC] = {};
-  for (int first = 0; first < in.num_pairs(); first += THREADS) {
-    const int visible = compact_visible_pairs(in, query, first, shared.pairs, [](int, const Location<C>&, bool) {});
+  const int most_samples = min(STAGED_SAMPLES, STAGED_WEIGHTS / groups.count);
+  const int numbers = in.shares.numbers_by_camera(in.num_cams);
+  for (int first = 0; first < numbers; first += THREADS) {
+    const int visible = compact_visible_pairs(in, query, points, first, shared.pairs);
     for (int level = 0; level < in.num_levels; level += STAGED_LEVELS) {
       const int levels = min(STAGED_LEVELS, in.num_levels - level);
       const int pairs_at_once = most_samples / levels;
       for (int pair = 0; pair < visible; pair += pairs_at_once) {
         const int pairs = min(pairs_at_once, visible - pair);
-        const int samples = pairs * levels;
         const bool any_empty = __syncthreads_or(stage_footprints(in, pair, pairs, level, levels, shared));
-        stage_weights(in, query, span, samples, shared);
+        stage_weights(in, query, groups, pairs * levels, shared);
         __syncthreads();
-        int sample = team;
-        for (; !any_empty && sample + (IN_FLIGHT - 1) * teams < samples; sample += IN_FLIGHT * teams) {
-          gather<IN_FLIGHT, T, VEC, NV>(shared.samples, sample, teams, features, groups, span.groups, row_bytes, sums);
-        }
-        for (; sample < samples; sample += teams) {
-          if (!any_empty || shared.samples.rows[sample][0] >= 0) {
-            gather<1, T, VEC, NV>(shared.samples, sample, teams, features, groups, span.groups, row_bytes, sums);
-          }
-        }
+        gatherer.template add<IN_FLIGHT>(shared.footprints, pairs * levels, any_empty, [&](int sample, int k) {
+          return shared.weights[sample * groups.count + in_groups[k]];
+        });
         __syncthreads();
       }
     }
   }
-
   __syncthreads();  // a query that nothing sees comes here straight from the compaction
-  const int team_channels = span.lanes * NV * VEC;
-#pragma unroll
-  for (int k = 0; k < NV; ++k) {
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) {
-      shared.team_sums[team * team_channels + (k * span.lanes + lane) * VEC + v] = sums[k][v];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < team_channels && span.first_channel + i < in.channels; i += THREADS) {
-    C sum = 0;
-    for (int s = 0; s < teams; ++s) {
-      sum += shared.team_sums[s * team_channels + i];
-    }
-    output[query.number * in.channels + span.first_channel + i] = from_compute<T>(sum);
-  }
+  gatherer.finish(span, shared.team_sums, [&](int channel, C sum) {
+    sums.write(number, blockIdx.x, in.channels, channel, sum);
+  });
 }
 
-template <typename T, typename L, int VEC, int NV, int IN_FLIGHT>
+template <int VEC, int NV, int IN_FLIGHT, typename T, typename L>
 void launch(
-    const Sizes& sizes, const Inputs<T, L>& in, const Tensor& output, const Tensor& statistics, cudaStream_t stream) {
+    const Sizes& sizes, const Inputs<T, L>& in, const Sums<T>& sums, const Tensor& statistics, cudaStream_t stream) {
   static_assert(WARP * VEC * NV <= MOST_GROUPS, "a block may have a group for each of its channels");
-  Span span = {};
-  span.log2_lanes = log2_lanes(in.channels, VEC * NV);
-  span.lanes = 1 << span.log2_lanes;
-  const int block_channels = span.lanes * NV * VEC;
-  const int64_t channel_blocks = (in.channels + block_channels - 1) / block_channels;
-  const dim3 grid(
-      static_cast<unsigned>(count_queries(sizes)), std::min(channel_blocks, MOST_BLOCKS),
-      (channel_blocks + MOST_BLOCKS - 1) / MOST_BLOCKS);
+  const int lanes = log2_lanes(in.channels, VEC * NV);
+  const dim3 grid =
+      sampling::grid_of_spans(count_queries(sizes) * in.shares.blocks.divisor, in.channels, lanes, VEC * NV);
   deformable_feature_aggregation_forward<T, L, VEC, NV, IN_FLIGHT><<<grid, THREADS, 0, stream>>>(
-      in, span, static_cast<T*>(output.mutable_data_ptr()), static_cast<compute_t<T>*>(statistics.mutable_data_ptr()));
+      in, lanes, sums, static_cast<compute_t<T>*>(statistics.mutable_data_ptr()));
   check_launch("deformable_feature_aggregation");
 }
 
@@ -306,22 +235,29 @@ std::tuple<Tensor, Tensor> forward_cuda(
   const Tensor output = allocate(feature_maps, output_shape), statistics = allocate(key_points, statistics_shape);
   const cudaStream_t stream = current_stream(feature_maps.get_device_index());
   const DeviceLevels levels(spatial_shape, scale_start_index, readable.features, sizes.num_rows, stream);
+  const int device = feature_maps.get_device_index();
+  const Shares shares = Shares::of<THREADS>(count_queries(sizes), sizes.num_points, sizes.num_cams, [&] {
+    return resident_blocks(MIN_BLOCKS, device);
+  });
+  const SharedOutputs outputs(output, shares);
   std::optional<Tensor> hidden;
   if (visible_only) {
     hidden = find_hidden(sizes, readable, stream);
   }
 
+  const std::optional<Tensor> combined = combine_cameras(sizes, readable, visible_only, stream);
   dispatch_types(readable.features, readable.logits, [&](auto* t, auto* l) {
     using T = std::remove_pointer_t<decltype(t)>;
     using L = std::remove_pointer_t<decltype(l)>;
-    const auto in = inputs_of<T, L>(sizes, readable, levels.table(), hidden, attn_drop);
+    const auto in = inputs_of<T, L>(sizes, shares, readable, combined, statistics, levels.table(), hidden, attn_drop);
     constexpr int VEC = 16 / sizeof(T);
     if (can_vectorize<T>(sizes, readable.features, VEC)) {
-      launch<T, L, VEC, sizeof(T) == 2 ? 1 : 2, 2>(sizes, in, output, statistics, stream);
+      launch<VEC, sizeof(T) == 2 ? 1 : 2, 2>(sizes, in, outputs.sums<T>(), statistics, stream);
     } else {
-      launch<T, L, 1, 4, 1>(sizes, in, output, statistics, stream);
+      launch<1, 4, 1>(sizes, in, outputs.sums<T>(), statistics, stream);
     }
   });
+  outputs.finish(stream);
   return {output, statistics};
 }
 

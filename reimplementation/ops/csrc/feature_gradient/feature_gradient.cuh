@@ -45,12 +45,21 @@ class FeatureGradient {
       bool beside,
       cudaStream_t stream);
 
+  // The same where weights are not in memory: then `start` follows, which sum_samples.cuh has, with what weights.cuh
+  // describes instead of the op's weights. What both read must outlive `finish`.
+  FeatureGradient(const Tensor& features, bool beside, cudaStream_t stream);
+
+  template <typename T, typename Weights>
+  void start(
+      const SampledOp& op, const Weights& weights, const Tensor& grad_output, const Tensor& features, bool deterministic);
+
   // `stream` waits for the second one. Only after that the memory that was worked in is free for others, with the object.
   Tensor finish();
 
  private:
+  cudaStream_t stream_;
   // In this order: the streams join before the rest goes.
-  SampledOp op_;
+  std::optional<SampledOp> read_;
   std::optional<Tensor> memory_, gradient_;
   std::optional<SideStream> side_;
 };

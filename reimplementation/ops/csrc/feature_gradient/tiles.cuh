@@ -62,16 +62,16 @@ struct Findings {
   unsigned next_light, next_crowded;      // units of work that somebody has taken, beyond each block's first
 };
 
-// What the kernels of one part of the batch read and write. An *image* is a batch element's head: it has rows of its own.
-template <typename T, typename W>
+// What the kernels of one part of the batch read and write; `Weights` is what weights.cuh says. An *image* is a batch element's head: it has rows of its own.
+template <typename T, typename Weights>
 struct Part {
   const T* grad_output;
   const compute_t<T>* locations;
-  const W* weights;
+  Weights weights;
   T* grad_features;
-  int64_t location_strides[2], weight_strides[2], feature_strides[2], output_strides[2];  // batch and head
-  int location_steps[5], weight_steps[5];  // query, point, camera, level; from x to y, or from group to group
-  unsigned feature_row, output_row;        // elements from a row to the next
+  int64_t location_strides[2], feature_strides[2], output_strides[2];  // batch and head
+  int location_steps[5];             // query, point, camera, level; from x to y
+  unsigned feature_row, output_row;  // elements from a row to the next
   Divisor levels, cams, points, queries, heads, group_channels;
   int images, rows, channels;
   unsigned samples;
@@ -88,11 +88,12 @@ struct Part {
   Tile *light, *crowded;  // lists of tiles; very crowded ones fill theirs from the front, others from the end
   unsigned most_tiles, most_crowded;  // room in these lists
 
-  // From a sample's first weight to that of a channel.
-  __device__ __forceinline__ int64_t group_offset(int channel) const {
-    unsigned group = channel;
+  // Those of an image, for the group that a channel is in.
+  __device__ __forceinline__ auto weights_of(int image, int channel) const {
+    unsigned batch = image, group = channel;
+    const int head = heads.split(batch);
     group_channels.split(group);
-    return static_cast<int64_t>(group) * weight_steps[4];
+    return weights.of_group(static_cast<int>(batch), head, static_cast<int>(group));
   }
   // From an operand's first element to those of an image.
   __device__ __forceinline__ int64_t image_offset(int image, const int64_t (&strides)[2]) const {
@@ -106,8 +107,8 @@ struct Part {
 struct Place {
   int image, query, point, cam, level;
 
-  template <typename T, typename W>
-  __device__ __forceinline__ Place(const Part<T, W>& part, unsigned sample) {
+  template <typename T, typename Weights>
+  __device__ __forceinline__ Place(const Part<T, Weights>& part, unsigned sample) {
     level = part.levels.split(sample);
     cam = part.cams.split(sample);
     point = part.points.split(sample);
@@ -161,15 +162,15 @@ __device__ __forceinline__ int place_in_tile(int x, int y) {
 }
 
 // The first of an image's tile's keys. Where levels overlap there may be more tiles than keys; then tiles share theirs.
-template <typename T, typename W>
-__device__ __forceinline__ uint32_t first_key(const Part<T, W>& part, int image, unsigned tile) {
+template <typename T, typename Weights>
+__device__ __forceinline__ uint32_t first_key(const Part<T, Weights>& part, int image, unsigned tile) {
   const unsigned number = image * part.found->tiles + tile;
   return (number < part.most_tiles ? number : number % part.most_tiles) * PIXELS;
 }
 
 // A warp lists the levels and their tiles.
-template <typename T, typename W>
-__device__ void list_levels(const Part<T, W>& part, const LevelTable& levels) {
+template <typename T, typename Weights>
+__device__ void list_levels(const Part<T, Weights>& part, const LevelTable& levels) {
   const int lane = threadIdx.x;
   auto span_of = [&](int i) {
     const Level level = i < part.num_levels ? levels[i] : Level{0, 0, 0};
@@ -225,9 +226,9 @@ __device__ void list_levels(const Part<T, W>& part, const LevelTable& levels) {
 }
 
 // Before step 1: a warp lists the levels, and all blocks but its own set the counts of the samples of each key to zero.
-template <typename T, typename W>
+template <typename T, typename Weights>
 __global__ void __launch_bounds__(THREADS)
-    prepare(const __grid_constant__ Part<T, W> part, LevelTable levels, int64_t keys) {
+    prepare(const __grid_constant__ Part<T, Weights> part, LevelTable levels, int64_t keys) {
   if (blockIdx.x == 0 && threadIdx.x < WARP) {
     list_levels(part, levels);
   }
@@ -240,8 +241,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // Step 1: the key of every sample, and its rank among those with the same key, in the order in which they come.
-template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) find_keys(const Part<T, W> part, uint32_t* keys, uint32_t* ranks) {
+template <typename T, typename Weights>
+__global__ void __launch_bounds__(THREADS) find_keys(const Part<T, Weights> part, uint32_t* keys, uint32_t* ranks) {
   const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
   if (sample >= part.samples) {
     return;
@@ -260,9 +261,9 @@ __global__ void __launch_bounds__(THREADS) find_keys(const Part<T, W> part, uint
 }
 
 // Puts the samples in the order of their keys; those with the same key in the order in which they were counted.
-template <typename T, typename W>
+template <typename T, typename Weights>
 __global__ void __launch_bounds__(THREADS)
-    order_samples(const Part<T, W> part, const uint32_t* keys, const uint32_t* ranks) {
+    order_samples(const Part<T, Weights> part, const uint32_t* keys, const uint32_t* ranks) {
   const unsigned sample = blockIdx.x * THREADS + threadIdx.x;
   if (sample < part.samples && keys[sample] < part.most_tiles * PIXELS) {
     part.sorted[part.places[keys[sample]] + ranks[sample]] = sample;
@@ -275,8 +276,8 @@ constexpr int CHUNK = 1024;  // samples that one block settles
 struct Range {
   unsigned begin, end;
 
-  template <typename T, typename W>
-  __device__ Range(const Part<T, W>& part, uint32_t key) : begin(part.places[key]),
+  template <typename T, typename Weights>
+  __device__ Range(const Part<T, Weights>& part, uint32_t key) : begin(part.places[key]),
                                                            end(part.places[key + 1]) {}
   // Of those in a chunk.
   __device__ unsigned begin_in(unsigned chunk) const {
@@ -310,9 +311,9 @@ __device__ __forceinline__ unsigned count_before(
 // Puts samples with the same key in the order of their numbers: each counts the smaller ones. Where such a range reaches
 // over the border of a chunk, each chunk's part of it becomes a run for `settle_runs`; without `runs`, where samples are
 // few, it is settled here all the same.
-template <typename T, typename W>
+template <typename T, typename Weights>
 __global__ void __launch_bounds__(CHUNK)
-    settle_chunks(const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, uint32_t* runs) {
+    settle_chunks(const Part<T, Weights> part, const uint32_t* keys, const uint32_t* ordered, uint32_t* runs) {
   __shared__ __align__(16) uint32_t numbers[CHUNK];
   const unsigned samples = part.places[part.most_tiles * PIXELS];  // that count for something
   const unsigned first = blockIdx.x * CHUNK;
@@ -350,9 +351,9 @@ __device__ __forceinline__ unsigned rank_in_run(
 }
 
 // Merges the runs of each range: a sample's place is how many are smaller in its own run and in the others.
-template <typename T, typename W>
+template <typename T, typename Weights>
 __global__ void __launch_bounds__(THREADS)
-    settle_runs(const Part<T, W> part, const uint32_t* keys, const uint32_t* ordered, const uint32_t* runs) {
+    settle_runs(const Part<T, Weights> part, const uint32_t* keys, const uint32_t* ordered, const uint32_t* runs) {
   const unsigned samples = part.places[part.most_tiles * PIXELS];
   const unsigned chunk = blockIdx.x, first = chunk * CHUNK, end = min(first + CHUNK, samples);
   if (first >= samples) {
@@ -376,8 +377,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // Sums over levels that share some of their pixels: pixel by pixel, each looks for its samples in all levels. Slow, and right.
-template <typename T, typename W>
-__device__ void sum_overlapping(const Part<T, W>& part) {
+template <typename T, typename Weights>
+__device__ void sum_overlapping(const Part<T, Weights>& part) {
   using C = compute_t<T>;
   const int slices = (part.channels + WARP - 1) / WARP;
   const uint64_t units = static_cast<uint64_t>(part.images) * part.rows * slices;
@@ -418,9 +419,7 @@ __device__ void sum_overlapping(const Part<T, W>& part) {
           for (int corner = 0; corner < 4; ++corner) {
             if (footprint.inside(corner) && footprint.x.index[corner % 2] == x && footprint.y.index[corner / 2] == y &&
                 channel < part.channels) {
-              const W weight = part.weights
-                                   [part.image_offset(image, part.weight_strides) + place.offset(part.weight_steps) +
-                                    part.group_offset(channel)];
+              const auto weight = part.weights_of(image, channel).load(part.weights.key(place), place.query, 0);
               const T gradient = part.grad_output
                                      [part.image_offset(image, part.output_strides) +
                                       static_cast<int64_t>(place.query) * part.output_row + channel];
@@ -440,8 +439,8 @@ __device__ void sum_overlapping(const Part<T, W>& part) {
 }
 
 // Rows that belong to no level.
-template <typename T, typename W>
-__device__ void zero_gaps(const Part<T, W>& part) {
+template <typename T, typename Weights>
+__device__ void zero_gaps(const Part<T, Weights>& part) {
   const uint64_t pixels = static_cast<uint64_t>(part.images) * part.rows;
   for (uint64_t pixel = (blockIdx.x * blockDim.x + threadIdx.x) / WARP; pixel < pixels;
        pixel += gridDim.x * blockDim.x / WARP) {
@@ -460,8 +459,8 @@ __device__ void zero_gaps(const Part<T, W>& part) {
 }
 
 // Step 3 for what is not tiles' own.
-template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) sum_rest(const __grid_constant__ Part<T, W> part) {
+template <typename T, typename Weights>
+__global__ void __launch_bounds__(THREADS) sum_rest(const __grid_constant__ Part<T, Weights> part) {
   if (part.found->overlap) {
     sum_overlapping(part);
   } else if (part.found->gaps) {
@@ -470,8 +469,8 @@ __global__ void __launch_bounds__(THREADS) sum_rest(const __grid_constant__ Part
 }
 
 // Step 2.
-template <typename T, typename W>
-__global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Part<T, W> part) {
+template <typename T, typename Weights>
+__global__ void __launch_bounds__(THREADS) list_tiles(const __grid_constant__ Part<T, Weights> part) {
   Findings& found = *part.found;
   const unsigned number = blockIdx.x * THREADS + threadIdx.x;
   if (found.overlap || number >= part.images * found.tiles) {

@@ -1,5 +1,5 @@
 // The products of a sample's four pixels with the output's gradient, group by group: what all gradients but the
-// features' are made of. A *team* of up to 32 lanes spans the channels of a *pass*, some whole groups, in one go or in
+// features' are made of, in the backward of both aggregations. A *team* of up to 32 lanes spans the channels of a *pass*, some whole groups, in one go or in
 // several.
 //
 // The lanes of a group sum its products by halves, so that each lane ends with one of them:
@@ -16,7 +16,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 
-namespace reimplementation::feature_aggregation {
+namespace reimplementation::sampling {
 
 using namespace cuda;
 
@@ -189,4 +189,4 @@ struct Lane {
   }
 };
 
-}  // namespace reimplementation::feature_aggregation
+}  // namespace reimplementation::sampling
