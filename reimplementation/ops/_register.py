@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._spec import Dtype, Spec
 from .backends import EXTENSION_AVAILABLE
+from .determinism import must_be_deterministic as must_be_deterministic  # which ops import from here, too
 
 Flags = Callable[[Sequence[bool], Dtype], Sequence[bool]]
 
@@ -63,11 +64,6 @@ def raise_if_out_of_memory(error: Exception, device: torch.device) -> None:
                 device
             )  # a launch that failed before makes allocations fail too: this raises its error
         raise torch.OutOfMemoryError(str(error)) from error
-
-
-def must_be_deterministic() -> bool:
-    """Whether PyTorch is asked for the same bits every time."""
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags) -> Callable:

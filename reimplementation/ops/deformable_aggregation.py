@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ._call import call
-from ._register import define, must_be_deterministic
+from ._register import define
 from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec
 from .backends import grid_sample
+from .determinism import must_be_deterministic
 from .levels import check_levels_fit
 
 __all__ = ["deformable_aggregation_function"]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ._call import call
-from ._register import define, must_be_deterministic
+from ._register import define
 from ._spec import FEATURES, LEVELS, MASK, NUMBERS, REAL, WEIGHTS, Operand, Spec
 from .deformable_aggregation import deformable_aggregation_function
+from .determinism import must_be_deterministic
 from .dtypes import as_dtype
 from .levels import check_levels_fit
 from .project_points import MIN_DEPTH, project_points

@@ -62,17 +62,18 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def _aggregation(**settings) -> DeformableFeatureAggregation:
     """Without the residual connection, which would hide errors behind the exact query."""
+    generator = {
+        "type": "SparseBox3DKeyPointsGenerator",
+        "num_learnable_pts": 2,
+        "fix_scale": ((0.0, 0.0, 0.0), (0.45, 0.0, 0.0), (0.0, -0.45, 0.0)),
+    }
+    defaults = {"use_deformable_func": True, "use_camera_embed": True, "residual_mode": None}
     return DeformableFeatureAggregation(
         CHANNELS,
         num_groups=4,
         num_levels=len(LEVELS),
         num_cams=NUM_CAMS,
-        kps_generator={
-            "type": "SparseBox3DKeyPointsGenerator",
-            "num_learnable_pts": 2,
-            "fix_scale": ((0.0, 0.0, 0.0), (0.45, 0.0, 0.0), (0.0, -0.45, 0.0)),
-        },
-        **{"use_deformable_func": True, "use_camera_embed": True, "residual_mode": None, **settings},
+        **{"kps_generator": generator, **defaults, **settings},
     )
 
 

@@ -19,7 +19,10 @@ from .key_points import (
     Sparse4DBox3DKeyPointsGenerator,
     SparseBox3DKeyPointsGenerator,
     SparsePoint3DKeyPointsGenerator,
+    check_key_points,
 )
+from .one_node import aggregate
+from .plain_tensors import plain_tensors, settings_of
 
 PLUGINS: dict[str, Callable[..., nn.Module]] = {
     "SparseBox3DKeyPointsGenerator": SparseBox3DKeyPointsGenerator,
@@ -173,12 +176,34 @@ class DeformableFeatureAggregation(nn.Module):
         check_shape("instance_feature", instance_feature, ("bs", "num_anchor", "embed_dims"), sizes)
         check_shape("metas['projection_mat']", projection_mat, ("bs", "num_cams", 4, 4), sizes)
         _check_embed(anchor_embed, instance_feature)
-        col_feats, spatial_shape, scale_start_index = _formatted(feature_maps, sizes)
-        check_device("feature_maps", col_feats, instance_feature.device)
+        formatted = _formatted(feature_maps, sizes)
+        check_device("feature_maps", formatted[0], instance_feature.device)
+        keep = self._keep(instance_feature)
+        arguments = instance_feature, anchor, anchor_embed, formatted, projection_mat, image_wh, keep
+        tensors = plain_tensors(self, *arguments)
+        if tensors is None:
+            return self._layer_by_layer(*arguments)
+        try:
+            return aggregate(settings_of(self), tensors)
+        except RuntimeError:
+            self._layer_by_layer(*arguments)  # which says in better words what is wrong with its arguments
+            raise
 
+    def _layer_by_layer(
+        self,
+        instance_feature: Tensor,
+        anchor: Tensor,
+        anchor_embed: Tensor,
+        feature_maps: Sequence[Tensor],
+        projection_mat: Tensor,
+        image_wh: Tensor | None,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """The forward, each part of it called: what hooks, adapters, autocast, compilers and exporters see."""
+        col_feats, spatial_shape, scale_start_index = feature_maps
         with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
             key_points = self.kps_generator(anchor, instance_feature)
-            check_shape("key_points", key_points, ("bs", "num_anchor", self.num_pts, 3), sizes)
+            check_key_points(key_points, instance_feature, self.num_pts)
             logits, camera_logits = self._logits(instance_feature + anchor_embed, projection_mat)
             dtype = torch.promote_types(logits.dtype, col_feats.dtype)
             features = ops.deformable_feature_aggregation(
@@ -190,7 +215,7 @@ class DeformableFeatureAggregation(nn.Module):
                 image_wh,
                 as_dtype(logits, dtype),
                 None if camera_logits is None else as_dtype(camera_logits, dtype),
-                self._keep(key_points),
+                keep,
                 self.attn_drop,
             )
         output = self.proj_drop(self.output_proj(as_dtype(features, instance_feature.dtype)))
@@ -215,15 +240,15 @@ class DeformableFeatureAggregation(nn.Module):
         of_pairs = feature[:, :, None] + camera_embed.view(bs, 1, self.num_cams, self.embed_dims)
         return self.weights_fc(of_pairs).flatten(2), None
 
-    def _keep(self, key_points: Tensor) -> Tensor | None:
+    def _keep(self, instance_feature: Tensor) -> Tensor | None:
         """What attention dropout leaves, if there is any: (bs, num_anchor, num_cams, num_pts).
 
         One draw for all levels and groups of a pair, so that a dropped point is unseen by that camera.
         """
         if not self.training or self.attn_drop == 0:
             return None
-        bs, num_anchor = key_points.shape[:2]
-        return torch.rand(bs, num_anchor, self.num_cams, self.num_pts, device=key_points.device) > self.attn_drop
+        pairs = (*instance_feature.shape[:2], self.num_cams, self.num_pts)
+        return torch.empty(pairs, dtype=torch.bool, device=instance_feature.device).bernoulli_(1 - self.attn_drop)
 
     @staticmethod
     def project_points(key_points: Tensor, projection_mat: Tensor, image_wh: Tensor | None = None) -> Tensor:

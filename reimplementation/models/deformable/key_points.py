@@ -335,6 +335,12 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         return at_least_float32(anchor).unflatten(-1, (self.num_sample, 2))
 
 
+def check_key_points(key_points: Tensor, instance_feature: Tensor, num_pts: int) -> None:
+    """Raise ValueError unless every instance feature (bs, num_anchor, ...) has that many key points."""
+    sizes = {"bs": instance_feature.shape[0], "num_anchor": instance_feature.shape[1]}
+    check_shape("key_points", key_points, ("bs", "num_anchor", num_pts, 3), sizes)
+
+
 def _check_learnable(num_learnable_pts: int) -> None:
     if num_learnable_pts < 0:
         raise ValueError(f"num_learnable_pts must be at least 0; got {num_learnable_pts}")
