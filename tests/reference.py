@@ -146,11 +146,11 @@ def feature_aggregation_weights(
     """(bs, num_queries, num_pts, num_cams, num_levels, num_groups) float64: exponentials over their sum."""
     bs, num_queries, num_pts = key_points.shape[:3]
     num_cams = projection_mat.shape[1]
-    if camera_logits is None:
-        terms = logits.double().reshape(bs, num_queries, num_cams, num_levels, num_pts, -1)
-    else:
-        terms = logits.double().reshape(bs, num_queries, 1, num_levels, num_pts, -1)
-        terms = terms + camera_logits.double().reshape(bs, 1, num_cams, num_levels, num_pts, -1)
+    own_cams = num_cams if camera_logits is None else 1
+    num_groups = logits.shape[2] // max(own_cams * num_levels * num_pts, 1) or 1
+    terms = logits.double().reshape(bs, num_queries, own_cams, num_levels, num_pts, num_groups)
+    if camera_logits is not None:
+        terms = terms + camera_logits.double().reshape(bs, 1, num_cams, num_levels, num_pts, num_groups)
     terms = terms.permute(0, 1, 4, 2, 3, 5)
     if visible_only:
         location = project_points(key_points, projection_mat, image_wh)
@@ -159,6 +159,8 @@ def feature_aggregation_weights(
         seen = (depth > 1e-5) & (location > 0).all(-1) & (location < 1).all(-1)
         left_out = ~seen & seen.any(-1, keepdim=True)
         terms = torch.where(left_out[..., None, None], -torch.inf, terms)
+    if terms.numel() == 0:  # which has no largest
+        return terms
     powers = (terms - terms.detach().amax(dim=(2, 3, 4), keepdim=True)).exp()
     weights = powers / powers.sum(dim=(2, 3, 4), keepdim=True)
     if keep is None:

@@ -68,9 +68,9 @@ def test_levels_without_pixels(op, backend_device, half):
 def test_an_operator_called_under_autocast(op, kernels, half):
     """A compiler calls it without the Python function around it."""
     operands = op.on(kernels, torch.float32 if op.is_pointwise else half)
-    operands = [t if op.is_pointwise or not t.is_floating_point() else t.to(half) for t in operands]
+    operands = operands if op.is_pointwise else op.moved(operands, kernels, half)
     with torch.autocast(kernels.type, half):
-        output = op.forward(*operands)
+        output = op.forward_call(operands)
     assert torch.equal(output, op.function(*op.moved(operands, kernels, operands[0].dtype)))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.fuzz.checking import ACCEPTED, REFUSED, Mismatch, check
 from tests.fuzz.draws import draw
+from tests.ops.table import BOXES, FEATURE_AGGREGATION, PROJECTION, SAMPLING_OPS
 
 DRAWS = 150
 SEED = 7
@@ -39,9 +40,7 @@ def slightly_large(function):
 
 
 def slightly_shifted(function):
-    return lambda features, shapes, starts, locations, weights: function(
-        features, shapes, starts, locations + 1e-4, weights
-    )
+    return lambda features, shapes, starts, places, *others: function(features, shapes, starts, places + 1e-4, *others)
 
 
 def without_nan(function):
@@ -66,14 +65,19 @@ def ignoring_the_last(function):
     return lambda *operands: function(*operands[:-1])
 
 
-WRONG = [(wrong, False) for wrong in (slightly_large, slightly_shifted, without_nan, of_the_next_level, without_checks)]
-WRONG += [(wrong, True) for wrong in (slightly_large, without_nan, without_checks, ignoring_the_last)]
+WRONG_SAMPLING = (slightly_large, slightly_shifted, without_nan, of_the_next_level, without_checks)
+WRONG_FORMULA = (slightly_large, slightly_shifted, of_the_next_level, without_checks)  # it is drawn without NaN
+WRONG_POINTWISE = (slightly_large, without_nan, without_checks, ignoring_the_last)
+WRONG = [(wrong, SAMPLING_OPS) for wrong in WRONG_SAMPLING]
+WRONG += [(wrong, (FEATURE_AGGREGATION,)) for wrong in WRONG_FORMULA]
+WRONG += [(wrong, (PROJECTION, BOXES)) for wrong in WRONG_POINTWISE]
 
 
-@pytest.mark.parametrize(("wrong", "is_pointwise"), WRONG)
-def test_a_wrong_op_is_noticed(wrong, is_pointwise):
-    draws = (draw(SEED, number, torch.device("cpu")) for number in range(200))
-    for drawn in (drawn for drawn in draws if drawn.op.is_pointwise == is_pointwise):
+@pytest.mark.parametrize(("wrong", "of"), WRONG, ids=lambda value: getattr(value, "__name__", None))
+def test_a_wrong_op_is_noticed(wrong, of):
+    names = [op.name for op in of]
+    draws = (draw(SEED, number, torch.device("cpu")) for number in range(400))
+    for drawn in (drawn for drawn in draws if drawn.op.name in names):
         drawn.op = replace(drawn.op, function=wrong(drawn.op.function))
         try:
             check(drawn)

@@ -12,7 +12,7 @@ from ._register import define
 from ._spec import FEATURES, LEVELS, MASK, NUMBERS, REAL, WEIGHTS, Operand, Spec
 from .deformable_aggregation import deformable_aggregation_function
 from .determinism import must_be_deterministic
-from .dtypes import as_dtype
+from .dtypes import FLOATING, as_dtype
 from .levels import check_levels_fit
 from .project_points import MIN_DEPTH, project_points
 from .transforms import transform
@@ -79,10 +79,9 @@ def deformable_feature_aggregation(
         TypeError: an argument is no tensor or has another dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
-    if isinstance(logits, Tensor) and isinstance(camera_logits, Tensor) and logits.dtype != camera_logits.dtype:
-        if logits.is_floating_point() and camera_logits.is_floating_point():
-            dtype = torch.promote_types(logits.dtype, camera_logits.dtype)
-            logits, camera_logits = as_dtype(logits, dtype), as_dtype(camera_logits, dtype)
+    if _differ_in_dtype(logits, camera_logits, feature_maps):
+        dtype = torch.promote_types(logits.dtype, camera_logits.dtype)  # type: ignore[union-attr]
+        logits, camera_logits = as_dtype(logits, dtype), as_dtype(camera_logits, dtype)  # type: ignore[arg-type]
     return call(
         _OP,
         feature_maps,
@@ -96,6 +95,17 @@ def deformable_feature_aggregation(
         keep,
         settings=(attn_drop, visible_only),
     )
+
+
+def _differ_in_dtype(logits: Tensor, camera_logits: Tensor | None, feature_maps: Tensor) -> bool:
+    """Whether both logits are what the op takes, or autocast makes so, but not in one dtype, as kernels want them."""
+    if not all([isinstance(tensor, Tensor) for tensor in (logits, camera_logits, feature_maps)]):
+        return False
+    dtypes = logits.dtype, camera_logits.dtype  # type: ignore[union-attr]
+    if dtypes[0] == dtypes[1]:
+        return False
+    taken = FLOATING if torch._C._is_any_autocast_enabled() else WEIGHTS.accepted(feature_maps.dtype)
+    return all([dtype in taken for dtype in dtypes])
 
 
 def _formula(

@@ -12,6 +12,7 @@ import torch
 from reimplementation import ops
 from tests.fuzz.checking import Mismatch, check
 from tests.fuzz.draws import draw
+from tests.ops.table import OPS
 
 ENOUGH = 20  # mismatches after which to stop
 
@@ -21,6 +22,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--ops", nargs="+", choices=[op.name for op in OPS], help="the draws of these alone")
     parser.add_argument("--only", type=int, metavar="K", help="draw number K alone")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -31,6 +33,8 @@ def main() -> int:
         # Should the process die, this line names the draw that it died of.
         print(f"\rdraw {number} ", end="", file=sys.stderr, flush=True)
         drawn = draw(arguments.seed, number, device)
+        if arguments.ops and drawn.op.name not in arguments.ops:
+            continue
         what = f"{drawn.op.name} on {drawn.backend}"
         try:
             totals[what, check(drawn)] += 1

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
-from tests.fuzz import pointwise, rules
+from tests.fuzz import feature_aggregation, pointwise, rules
 from tests.fuzz.drawing import Draw
 from tests.fuzz.rules import RESULTS, Expected, rounding
-from tests.ops.table import AGGREGATION, ATTENTION
+from tests.ops.table import AGGREGATION, ATTENTION, FEATURE_AGGREGATION
 
 ACCEPTED, REFUSED = "accepted", "refused as documented"
 
@@ -38,7 +38,8 @@ def check(draw: Draw) -> str:
     for name, operand, copy in zip(draw.op.names, draw.operands, before):
         if operand is not None and not torch.equal(operand.nan_to_num(), copy.nan_to_num()):
             raise Mismatch(f"{name} was written to")
-    (compare_pointwise if draw.op.is_pointwise else compare)(draw, output, gradients)
+    comparison = {AGGREGATION.name: compare, ATTENTION.name: compare, FEATURE_AGGREGATION.name: compare_formula}
+    comparison.get(draw.op.name, compare_pointwise)(draw, output, gradients)
     return ACCEPTED
 
 
@@ -77,9 +78,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 def run_directly(draw: Draw) -> tuple[Tensor, list[Tensor | None]]:
     """The same from the registered operators."""
-    output = draw.op.forward(*draw.operands)
+    output = draw.op.forward_call(draw.operands)
     flags = () if draw.op.is_pointwise else (*draw.needs, draw.deterministic)
-    gradients = draw.op.backward(draw.grad_output, *draw.operands, *flags)
+    gradients = draw.op.backward_call(draw.grad_output, draw.operands, flags)
     gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
     there = [operand is not None for operand in (draw.operands[i] for i in draw.op.differentiable)]
     return output, [grad if need and is_there else None for grad, need, is_there in zip(gradients, draw.needs, there)]
@@ -103,11 +104,33 @@ def compare_pointwise(draw: Draw, output: Tensor, gradients: list[Tensor | None]
             raise Mismatch(f"{name}: not finite elsewhere than the formula")
         if not all_finite:  # 0 * inf, which a formula may have and another way to write it not, is NaN
             continue
-        error = (actual.double() - wanted)[finite].norm().item()
-        wanted = wanted[finite].norm().item()
-        allowed = tolerance + torch.finfo(dtype).eps * wanted + torch.finfo(dtype).tiny * actual.numel()
-        if error > allowed:
-            raise Mismatch(f"{name}: L2 error {error:.1e} of {wanted:.1e}, allowed {allowed:.1e}")
+        assert_norm_close(name, actual[finite].double(), wanted[finite], dtype, tolerance)
+
+
+def assert_norm_close(name: str, actual: Tensor, wanted: Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    """Within the tolerance and a rounding of the result, in the L2 norm."""
+    error, size = (actual - wanted).norm().item(), wanted.norm().item()
+    allowed = tolerance + torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny * actual.numel()
+    if not error <= allowed:
+        raise Mismatch(f"{name}: L2 error {error:.1e} of {size:.1e}, allowed {allowed:.1e}")
+
+
+def compare_formula(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
+    """With the formula in float64, of operands that are all finite."""
+    places = [i for i in draw.op.differentiable if draw.operands[i] is not None]
+    kept = [gradient for i, gradient in zip(draw.op.differentiable, gradients) if draw.operands[i] is not None]
+    dtypes = [draw.operands[i].dtype for i in (0, *places)]
+    results, tolerances = feature_aggregation.expected(draw.op, draw.operands, draw.grad_output)
+    names = ["output", *(f"gradient of {draw.op.names[i]}" for i in places)]
+    for name, actual, wanted, dtype, tolerance in zip(names, [output, *kept], results, dtypes, tolerances):
+        if actual is None:
+            continue
+        if actual.dtype != dtype or actual.shape != wanted.shape:
+            raise Mismatch(f"{name}: {actual.dtype} {tuple(actual.shape)} for {dtype} {tuple(wanted.shape)}")
+        # What autograd adds in plain PyTorch, level by level, it rounds each time to the features' dtype.
+        rounded = draw.operands[1].shape[1] if draw.backend == "grid_sample" else 0
+        rounding = 4 * rounded * torch.finfo(draw.operands[0].dtype).eps * wanted.norm().item()
+        assert_norm_close(name, actual.cpu().double(), wanted, dtype, tolerance + rounding)
 
 
 def compare(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:

@@ -104,6 +104,18 @@ class Drawing:
 
     # What must be refused.
 
+    def refuse(self, result: Draw) -> None:
+        """Now and then make something wrong of a draw that is complete but for that, and say what must come of it."""
+        if self.chance(0.2):
+            result.error = self.spoil(result.operands, result)
+        elif result.direct and self.chance(0.1):
+            wrong = getattr(self, self.rng.choice(["wrong_rank", "wrong_grad_size"]))
+            result.grad_output, _ = wrong(0, result.grad_output)
+            result.error = RuntimeError
+        if result.direct:
+            self.story.append("called directly")
+            result.error = result.error and (RuntimeError, TypeError)
+
     def spoil(self, operands: list, result: Draw) -> type[Exception]:
         """Make one operand wrong; returns the error that the ops document for it."""
         which = self.rng.choice([i for i, operand in enumerate(operands) if operand is not None])

@@ -6,10 +6,11 @@ import random
 
 import torch
 
-from tests.fuzz.drawing import Draw
+from tests.fuzz.drawing import Draw, Drawing
+from tests.fuzz.feature_aggregation import FeatureAggregationDrawing
 from tests.fuzz.pointwise import PointwiseDrawing
 from tests.fuzz.sampling import SamplingDrawing
-from tests.ops.table import OPS
+from tests.ops.table import FEATURE_AGGREGATION, OPS, Op
 
 KINDS = [op for op in OPS for _ in range(1 if op.is_pointwise else 2)]  # what has more to go wrong is drawn more often
 
@@ -18,4 +19,10 @@ def draw(seed: int, number: int, device: torch.device) -> Draw:
     """The same for every run on the same kind of device."""
     rng = random.Random(f"{seed}/{number}")
     op = rng.choice(KINDS)
-    return (PointwiseDrawing if op.is_pointwise else SamplingDrawing)(op, rng, device).draw()
+    return drawing_of(op)(op, rng, device).draw()
+
+
+def drawing_of(op: Op) -> type[Drawing]:
+    if op is FEATURE_AGGREGATION:
+        return FeatureAggregationDrawing
+    return PointwiseDrawing if op.is_pointwise else SamplingDrawing

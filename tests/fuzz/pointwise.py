@@ -33,14 +33,7 @@ class PointwiseDrawing(Drawing):
         result.grad_output = self.lay_out(toward, "grad_output")
         if not result.direct and self.chance(0.05):
             result.autocast = rng.choice([torch.bfloat16, torch.float16])
-        if self.chance(0.2):
-            result.error = self.spoil(result.operands, result)
-        elif result.direct and self.chance(0.1):
-            result.grad_output, _ = getattr(self, rng.choice(["wrong_rank", "wrong_grad_size"]))(0, result.grad_output)
-            result.error = RuntimeError
-        if result.direct:
-            self.story.append("called directly")
-            result.error = result.error and (RuntimeError, TypeError)
+        self.refuse(result)
         result.story = f"{str(self.dtype).removeprefix('torch.')} {sizes}; {'; '.join(self.story)}"
         return result
 

@@ -57,14 +57,7 @@ class SamplingDrawing(Drawing):
         levels_are_read = all(t.device.type == "cpu" for t in operands[1:3])
         if levels_are_read and not levels_fit:
             result.error = ValueError
-        if self.chance(0.2):
-            result.error = self.spoil(operands, result)
-        elif result.direct and self.chance(0.1):
-            result.grad_output, _ = getattr(self, rng.choice(["wrong_rank", "wrong_grad_size"]))(0, result.grad_output)
-            result.error = RuntimeError
-        if result.direct:
-            self.story.append("called directly")
-            result.error = result.error and (RuntimeError, TypeError)
+        self.refuse(result)
         if result.backend == "cuda" and self.chance(0.4):
             result.deterministic = True
             self.story.append("deterministic")
@@ -76,7 +69,7 @@ class SamplingDrawing(Drawing):
     def levels(self) -> tuple[Tensor, Tensor, int, bool]:
         """Shapes, first rows, rows of the features, and whether every level fits them."""
         rng = self.rng
-        self.num_cams = self.count(8) if self.op is AGGREGATION else 1
+        self.num_cams = 1 if self.op is ATTENTION else self.count(8)
         self.num_levels = self.count(5, many=12)
         num_images = self.num_cams * self.num_levels
         sides = [0, 1, 2, 3, 4, 5, 7, 8, 16] if self.chance(0.3) else [1, 2, 3, 4, 5, 8, 13]
@@ -101,7 +94,7 @@ class SamplingDrawing(Drawing):
             if self.chance(0.5):
                 shapes[i], starts[i] = self.wild_level(kind, shapes[i], starts[i], num_rows)
         fit = all(reference.fits(*shape, start, num_rows) for shape, start in zip(shapes, starts))
-        dims = (self.num_cams, self.num_levels) if self.op is AGGREGATION else (self.num_levels,)
+        dims = (self.num_levels,) if self.op is ATTENTION else (self.num_cams, self.num_levels)
         shapes = torch.tensor(shapes, dtype=torch.int64).view(*dims, 2)
         return shapes, torch.tensor(starts, dtype=torch.int64).view(dims), num_rows, fit
 

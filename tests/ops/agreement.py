@@ -100,6 +100,6 @@ class KernelCalls(TorchDispatchMode):
 
     def needs_of(self, op: Op) -> list[tuple[bool, ...]]:
         """Which gradients each call of the op's backward was asked for."""
-        first = 1 + len(op.operands)  # behind the output's gradient and the operands
+        first = 1 + len(op.operands) + op.keeps + len(op.settings)  # behind the output's gradient, and all else
         calls = zip(self.names, self.arguments)
         return [args[first : first + len(op.differentiable)] for name, args in calls if name == f"{op.name}_backward"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.ops.inputs import quantized
 
 SHAPES = (((9, 14), (5, 7)), ((9, 14), (5, 7)), ((6, 4), (1, 3)))  # cameras of different shapes
+ATTN_DROP = 0.25  # of the pairs in `random_feature_aggregation`
 LEAVES = ("feature_maps", "key_points", "logits", "camera_logits")
 
 
@@ -102,3 +103,16 @@ def feature_aggregation_inputs(
         attn_drop or 0.0,
         visible_only,
     )
+
+
+def random_feature_aggregation(
+    seed: int = 0, *, num_groups: int = 6, channels: int = 24, spare_rows: int = 0, **sizes
+) -> list[Tensor | None]:
+    """The op's operands, none left out, with as many groups as leave a choice.
+
+    They are a multiple of the usual number of cameras: without the cameras' logits those of the queries are then one
+    for each pair, of fewer groups. ``spare_rows`` of the features belong to no level.
+    """
+    made = feature_aggregation_inputs(seed, num_groups=num_groups, channels=channels, attn_drop=ATTN_DROP, **sizes)
+    features, *others, _, _ = made
+    return [torch.nn.functional.pad(features, (0, 0, 0, spare_rows)), *others]

@@ -16,6 +16,7 @@ from torch import Tensor
 from reimplementation import ops
 from tests import reference
 from tests.ops import inputs
+from tests.ops.feature_aggregation_inputs import ATTN_DROP, random_feature_aggregation
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -39,6 +40,10 @@ def wide(first: torch.dtype) -> tuple[torch.dtype, ...]:
     return torch.float32, torch.float64
 
 
+def flags(first: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.bool,)
+
+
 def as_the_first(first: torch.dtype) -> tuple[torch.dtype, ...]:
     return first, torch.float32
 
@@ -54,12 +59,14 @@ class Operand:
     differentiable: bool = False  # whether the kernel has its gradient
     optional: bool = False  # whether it may be None
     any_device: bool = False  # whether it may be on the CPU where the others are not
+    in_float32: bool = False  # whether kernels that read others in half precision read it in float32
 
     def in_dtype(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
         """The operand as it is beside others of ``dtype``: in that dtype, or in float32 where it may not have it."""
         if not operand.is_floating_point():
             return operand
-        return operand.to(dtype if dtype in self.dtypes(dtype) else torch.float32)
+        is_read = dtype in self.dtypes(dtype) and not (self.in_float32 and dtype in HALF)
+        return operand.to(dtype if is_read else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Op:
     """Arithmetic alone: compilers and exporters see its formula, which has derivatives of any order, and its results
     are the same bits however it runs. Another op samples: its gradients are sums over what queries share, in no
     certain order unless one asks for it, and their operator is told which of them are needed."""
+    settings: tuple = ()  # what the operator takes behind the operands
+    keeps: bool = False  # whether the operator returns, beside its output, what its backward takes behind the operands
 
     def __str__(self) -> str:
         return self.name
@@ -121,10 +130,29 @@ class Op:
             for about, operand in zip(self.operands, operands, strict=True)
         ]
 
-    def backward_call(self, grad_output: Tensor, operands: Sequence[Tensor | None], needs: Sequence[bool] = ()):
-        """The operator of the gradients; all of them are needed unless ``needs`` says less."""
+    def forward_arguments(self, operands: Sequence[Tensor | None]) -> tuple:
+        return (*operands, *self.settings)
+
+    def forward_call(self, operands: Sequence[Tensor | None]) -> Tensor:
+        """The operator's output."""
+        returned = self.forward(*self.forward_arguments(operands))
+        return returned[0] if self.keeps else returned
+
+    def kept(self, operands: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """What the operator returns for its backward."""
+        return tuple(self.forward(*self.forward_arguments(operands))[1:]) if self.keeps else ()
+
+    def backward_arguments(
+        self, grad_output: Tensor, operands: Sequence, needs: Sequence[bool] = (), kept=None
+    ) -> tuple:
+        """For the operator of the gradients; all of them are needed unless ``needs`` says less."""
+        kept = self.kept(operands) if kept is None else kept
         flags = () if self.is_pointwise else needs or [True] * len(self.differentiable)
-        return self.backward(grad_output, *operands, *flags)
+        return (grad_output, *operands, *kept, *self.settings, *flags)
+
+    def backward_call(self, *arguments, **kept):
+        """The operator of the gradients, with `backward_arguments`."""
+        return self.backward(*self.backward_arguments(*arguments, **kept))
 
 
 def without_optional(op: Op, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -221,6 +249,66 @@ ATTENTION = Op(
     **SAMPLING,
 )
 
+
+def aggregate_features(*operands: Tensor | None) -> Tensor:
+    """`ops.deformable_feature_aggregation` with the settings of its row."""
+    return ops.deformable_feature_aggregation(*operands, ATTN_DROP)
+
+
+def apart_from_edges(*operands: Tensor | None) -> list[Tensor | None]:
+    """As `off_the_edges`, of what becomes locations."""
+    return [*operands[:3], operands[3] + inputs.STEP / 2, *operands[4:]]
+
+
+FEATURE_AGGREGATION = Op(
+    "deformable_feature_aggregation",
+    aggregate_features,
+    partial(reference.deformable_feature_aggregation, attn_drop=ATTN_DROP),
+    operands=(
+        Operand("feature_maps", (0,), differentiable=True),
+        Operand("spatial_shape", (0, 1, 2), any_integer, any_device=True),
+        Operand("scale_start_index", (0, 1), any_integer, any_device=True),
+        Operand("key_points", (0, 1, 3), differentiable=True, in_float32=True),
+        Operand("projection_mat", (0, 1, 2, 3), in_float32=True),
+        Operand("image_wh", (0, 1, 2), any_number, optional=True, in_float32=True),
+        Operand("logits", (0, 1, 2), as_the_first, differentiable=True),
+        Operand("camera_logits", (0, 1, 2), as_the_first, differentiable=True, optional=True),
+        Operand("keep", (0, 1, 2, 3), flags, optional=True),
+    ),
+    random=random_feature_aggregation,
+    small=lambda: apart_from_edges(
+        *random_feature_aggregation(
+            13,
+            batch_size=1,
+            num_queries=2,
+            num_points=2,
+            channels=2,
+            num_groups=2,
+            shapes=(((3, 4),), ((3, 2),)),
+        )
+    ),
+    geometries={
+        "random": random_feature_aggregation,
+        "one camera": partial(random_feature_aggregation, shapes=[[(9, 14), (5, 7)]]),
+        "many points": partial(random_feature_aggregation, num_points=40, num_queries=3),
+    },
+    empty={
+        "batch": {"batch_size": 0},
+        "queries": {"num_queries": 0},
+        "points": {"num_points": 0},
+        "rows": {"shapes": [[(0, 0), (0, 3)]] * 2},
+        "cameras": {"shapes": torch.empty(0, 1, 2, dtype=torch.int64), "spare_rows": 20},
+        "levels": {"shapes": torch.empty(2, 0, 2, dtype=torch.int64), "spare_rows": 20},
+        "channels": {"channels": 0, "num_groups": 1},
+    },
+    many={"num_queries": 400, "channels": 126},
+    lean={"shapes": [[(9, 14)], [(5, 7)]]},
+    sizes=("batch_size", "num_queries", "num_points", "channels", "num_groups"),
+    settings=(ATTN_DROP, False),
+    keeps=True,
+    **SAMPLING,
+)
+
 PROJECTION = Op(
     "project_points",
     ops.project_points,
@@ -283,7 +371,7 @@ BOXES = Op(
     **POINTWISE,
 )
 
-OPS = (AGGREGATION, ATTENTION, PROJECTION, BOXES)
+OPS = (AGGREGATION, FEATURE_AGGREGATION, ATTENTION, PROJECTION, BOXES)
 SAMPLING_OPS = (AGGREGATION, ATTENTION)  # of features, shapes and first rows of levels, locations, weights
 FORMS = [(op, True) for op in OPS] + [(op, False) for op in OPS if any(about.optional for about in op.operands)]
 """Every op with its optional operands, and those that have some without."""

@@ -124,17 +124,6 @@ def test_half_features_with_float32_logits(backend_device, dtype):
         assert_close(actual, exact, TOLERANCE[dtype])
 
 
-def test_other_dtypes_of_cameras_are_cast(backend_device):
-    inputs = feature_aggregation_inputs(5).to(backend_device, torch.float32)
-    expected = ops.deformable_feature_aggregation(*inputs)
-    for dtype in (torch.float64, torch.int32):
-        assert torch.equal(
-            ops.deformable_feature_aggregation(*replace(inputs, image_wh=inputs.image_wh.to(dtype))), expected
-        )
-    wide = replace(inputs, key_points=inputs.key_points.double(), projection_mat=inputs.projection_mat.double())
-    assert torch.equal(ops.deformable_feature_aggregation(*wide), expected)
-
-
 def test_without_image_size_the_matrix_goes_to_normalised_coordinates(backend_device):
     inputs = feature_aggregation_inputs(5).to(backend_device, torch.float64)
     normalised = inputs.projection_mat.clone()
@@ -143,21 +132,6 @@ def test_without_image_size_the_matrix_goes_to_normalised_coordinates(backend_de
     without = replace(inputs, projection_mat=normalised, image_wh=None)
     expected = run(ops.deformable_feature_aggregation, inputs)
     assert_close(run(ops.deformable_feature_aggregation, without), expected, 1e-12)
-
-
-@pytest.mark.parametrize(
-    "needed", [("feature_maps",), ("key_points",), ("logits",), ("camera_logits",), ("key_points", "logits")]
-)
-def test_only_the_gradients_that_are_needed(backend_device, needed):
-    inputs = feature_aggregation_inputs(6).to(backend_device, torch.float64)
-    expected = run(ops.deformable_feature_aggregation, inputs)
-    leaves = {name: t.detach().clone().requires_grad_(name in needed) for name, t in inputs.leaves().items()}
-    output = ops.deformable_feature_aggregation(*replace(inputs, **leaves))
-    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    output.backward(grad_output.to(output))
-    for name, leaf in leaves.items():
-        assert (leaf.grad is not None) == (name in needed)
-        assert leaf.grad is None or relative_error(leaf.grad, expected[name]) <= 1e-12
 
 
 def test_gradients_of_the_cameras(backend_device):
@@ -187,14 +161,6 @@ def test_strides(backend_device, form):
         if isinstance(tensor := getattr(inputs, name), torch.Tensor)
     }
     assert_close(run(ops.deformable_feature_aggregation, replace(inputs, **tensors)), expected, 1e-12)
-
-
-def test_expanded_operands(backend_device):
-    inputs = feature_aggregation_inputs(8, num_queries=1).to(backend_device, torch.float64)
-    expanded = {"key_points": inputs.key_points.expand(-1, 5, -1, -1), "logits": inputs.logits.expand(-1, 5, -1)}
-    repeated = {name: tensor.contiguous() for name, tensor in expanded.items()}
-    got = run(ops.deformable_feature_aggregation, replace(inputs, **expanded))
-    assert_close(got, run(ops.deformable_feature_aggregation, replace(inputs, **repeated)), 1e-12)
 
 
 @forms
@@ -405,37 +371,6 @@ def test_little_is_kept_for_the_backward(device):
     assert [t.shape for t in own] == [(2, 50, 4, 2)]
 
 
-def test_second_derivatives(backend_device):
-    inputs = feature_aggregation_inputs(
-        17, batch_size=1, num_queries=2, num_points=2, channels=4, num_groups=2, shapes=SMALL
-    ).to(backend_device, torch.float64)
-    leaves = [inputs.logits.requires_grad_(), inputs.camera_logits.requires_grad_()]
-
-    def function(logits, camera_logits):
-        return ops.deformable_feature_aggregation(*replace(inputs, logits=logits, camera_logits=camera_logits))
-
-    if ops.backends.select_backend(backend_device) == "grid_sample":
-        assert torch.autograd.gradgradcheck(function, leaves)
-        return
-    (gradient,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(backend_device, half):
-    """Autocast made logits half; the features keep their dtype, and nothing else changes."""
-    inputs = feature_aggregation_inputs(18).to(backend_device, torch.float32)
-    halves = replace(inputs, logits=inputs.logits.to(half), camera_logits=inputs.camera_logits.to(half))
-    expected = ops.deformable_feature_aggregation(
-        *replace(halves, logits=halves.logits.float(), camera_logits=halves.camera_logits.float())
-    )
-    with torch.autocast(backend_device.type, half):
-        got = ops.deformable_feature_aggregation(*halves)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected)
-
-
 @forms
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_opcheck(device, dtype, form):
@@ -477,20 +412,6 @@ def test_compiled_with_gradients_of_the_cameras(device):
     assert relative_error(*gradients) <= 1e-11
 
 
-def test_same_bits_for_any_number_of_threads():
-    inputs = feature_aggregation_inputs(22, num_queries=400, channels=128).to("cpu", torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run(ops.deformable_feature_aggregation, inputs))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(other[name], wanted) for name, wanted in results[0].items())
-
-
 @pytest.mark.cuda
 class TestOnAGpu:
     """What only a GPU has; the tests above run there too."""
@@ -523,33 +444,6 @@ class TestOnAGpu:
             run(ops.deformable_feature_aggregation, replace(inputs, **levels)), expected, TOLERANCE[torch.float32]
         )
 
-    def test_graph(self):
-        static = feature_aggregation_inputs(24, attn_drop=0.2).to("cuda", torch.float32)
-        fresh = feature_aggregation_inputs(25, attn_drop=0.2).to("cuda", torch.float32)
-        leaves = list(static.leaves().values())
-        for leaf in leaves:
-            leaf.requires_grad_()
-
-        def step():
-            output = ops.deformable_feature_aggregation(*static)
-            return output.detach(), *torch.autograd.grad(output.square().sum(), leaves)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replayed = step()
-        with torch.no_grad():
-            for old, new in zip(static, fresh):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-        graph.replay()
-        for got, wanted in zip(replayed, step(), strict=True):
-            assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
-
     def test_waits_for_nothing_but_its_stream(self):
         inputs = feature_aggregation_inputs(26).to("cuda", torch.float32)
         expected = run(ops.deformable_feature_aggregation, inputs)
@@ -562,12 +456,6 @@ class TestOnAGpu:
             got = run(ops.deformable_feature_aggregation, zeros)
         stream.synchronize()
         assert_close(got, expected, TOLERANCE[torch.float32])
-
-    @pytest.mark.two_gpus
-    def test_another_device_than_the_current_one(self):
-        inputs = feature_aggregation_inputs(27).to("cuda:1", torch.float32)
-        got = run(ops.deformable_feature_aggregation, inputs)
-        assert_close(got, run(ops.deformable_feature_aggregation, inputs.to("cpu", torch.float32)), 1e-5)
 
     def test_memory(self):
         """At SparseDrive's sizes: nothing of the size of the weights in the forward."""

@@ -144,7 +144,7 @@ class TestGradients:
     @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
     def test_gradients_that_are_not_asked_for_take_no_memory(self, op, kernels, needs):
         operands = op.on(kernels, torch.float32)
-        results = op.backward_call(torch.ones_like(op.forward(*operands)), operands, needs)
+        results = op.backward_call(torch.ones_like(op.forward_call(operands)), operands, needs)
         wanted = [operands[i].numel() if needed else 0 for i, needed in zip(op.differentiable, needs)]
         assert [gradient.numel() for gradient in results] == wanted
 
@@ -263,22 +263,23 @@ class TestOperator:
         operands = operands if optional else without_optional(op, operands)
         if needs:
             leaves_of(op, operands)
-        torch.library.opcheck(op.forward, tuple(operands))
+        torch.library.opcheck(op.forward, op.forward_arguments(operands))
 
     @pytest.mark.parametrize(("op", "optional"), FORMS, ids=str)
-    @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
-    def test_backward(self, op, kernels, needs, optional):
+    @pytest.mark.parametrize("all_needed", [True, False])
+    def test_backward(self, op, kernels, all_needed, optional):
         operands = op.on(kernels, torch.float32, 15, num_queries=3)
         operands[-1] = with_memory_reversed(operands[-1])  # whose gradient, where it has one, has its strides
         operands = operands if optional else without_optional(op, operands)
-        flags = () if op.is_pointwise else needs
-        torch.library.opcheck(op.backward, (torch.randn_like(op.forward(*operands)), *operands, *flags))
+        needs = [all_needed or number == 1 for number in range(len(op.differentiable))]
+        toward = torch.randn_like(op.forward_call(operands)).detach()
+        torch.library.opcheck(op.backward, op.backward_arguments(toward, operands, needs))
 
     @pytest.mark.parametrize("dtype", FLOATING, ids=str)
     def test_on_meta(self, op, kernels, dtype):
         """Shapes and dtypes without numbers."""
-        for function in (op.function, op.forward) if dtype in op.kernel_dtypes else (op.function,):
-            output = function(*op.on("meta", dtype))
+        operands = op.on("meta", dtype)
+        for output in (op.function(*operands), *([op.forward_call(operands)] if dtype in op.kernel_dtypes else [])):
             assert output.is_meta
             assert output.dtype == op.output_dtype(dtype)
             assert output.shape == op.function(*op.on(kernels)).shape
@@ -287,10 +288,10 @@ class TestOperator:
     def test_direct_calls_are_checked(self, op, kernels, on_meta):
         """Wrong shapes, dtypes and devices are errors; no kernel reads beyond what there is."""
         operands = op.on("meta" if on_meta else kernels, torch.float32)
-        toward = torch.ones_like(op.forward(*operands))
-        elsewhere = kernels if on_meta else "meta"
+        toward = torch.ones_like(op.forward_call(operands))
+        elsewhere, kept = kernels if on_meta else "meta", op.kept(operands)
         for place, (about, operand) in enumerate(zip(op.operands, operands)):
-            taken = (torch.float32,) if op.is_pointwise else about.dtypes(torch.float32)
+            taken = (torch.float32,) if op.is_pointwise or about.in_float32 else about.dtypes(torch.float32)
             wrong_dtypes = [dtype for dtype in (*FLOATING, *NO_NUMBERS, torch.int64) if dtype not in taken]
             for spoiled in (
                 *wrong_ranks(operand),
@@ -299,7 +300,7 @@ class TestOperator:
                 *([] if on_meta and about.any_device else [torch.zeros_like(operand, device=elsewhere)]),
             ):
                 others = [spoiled if i == place else other for i, other in enumerate(operands)]
-                calls = [partial(op.forward, *others), partial(op.backward_call, toward, others)]
+                calls = [partial(op.forward_call, others), partial(op.backward_call, toward, others, kept=kept)]
                 # Of a meta tensor, the gradients of a sampling op say a shape alone.
                 for call in calls if op.is_pointwise or not (on_meta or spoiled.is_meta) else calls[:1]:
                     with pytest.raises((RuntimeError, ValueError, TypeError), match=" must "):
@@ -308,14 +309,14 @@ class TestOperator:
             return
         for spoiled in (toward[0], toward[..., :1], toward[:, :1], toward.double(), toward.half()):
             with pytest.raises((RuntimeError, ValueError, TypeError), match="grad_output must"):
-                op.backward_call(spoiled, operands)
+                op.backward_call(spoiled, operands, kept=kept)
 
     @sampling
     def test_direct_calls_read_metadata_on_the_cpu(self, op, kernels):
         operands = op.on(kernels, torch.float32)
         operands[1:3] = operands[1].cpu(), operands[2].cpu() + 1
         with pytest.raises(RuntimeError, match=op.operands[2].name):
-            op.forward(*operands)
+            op.forward_call(operands)
 
 
 def wrong_ranks(operand: Tensor) -> Iterator[Tensor]:
@@ -420,10 +421,12 @@ class TestOutOfMemory:
 
     def test_error_of_the_operators(self, op, kernels):
         operands = self.far_too_many(op, kernels)
-        one = op.function(*op.on(kernels, torch.float32, num_queries=1))[:1, :1]
+        few = op.on(kernels, torch.float32, num_queries=1)
+        one = op.function(*few)[:1, :1]
         queries = max(t.shape[1] for t in operands if t.dim() > 1)
         grad_output = one[..., :1].expand(operands[0].shape[0], queries, *one.shape[2:])
-        for call in (partial(op.forward, *operands), partial(op.backward_call, grad_output, operands)):
+        kept = [t[:, :1].expand(-1, queries, *t.shape[2:]) for t in op.kept(few)]
+        for call in (partial(op.forward_call, operands), partial(op.backward_call, grad_output, operands, kept=kept)):
             with pytest.raises(RuntimeError, match="out of memory( on cuda:0)?. Tried to allocate"):
                 call()
 
