@@ -105,6 +105,47 @@ def assert_module_replays(case, training: bool, compiled: bool) -> None:
     assert_replays(training_step if training else inference, static, batches)
 
 
+class OfTensors(torch.nn.Module):
+    """A module that takes a row's operands, as `torch.cuda.make_graphed_callables` wants tensors alone."""
+
+    def __init__(self, case, module: torch.nn.Module):
+        super().__init__()
+        self.module, self.case = module, case
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        return self.case.call(self.module, list(operands))
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=["float32", "bfloat16-autocast"])
+def test_graphed_callables(case, half):
+    """The module as two graphs, of its forward and of its backward, called as a module is; in training and without."""
+    plain = OfTensors(case, case.trained("cuda"))
+
+    def autocast():
+        """Without its cache: what it holds of earlier calls would be no part of a graph."""
+        return torch.autocast("cuda", half or torch.bfloat16, enabled=half is not None, cache_enabled=False)
+
+    def results(module, operands) -> tuple[Tensor, ...]:
+        def call() -> Tensor:
+            with autocast():
+                return module(*operands).float()
+
+        with torch.no_grad():
+            inference = call()
+        return inference, *forward_and_gradients(call, [*operands[: case.num_leaves], *trainable(plain)])
+
+    with autocast():
+        graphed = torch.cuda.make_graphed_callables(OfTensors(case, plain.module), tuple(case.operands_on("cuda", 0)))
+    for seed in (1, 2):
+        operands = case.operands_on("cuda", seed)
+        inference, output, *gradients = results(graphed, operands)
+        expected_inference, expected_output, *expected = results(plain, operands)
+        assert torch.equal(inference, expected_inference)
+        assert torch.equal(output, expected_output)
+        for got, wanted in zip(gradients, expected, strict=True):
+            assert relative_error(got, wanted) <= TOLERANCE[half or torch.float32]
+
+
 def test_attention_with_padding():
     module = ATTENTION.trained("cuda")
     static, *batches = (ATTENTION.operands_on("cuda", seed) for seed in (0, 1, 2))

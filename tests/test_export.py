@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from reimplementation import ops
 from tests.models.table import AGGREGATION, AGGREGATION_OF_MAPS, ATTENTION, CALLS
-from tests.ops.table import OPS, SAMPLING_OPS
+from tests.ops.table import FEATURE_AGGREGATION, OPS, SAMPLING_OPS, without_optional
 from tests.reference import TOLERANCE, relative_error
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "aot_cpp"
@@ -165,6 +165,21 @@ class TestOnnx:
         assert nodes.count("GridSample") == starts.numel()
         for arguments in (seen, (features, shapes, starts, locations, weights)):
             assert relative_error(self.run(contents, arguments), op.function(*arguments)) <= 1e-5
+
+    @pytest.mark.parametrize("optional", [True, False])
+    def test_feature_aggregation(self, optional):
+        """Key points, softmax and dropped pairs are standard operators, too; the number of queries stays open."""
+        op, varies = FEATURE_AGGREGATION, ("key_points", "logits", "keep")
+        few, more = (op.on("cpu", torch.float32, 3, num_queries=queries) for queries in (5, 9))
+        seen, others = (tuple(t if optional else without_optional(op, t)) for t in (few, more))
+        dynamic_shapes = [
+            {1: Dim.DYNAMIC} if name in varies and t is not None else None for name, t in zip(op.names, seen)
+        ]
+        contents, nodes = self.convert(Op(op.function).eval(), seen, (tuple(dynamic_shapes),))
+        assert nodes.count("GridSample") == seen[2].numel()
+        for operands in (seen, others):
+            given = tuple(t for t in operands if t is not None)
+            assert relative_error(self.run(contents, given), op.function(*operands)) <= 1e-5
 
     @pytest.mark.slow
     def test_maps_of_any_size(self):

@@ -13,7 +13,7 @@ from reimplementation import ops
 from tests.fuzz.checking import ACCEPTED, check, deterministic
 from tests.fuzz.drawing import Draw
 from tests.ops.agreement import assert_same, run
-from tests.ops.table import AGGREGATION, ATTENTION, SAMPLING_OPS
+from tests.ops.table import AGGREGATION, ATTENTION, FEATURE_AGGREGATION, SAMPLING_OPS
 from tests.reference import TOLERANCE, relative_error
 
 LONG = {"cpu": 3_000, "cuda": 70_000}  # a CUDA grid has at most 65535 blocks along y and z
@@ -67,6 +67,29 @@ def test_a_long_side(op, side, device):
     if device.type not in ops.available_backends(device):
         pytest.skip(f"the {device.type} kernels are not built")
     assert check(one_long_side(op, side, LONG[device.type], device, device.type)) == ACCEPTED
+
+
+def sides_of_feature_aggregation(size: int) -> dict[str, dict]:
+    """Sizes that are all small but one."""
+    return {
+        "batch": {"batch_size": size},
+        "queries": {"num_queries": size},
+        "cameras": {"shapes": [[(2, 3)]] * size},
+        "levels": {"shapes": [[(2, 3)] * size] * 2},
+        "points": {"num_points": size},
+        "channels": {"channels": 2 * size},
+        "groups": {"channels": size, "num_groups": size},
+    }
+
+
+@pytest.mark.parametrize("side", sides_of_feature_aggregation(1))
+def test_a_long_side_of_feature_aggregation(side, kernels):
+    small = {"batch_size": 1, "num_queries": 2, "num_points": 2, "channels": 4, "num_groups": 2}
+    small |= {"shapes": [[(2, 3)], [(3, 2)]]} | sides_of_feature_aggregation(LONG[kernels.type])[side]
+    op = FEATURE_AGGREGATION
+    operands = op.on(kernels, torch.float32, 3, **small)
+    toward = torch.randn(op.function(*operands).shape, generator=torch.Generator().manual_seed(3)).to(kernels)
+    assert check(Draw(op, kernels.type, operands, (True,) * 4, toward)) == ACCEPTED
 
 
 def random(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
@@ -215,6 +238,53 @@ class TestBeyondInt:
         assert queries * heads * channels > BEYOND_INT
         shapes = torch.tensor([[2, 3]])
         self.last_queries(ops.ms_deform_attn, random(1, 6, heads, channels), shapes, locations, weights)
+
+    def test_features_of_feature_aggregation(self, where):
+        """The large level has logits of -inf: its rows are no part of the small features."""
+        rows, channels = 2**25 + 24, 64
+        features = random(1, rows, channels)
+        shapes = torch.tensor([[[4096, 8192], [4, 6]]], device=where)
+        starts = torch.tensor([[0, 2**25]], device=where)
+        cameras = self.points_before_a_camera(50, 5)
+        logits = random(1, 50, 2, 5 * 4)
+        logits[:, :, 0] = float("-inf")
+        assert features.numel() > BEYOND_INT
+        small_shapes = shapes * torch.tensor([[[0], [1]]], device=where)
+        whole = self.run_fused(features, (shapes, starts), *cameras, logits.flatten(2))
+        part = self.run_fused(features[:, -24:], (small_shapes, starts * 0), *cameras, logits.flatten(2))
+        assert part[1].any()
+        assert relative_error(whole[1][:, -24:], part[1]) <= TOLERANCE[HALF]
+        for got, wanted in zip((whole[0], *whole[2:]), (part[0], *part[2:])):
+            assert relative_error(got, wanted) <= TOLERANCE[HALF]
+
+    def test_logits_of_feature_aggregation(self):
+        queries, points = 2**22 + 100, 64
+        key_points, projection = self.points_before_a_camera(queries, points)
+        logits, levels = random(1, queries, points * 8), (torch.tensor([[[4, 6]]]), torch.tensor([[0]]))
+        assert logits.numel() > BEYOND_INT
+        features, last = random(1, 24, 16), slice(-100, None)
+        whole = self.run_fused(features, levels, key_points, projection, logits, last)
+        part = self.run_fused(features, levels, key_points[:, last], projection, logits[:, last])
+        for got, wanted in zip((whole[0], *whole[2:]), (part[0], *part[2:])):
+            assert wanted.any()
+            assert relative_error(got[:, last], wanted) <= TOLERANCE[HALF]
+
+    @staticmethod
+    def points_before_a_camera(queries: int, points: int):
+        """Key points a metre before a camera whose image they are all in."""
+        key_points = random(1, queries, points, 3, dtype=torch.float32)
+        key_points[..., 2] = 1
+        return key_points, torch.eye(4, device="cuda").view(1, 1, 4, 4)
+
+    @staticmethod
+    def run_fused(features, levels, key_points, projection, logits, toward: slice = slice(None)):
+        """Output and gradients of features, key points and logits, towards some of the queries."""
+        leaves = [tensor.detach().requires_grad_() for tensor in (features, key_points, logits)]
+        output = ops.deformable_feature_aggregation(leaves[0], *levels, leaves[1], projection, None, leaves[2])
+        grad_output = torch.zeros_like(output)
+        of_some = grad_output[:, toward]
+        of_some.copy_(torch.linspace(-1, 1, of_some.numel(), device="cuda").view_as(of_some))
+        return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
     def last_queries(self, function, features, shapes, locations, weights):
         """The last hundred queries; the features' gradient is of all queries, so it is left out."""
