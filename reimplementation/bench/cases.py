@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reimplementation import ops
 from reimplementation.bench import modules
+from reimplementation.bench.feature_aggregation import FeatureAggregationInputs, feature_aggregation_inputs
 from reimplementation.bench.floor import measure_floor
 from reimplementation.bench.gathers import gathers
 from reimplementation.bench.inputs import (
@@ -24,10 +25,10 @@ from reimplementation.bench.inputs import (
     aggregation_problem,
     attention_inputs,
 )
-from reimplementation.bench.memory import extra_memory
+from reimplementation.bench.memory import extra_memory, kept_memory
 from reimplementation.bench.peers import PEER_PASSES, PEERS, peer_steps
 from reimplementation.bench.results import FLOOR
-from reimplementation.bench.steps import OP_PASSES, call, op_of, op_step
+from reimplementation.bench.steps import ATTN_DROP, OP_PASSES, call, op_of, op_step
 from reimplementation.bench.timing import Timing, measure, measure_host
 
 DTYPES = {
@@ -37,7 +38,14 @@ DTYPES = {
     "float64": torch.float64,
 }
 OF_CUDA_ALONE = ("forward warm", "backward deterministic")
-MODULE_PASSES = ("forward", "forward graph", "training")
+MODULE_PASSES = (
+    "forward",
+    "forward graph",
+    "forward compiled",
+    "training",
+    "training graph",
+    "training compiled",
+)
 HOST_PASSES = ("call no_grad", "call inference_mode", "call forward", "call backward", "call training")
 PASSES = tuple(dict.fromkeys(OP_PASSES + MODULE_PASSES + HOST_PASSES))
 ROTATED_BYTES = 256 * 2**20  # inputs that are rotated through: several times a GPU's L2
@@ -50,6 +58,7 @@ class Figures:
     timing: Timing
     gathered_bytes: int | None = None
     extra_bytes: int | None = None
+    kept_bytes: int | None = None
 
 
 class Prepared(Protocol):
@@ -128,9 +137,13 @@ class PreparedOp:
 
 @dataclass(frozen=True)
 class ModuleCase:
-    """The whole module around deformable aggregation."""
+    """The whole module around deformable aggregation.
+
+    attn_drop: its attention dropout, which is at work in every pass.
+    """
 
     make_problem: Callable[[], AggregationProblem]
+    attn_drop: float = 0.0
 
     def passes(self, backend: str) -> tuple[str, ...]:
         if backend == FLOOR or backend in PEERS:
@@ -138,7 +151,10 @@ class ModuleCase:
         return MODULE_PASSES if backend == "cuda" else ("forward", "training")
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedModule:
-        return PreparedModule(self.make_problem().to(device, dtype))
+        problem = self.make_problem().to(device, dtype)
+        problem.module.attn_drop = self.attn_drop
+        problem.module.train(self.attn_drop > 0)
+        return PreparedModule(problem)
 
 
 @dataclass(frozen=True)
@@ -149,11 +165,19 @@ class PreparedModule:
 
     def measure(self, backend: str, passed: str, repeats: int) -> Figures:
         features = self.problem.feature_maps[0]
-        case = modules.Case(str(features.device), backend, features.dtype)
-        _, forward, training = modules.steps(self.problem, case)
-        step = training if passed == "training" else forward
-        timing = measure([step], features.device, repeats, graph=passed == "forward graph")
-        return Figures(timing, extra_bytes=extra_memory(step, features.device))
+        what, _, how = passed.partition(" ")
+        problem = self.problem
+        if how == "compiled":
+            problem = replace(problem, module=torch.compile(problem.module))
+        is_training = what == "training"
+        with (
+            modules.running(modules.Case(str(features.device), backend, features.dtype)),
+            torch.set_grad_enabled(is_training),
+        ):
+            step = modules.training_step(problem) if is_training else problem.forward
+            timing = measure([step], features.device, repeats, graph=how == "graph")
+            kept_bytes = kept_memory(problem.forward, features.device) if is_training else None
+            return Figures(timing, extra_bytes=extra_memory(step, features.device), kept_bytes=kept_bytes)
 
 
 @dataclass(frozen=True)
@@ -202,21 +226,42 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+MAP = {"num_queries": 100, "num_points": 300}  # SparseDrive's second head
+PLANNER = {"num_queries": 1024, "num_points": 500}
+
 CASES: dict[str, Case] = {
     "rig-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "rig", 1)),
     "rig-bs6": OpCase(AggregationInputs, partial(aggregation_inputs, "rig", 6)),
     "rig-small": OpCase(AggregationInputs, partial(aggregation_inputs, num_queries=100, channels=64, strides=(16, 32))),
     "dense-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "dense", 1)),
     "dense-bs6": OpCase(AggregationInputs, partial(aggregation_inputs, "dense", 6)),
+    "map-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "map", 1, **MAP)),
+    "map-bs6": OpCase(AggregationInputs, partial(aggregation_inputs, "map", 6, **MAP)),
+    "planner-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "planner", 1, **PLANNER)),
+    "fused-rig-bs1": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "rig", 1)),
+    "fused-rig-bs1-drop": OpCase(
+        FeatureAggregationInputs, partial(feature_aggregation_inputs, "rig", 1, attn_drop=ATTN_DROP)
+    ),
+    "fused-rig-bs6": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "rig", 6)),
+    "fused-dense-bs1": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "dense", 1)),
+    "fused-dense-bs6": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "dense", 6)),
+    "fused-map-bs1": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "map", 1, **MAP)),
+    "fused-map-bs6": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "map", 6, **MAP)),
+    "fused-planner-bs1": OpCase(FeatureAggregationInputs, partial(feature_aggregation_inputs, "planner", 1, **PLANNER)),
     "msda-encoder": OpCase(AttentionInputs, partial(attention_inputs, "encoder")),
     "msda-encoder-bs1": OpCase(AttentionInputs, partial(attention_inputs, "encoder", 1)),
     "msda-decoder": OpCase(AttentionInputs, partial(attention_inputs, "decoder")),
     "msda-paper": OpCase(AttentionInputs, partial(attention_inputs, "paper")),
     "msda-small": OpCase(AttentionInputs, partial(attention_inputs, "small-encoder")),
     "module-bs1": ModuleCase(partial(aggregation_problem, batch_size=1)),
+    "module-bs1-drop": ModuleCase(partial(aggregation_problem, batch_size=1), ATTN_DROP),
     "module-bs6": ModuleCase(partial(aggregation_problem, batch_size=6)),
+    "module-bs6-drop": ModuleCase(partial(aggregation_problem, batch_size=6), ATTN_DROP),
     "overhead-aggregation": HostCase(
         partial(aggregation_inputs, num_queries=1, num_points=1, channels=8, strides=(32,))
+    ),
+    "overhead-fused": HostCase(
+        partial(feature_aggregation_inputs, num_queries=1, num_points=1, channels=8, strides=(32,))
     ),
     "overhead-msda": HostCase(partial(attention_inputs, "one-query")),
 }
@@ -225,6 +270,8 @@ DEFAULT_CASES = {
     "cpu": [
         "rig-bs1",
         "dense-bs1",
+        "map-bs1",
+        "fused-rig-bs1",
         "msda-encoder-bs1",
         "msda-decoder",
         "module-bs1",

@@ -8,6 +8,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from reimplementation import ops
+from reimplementation.bench.feature_aggregation import FeatureAggregationInputs
 from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
 
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # x, y of a footprint's four pixels, from its first
@@ -54,6 +56,13 @@ def _aggregation(inputs: AggregationInputs) -> Gathers:
     inside &= visible[..., None, None]
     order = (0, 1, 4, 3, 2, 5)  # a query's rows level by level, camera by camera
     return _bags(features.view(-1, channels), rows.permute(order), inside.permute(order), bag_dims=2)
+
+
+@gathers.register
+def _feature_aggregation(inputs: FeatureAggregationInputs) -> Gathers:
+    features, shapes, starts, points, projection, image_wh, *_ = inputs
+    locations = ops.project_points(points, projection, image_wh)
+    return _aggregation(AggregationInputs(features, shapes, starts, locations, features))
 
 
 @gathers.register

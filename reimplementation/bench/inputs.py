@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
+from reimplementation.bench.key_points import GEOMETRIES, key_points
 from reimplementation.data.rig import Rig, nuscenes_like_rig
 from reimplementation.data.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS, IMAGE_HEIGHT, IMAGE_WIDTH
 from reimplementation.models.deformable import DeformableFeatureAggregation
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 STRIDES = (4, 8, 16, 32)
 EMBED_DIMS, NUM_GROUPS = 256, 8
+DENSE_CAMERAS = 6
 
 
 class OpInputs:
-    """The five operands of an op, in its order: features, shapes and starts of levels, locations, weights."""
+    """The operands of an op, in its order: features, shapes and starts of levels; mostly then locations and weights."""
 
     def __iter__(self):
         return (getattr(self, field.name) for field in fields(self))
@@ -86,7 +88,7 @@ def aggregation_inputs(
 
     Args:
         geometry: "rig", key points of random boxes around the car as six cameras see them (a point is in about 1.1
-            of them); "dense", random points, each in every camera.
+            of them); "map" and "planner", see `key_points.key_points`; "dense", random points, each in every camera.
         batch_size, num_queries, num_points, channels, num_groups: sizes.
         strides: of the pyramid's levels, on 704 x 256 images.
         dtype: of features and weights; locations are float32, or float64 with float64.
@@ -97,23 +99,29 @@ def aggregation_inputs(
         ValueError: no geometry has that name.
     """
     generator = torch.Generator().manual_seed(seed)
-    rig = nuscenes_like_rig().scaled_to(IMAGE_WIDTH, IMAGE_HEIGHT)
-    num_cams = len(rig.cameras)
-    if geometry == "rig":
-        location = _projected_key_points(rig, batch_size, num_queries, num_points, seed)
-    elif geometry == "dense":
-        location = torch.rand(batch_size, num_queries, num_points, num_cams, 2, generator=generator)
+    if geometry == "dense":
+        location = torch.rand(batch_size, num_queries, num_points, DENSE_CAMERAS, 2, generator=generator)
+    elif geometry in GEOMETRIES:
+        rig, points = key_points(geometry, batch_size, num_queries, num_points, seed)
+        pixels, _ = rig.project(points)
+        # Points behind a camera are divided by the least depth, as SparseDrive does: they land far outside.
+        location = torch.from_numpy(np.clip(pixels / rig.image_wh, -1e6, 1e6)).float()
     else:
-        raise ValueError(f"geometry must be 'rig' or 'dense'; got {geometry!r}")
+        raise ValueError(f"geometry must be 'dense' or one of {', '.join(GEOMETRIES)}; got {geometry!r}")
 
-    shapes = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in strides]
-    spatial_shape = torch.tensor([shapes] * num_cams)
-    rows = spatial_shape.prod(-1).flatten()
-    scale_start_index = (rows.cumsum(0) - rows).view(num_cams, len(shapes))
-    features = torch.randn(batch_size, int(rows.sum()), channels, generator=generator)
-    logits = torch.randn(batch_size, num_queries, num_points, num_cams, len(shapes), num_groups, generator=generator)
+    num_cams = location.shape[3]
+    spatial_shape, scale_start_index, num_rows = pyramid(num_cams, strides)
+    features = torch.randn(batch_size, num_rows, channels, generator=generator)
+    logits = torch.randn(batch_size, num_queries, num_points, num_cams, len(strides), num_groups, generator=generator)
     weights = logits.flatten(2, 4).softmax(2).view_as(logits)
     return AggregationInputs(features, spatial_shape, scale_start_index, location, weights).to(device, dtype)
+
+
+def pyramid(num_cams: int, strides: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    """Shapes and first rows of the levels of 704 x 256 images, (num_cams, num_levels, ...), and their rows."""
+    shapes = torch.tensor([[(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in strides]] * num_cams)
+    rows = shapes.prod(-1).flatten()
+    return shapes, (rows.cumsum(0) - rows).view(num_cams, len(strides)), int(rows.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,22 +308,6 @@ def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         levels.append(torch.stack([x, y], -1).view(-1, 2))
     return torch.cat(levels)
-
-
-def _projected_key_points(rig: Rig, batch_size: int, num_queries: int, num_points: int, seed: int) -> Tensor:
-    """(batch_size, num_queries, num_points, num_cams, 2): random points of random boxes within 50 m, projected."""
-    random = np.random.default_rng(seed)
-    queries = (batch_size, num_queries, 1)
-    distance = 50 * np.sqrt(random.uniform(0.005, 1, queries))  # uniform over the disc, not inside the car
-    bearing, yaw = random.uniform(-np.pi, np.pi, (2, *queries))
-    size = np.array([4.5, 1.9, 1.6]) * random.uniform(0.5, 1.5, (*queries, 3))
-    local = random.uniform(-0.5, 0.5, (batch_size, num_queries, num_points, 3)) * size
-    x = distance * np.cos(bearing) + local[..., 0] * np.cos(yaw) - local[..., 1] * np.sin(yaw)
-    y = distance * np.sin(bearing) + local[..., 0] * np.sin(yaw) + local[..., 1] * np.cos(yaw)
-    z = 0.8 + local[..., 2]
-    pixels, _ = rig.project(np.stack([x, y, z], axis=-1))
-    # Points behind a camera are divided by the least depth, as SparseDrive does: they land far outside.
-    return torch.from_numpy(np.clip(pixels / rig.image_wh, -1e6, 1e6)).float()
 
 
 def _anchors(rig: Rig, count: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def extra_memory(step: Callable[[], object], device: torch.device | str) -> int | None:
@@ -30,6 +31,16 @@ def extra_memory(step: Callable[[], object], device: torch.device | str) -> int 
     before = _reset_resident_peak()
     step()
     return None if before is None else _resident_peak() - before
+
+
+def kept_memory(forward: Callable[[], Tensor], device: torch.device | str) -> int | None:
+    """The bytes that a forward leaves for its backward, the output not counted; None where no one counts them."""
+    if torch.device(device).type != "cuda":
+        return None
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    output = forward()
+    return torch.cuda.memory_allocated(device) - before - output.numel() * output.element_size()
 
 
 def _reset_resident_peak() -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,48 +87,40 @@ def reference(of: Timed) -> Tensor:
         return of.to(dtype=torch.float64).forward()
 
 
-def steps(of: Timed, case: Case) -> tuple[Callable[[], Tensor], Callable[[], None], Callable[[], None]]:
-    """The module as a case runs it, ready to be called: with gradients recorded, without, and with a backward after it.
-
-    ``of`` is where the case wants it; its leaves come to require gradients. None is left behind.
-    """
+@contextmanager
+def running(case: Case) -> Iterator[None]:
+    """As the case runs a module: on its backend, and half precision under autocast, as a model is around a module."""
     half = case.dtype in (torch.float16, torch.bfloat16)
     device_type = torch.device(case.device).type
+    with ops.use_backend(case.backend), torch.autocast(device_type, case.dtype, enabled=half):
+        yield
+
+
+def training_step(of: Timed) -> Callable[[], object]:
+    """The module's forward and backward, to be called while it is `running`; weights are cast anew, as they change."""
     for leaf in of.leaves:
         leaf.requires_grad_()
+    leaves = [*of.leaves, *(parameter for parameter in of.module.parameters() if parameter.requires_grad)]
+    with torch.no_grad():
+        grad_output = torch.ones_like(of.forward())
 
-    def run() -> Tensor:
-        with ops.use_backend(case.backend), torch.autocast(device_type, case.dtype, enabled=half):
-            return of.forward()
+    def step() -> tuple[Tensor, ...]:
+        torch.clear_autocast_cache()
+        return torch.autograd.grad(of.forward(), leaves, grad_output)
 
-    @torch.no_grad()
-    def forward() -> None:
-        run()
-
-    def training() -> None:
-        output = run()
-        output.backward(torch.ones_like(output))
-        of.module.zero_grad()
-        for leaf in of.leaves:
-            leaf.grad = None
-
-    return run, forward, training
+    return step
 
 
 def measure(of: Timed, expected: Tensor, case: Case) -> Timing:
     """Time the module in one case; half precision runs under autocast, with features in that dtype."""
     of = of.to(case.device, case.dtype)
-    run, forward, training = steps(of, case)
-    with torch.no_grad():
-        error = (run().cpu().double() - expected).abs().max() / expected.abs().max()
-    extra_bytes = extra_memory(training, case.device)
-    return Timing(
-        case,
-        _milliseconds(forward, case.device),
-        _milliseconds(training, case.device),
-        extra_bytes,
-        error.item(),
-    )
+    with running(case):
+        training = training_step(of)
+        with torch.no_grad():
+            error = (of.forward().cpu().double() - expected).abs().max() / expected.abs().max()
+            forward_ms = _milliseconds(of.forward, case.device)
+        extra_bytes = extra_memory(training, case.device)
+        return Timing(case, forward_ms, _milliseconds(training, case.device), extra_bytes, error.item())
 
 
 def measure_all(of: Timed, begins: Callable[[str], None]) -> list[Timing]:
@@ -163,7 +156,7 @@ def module_document(name: str, queries: int, sizes: str, timings: Sequence[Timin
     }
 
 
-def _milliseconds(step: Callable[[], None], device: str) -> float:
+def _milliseconds(step: Callable[[], object], device: str) -> float:
     """The median wall-clock time of a step that has already run, repeated for about a second."""
     times: list[float] = []
     while not times or (sum(times) < SECONDS_PER_FIGURE and len(times) < MAX_REPEATS):

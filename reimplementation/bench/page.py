@@ -30,11 +30,15 @@ in [benchmarks](../benchmarks); whatever is edited here by hand is lost.
 | rig | deformable aggregation at key points of boxes around a car, each seen by 1.1 of six cameras on average; \
 900 queries of 13 points, 256 channels, 8 groups, 4 levels of 704 x 256 images; *bs1* and *bs6* are the batch size |
 | dense | the same, with every point in every camera |
+| map | 100 queries of 300 points, 3 at each of 5 heights of 20 points of a line on the ground |
+| planner | 1024 queries of 500 points ahead of the car, before three cameras |
+| fused | the same inputs before projection and softmax, which `deformable_feature_aggregation` does itself; *drop* \
+leaves out 15 % of the pairs |
 | msda-encoder | multi-scale deformable attention in Deformable DETR's encoder: batch 2, 8 heads of 32 channels, \
 4 points on each of 4 levels of 100 x 152 to 13 x 19 pixels, a query a pixel |
 | msda-decoder | the same levels with 900 queries at random places |
 | msda-paper | batch 48, one head of 32 channels, 8 points, 15422 queries, levels of 92 x 160 to 12 x 20 pixels |
-| module | the whole `DeformableFeatureAggregation` on a rig |
+| module | the whole `DeformableFeatureAggregation` on a rig; *drop* with attention dropout of 0.15 |
 | overhead | what the host does for one call, at a size at which the device has next to nothing to do |
 
 | pass | what is timed |
@@ -45,7 +49,8 @@ in [benchmarks](../benchmarks); whatever is edited here by hand is lost.
 | backward frozen | the same without the features' gradient, as where the backbone is frozen |
 | backward deterministic | the same under `torch.use_deterministic_algorithms(True)` |
 | training | forward and backward, through autograd |
-| forward graph | of the module: its forward as a replayed CUDA graph |
+| forward graph, training graph | of the module: the same as a replayed CUDA graph, the GPU's time alone |
+| forward compiled, training compiled | of the module: the same after `torch.compile` |
 | call … | of *overhead*: one call as PyTorch's modes ask for it |
 
 On a GPU the ops are timed as replays of CUDA graphs, on inputs that rotate through more than the L2 holds. Where a

@@ -56,18 +56,18 @@ def draw_map(path: Path, document: Document) -> None:
     """Write a sweep as maps of colour, channels against points and levels; shapes that stand out wear a red frame."""
     figures = document.results
     kinds = list(dict.fromkeys((f.shape.op, f.passed) for f in figures))
-    batch_sizes = sorted({f.shape.batch_size for f in figures})
+    columns = sorted({(f.shape.queries, f.shape.batch_size) for f in figures})
     channels = sorted({f.shape.channels for f in figures})
     samples = sorted({(f.shape.levels, f.shape.points) for f in figures})
     costs = [f.ps_per_byte for f in figures]
-    picture = Figure(figsize=(1 + 6 * len(batch_sizes), 1 + 2.2 * len(kinds)), layout="constrained")
-    all_axes = picture.subplots(len(kinds), len(batch_sizes), squeeze=False)
+    picture = Figure(figsize=(1 + 6 * len(columns), 1 + 2.2 * len(kinds)), layout="constrained")
+    all_axes = picture.subplots(len(kinds), len(columns), squeeze=False)
     marked = {(f.shape, f.passed) for f, _ in outliers(figures)}
     for (op, passed), row in zip(kinds, all_axes):
-        for batch_size, axes in zip(batch_sizes, row):
+        for (queries, batch_size), axes in zip(columns, row):
             cells = [[float("nan")] * len(samples) for _ in channels]
             for f in figures:
-                if (f.shape.op, f.passed, f.shape.batch_size) != (op, passed, batch_size):
+                if (f.shape.op, f.passed, f.shape.queries, f.shape.batch_size) != (op, passed, queries, batch_size):
                     continue
                 x, y = samples.index((f.shape.levels, f.shape.points)), channels.index(f.shape.channels)
                 cells[y][x] = f.ps_per_byte
@@ -79,7 +79,7 @@ def draw_map(path: Path, document: Document) -> None:
             for x, (here, next_one) in enumerate(zip(samples, samples[1:])):
                 if here[0] != next_one[0]:
                     axes.axvline(x + 0.5, color="white", linewidth=2)
-            axes.set_title(f"{op}, {passed}, batch {batch_size}", loc="left", fontsize=10)
+            axes.set_title(f"{op}, {passed}, {queries} queries, batch {batch_size}", loc="left", fontsize=10)
             axes.set_yticks(range(len(channels)), channels)
             axes.set_ylabel("channels")
             axes.set_xticks(range(len(samples)), [f"{p}" for _, p in samples], fontsize=7)

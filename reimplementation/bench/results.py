@@ -35,6 +35,7 @@ class Result:
     dtype: of the features, such as "float32".
     gathered_bytes: of all rows that the pass gathers, see `gathers.Gathers`; None where nobody counted.
     extra_bytes: most memory that the pass held beyond its inputs; None if unknown.
+    kept_bytes: what its forward leaves for its backward, the output not counted; None where nobody counted.
     """
 
     case: str
@@ -45,6 +46,7 @@ class Result:
     timing: Timing
     gathered_bytes: int | None = None
     extra_bytes: int | None = None
+    kept_bytes: int | None = None
 
     @property
     def is_ours(self) -> bool:

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from reimplementation.bench.feature_aggregation import FeatureAggregationInputs, feature_aggregation_inputs
 from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
 from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH
 
-NUM_QUERIES, NUM_CAMERAS, NUM_GROUPS, NUM_HEADS = 900, 6, 8, 8
+NUM_CAMERAS, NUM_GROUPS, NUM_HEADS = 6, 8, 8
 STRIDES = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A size of an op: "aggregation" with 8 groups and 6 cameras, or "msda" with 8 heads; 900 queries.
+    """A size of an op: "aggregation" with 8 groups and 6 cameras, "fused" likewise, or "msda" with 8 heads.
 
     channels: of the output: all groups' or all heads' together.
     """
@@ -27,6 +28,7 @@ class Shape:
     points: int
     levels: int
     batch_size: int
+    queries: int = 900
 
 
 def _aggregation(shape: Shape, dtype: torch.dtype, device: torch.device) -> AggregationInputs:
@@ -36,7 +38,7 @@ def _aggregation(shape: Shape, dtype: torch.dtype, device: torch.device) -> Aggr
     levels = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES[: shape.levels]]
     spatial_shape = torch.tensor([levels] * NUM_CAMERAS, device=device)
     rows = spatial_shape.prod(-1).flatten()
-    points = (shape.batch_size, NUM_QUERIES, shape.points)
+    points = (shape.batch_size, shape.queries, shape.points)
     camera = torch.randint(NUM_CAMERAS, points, **random)
     seen = F.one_hot(camera, NUM_CAMERAS).bool()[..., None]
     return AggregationInputs(
@@ -48,6 +50,21 @@ def _aggregation(shape: Shape, dtype: torch.dtype, device: torch.device) -> Aggr
     ).to(device, dtype)
 
 
+def _feature_aggregation(shape: Shape, dtype: torch.dtype, device: torch.device) -> FeatureAggregationInputs:
+    """Boxes around the car, before the six cameras of 704 x 256 pixels."""
+    return feature_aggregation_inputs(
+        "rig",
+        shape.batch_size,
+        num_queries=shape.queries,
+        num_points=shape.points,
+        channels=shape.channels,
+        num_groups=NUM_GROUPS,
+        strides=STRIDES[: shape.levels],
+        dtype=dtype,
+        device=device,
+    )
+
+
 def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
     """The levels of one image of 704 x 256 pixels; samples anywhere in it."""
     generator = torch.Generator(device).manual_seed(0)
@@ -55,7 +72,7 @@ def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Attent
     levels = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES[: shape.levels]]
     spatial_shapes = torch.tensor(levels, device=device)
     rows = spatial_shapes.prod(-1)
-    samples = (shape.batch_size, NUM_QUERIES, NUM_HEADS, shape.levels, shape.points)
+    samples = (shape.batch_size, shape.queries, NUM_HEADS, shape.levels, shape.points)
     return AttentionInputs(
         torch.randn(shape.batch_size, int(rows.sum()), NUM_HEADS, shape.channels // NUM_HEADS, **random),
         spatial_shapes,
@@ -67,5 +84,6 @@ def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Attent
 
 INPUTS: dict[str, Callable[[Shape, torch.dtype, torch.device], OpInputs]] = {
     "aggregation": _aggregation,
+    "fused": _feature_aggregation,
     "msda": _attention,
 }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from reimplementation import ops
+from reimplementation.bench.feature_aggregation import FeatureAggregationInputs
 from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
 
 OP_PASSES = ("forward", "forward warm", "backward", "backward frozen", "backward deterministic", "training")
+
+ATTN_DROP = 0.15  # SparseDrive's, where the inputs of a case leave pairs out
 
 Function = Callable[..., Tensor]
 
@@ -20,17 +24,41 @@ Function = Callable[..., Tensor]
 class Op:
     """An op that the benchmark knows.
 
-    function: takes the five operands in their order.
-    backward: the operator of its kernels' backward, a name in ``torch.ops.reimplementation``.
+    function: takes the operands in their order.
+    name: of the operator of its kernels in ``torch.ops.reimplementation``; that of their backward is ``NAME_backward``.
+    leaves: the places of the operands that the backward has gradients of.
+    settings: what the operators take behind the operands.
+    keeps: whether the operator returns something for its backward beside its output.
     """
 
     function: Function
-    backward: str
+    name: str
+    leaves: tuple[int, ...] = (0, 3, 4)
+    settings: tuple = ()
+    keeps: bool = False
+
+    def backward_step(self, inputs: OpInputs, passed: str) -> Callable[[], object]:
+        """The kernels of the backward alone."""
+        operators = torch.ops.reimplementation
+        with torch.no_grad():
+            returned = getattr(operators, self.name)(*inputs, *self.settings)
+        output, *kept = returned if self.keeps else (returned,)
+        backward, grad_output = getattr(operators, f"{self.name}_backward"), torch.randn_like(output)
+        needs = passed != "backward frozen", *[True] * (len(self.leaves) - 1)
+        deterministic = passed == "backward deterministic"
+        return lambda: backward(grad_output, *inputs, *kept, *self.settings, *needs, deterministic)
 
 
 OPS: dict[type[OpInputs], Op] = {
-    AggregationInputs: Op(ops.deformable_aggregation_function, "deformable_aggregation_backward"),
-    AttentionInputs: Op(ops.ms_deform_attn, "ms_deform_attn_backward"),
+    AggregationInputs: Op(ops.deformable_aggregation_function, "deformable_aggregation"),
+    FeatureAggregationInputs: Op(
+        partial(ops.deformable_feature_aggregation, attn_drop=ATTN_DROP),
+        "deformable_feature_aggregation",
+        leaves=(0, 3, 6, 7),
+        settings=(ATTN_DROP, False),
+        keeps=True,
+    ),
+    AttentionInputs: Op(ops.ms_deform_attn, "ms_deform_attn"),
 }
 
 
@@ -46,15 +74,13 @@ def op_step(inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]
     """The work of one of `OP_PASSES`, on a backend that the caller has chosen."""
     op = op_of(inputs)
     if backend == "grid_sample":  # it reads the shapes on the host
-        features, shapes, starts, locations, weights = inputs
-        inputs = type(inputs)(features, shapes.cpu(), starts.cpu(), locations, weights)
-    if not passed.startswith("backward"):
-        return autograd_step(op.function, inputs, passed)
-    with torch.no_grad():
-        grad_output = torch.randn_like(op.function(*inputs))
-    backward = getattr(torch.ops.reimplementation, op.backward)
-    needs_features, deterministic = passed != "backward frozen", passed == "backward deterministic"
-    return lambda: backward(grad_output, *inputs, needs_features, True, True, deterministic)
+        shapes, starts = (field.name for field in fields(inputs)[1:3])
+        inputs = replace(inputs, **{name: getattr(inputs, name).cpu() for name in (shapes, starts)})
+    return (
+        op.backward_step(inputs, passed)
+        if passed.startswith("backward")
+        else autograd_step(op.function, inputs, passed)
+    )
 
 
 def autograd_step(function: Function, inputs: OpInputs, passed: str) -> Callable[[], object]:
@@ -69,6 +95,6 @@ def autograd_step(function: Function, inputs: OpInputs, passed: str) -> Callable
 
 def call(function: Function, inputs: OpInputs, records: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A call of a function on an op's operands, and the tensors whose gradients it records."""
-    features, shapes, starts, locations, weights = inputs
-    leaves = [t.detach().requires_grad_(records) for t in (features, locations, weights)]
-    return lambda: function(leaves[0], shapes, starts, *leaves[1:]), leaves
+    places = op_of(inputs).leaves
+    operands = [t.detach().requires_grad_(records) if i in places else t for i, t in enumerate(inputs)]
+    return lambda: function(*operands), [operands[i] for i in places]

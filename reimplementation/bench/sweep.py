@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import product
 
 import torch
 
@@ -17,10 +18,31 @@ from reimplementation.bench.shapes import INPUTS, NUM_GROUPS, NUM_HEADS, STRIDES
 from reimplementation.bench.steps import op_step
 from reimplementation.bench.timing import Timing, measure
 
-AXES = {"channels": (32, 64, 128, 256, 512), "points": (1, 2, 4, 8, 16), "levels": (1, 2, 3, 4, 5)}
-BATCH_SIZES = (1, 16)
+AXES = {
+    "channels": (32, 64, 128, 256, 512),
+    "points": (1, 2, 4, 8, 16),
+    "levels": (1, 2, 3, 4, 5),
+    "batch_size": (1, 16),
+    "queries": (900,),
+}
+FEW_AND_MANY = {  # the other way: models with few queries of many points, or many of few
+    "channels": (256,),
+    "points": (1, 2, 4, 8, 16, 50, 150, 500),
+    "levels": (4,),
+    "batch_size": (1,),
+    "queries": (10, 100, 900, 10_000),
+}
+NEIGHBOURS_ALONG = ("channels", "points", "levels", "queries")
 PASSES = ("forward", "backward")
 TIMES_WORSE = 2.0  # than its neighbours: a shape to look at
+
+
+def shapes_of(op: str, chosen: dict[str, Sequence[int] | None]) -> list[Shape]:
+    """The shapes of an op along axes that are chosen, the others as in `AXES`; where none is, those of both grids."""
+    grids = [{axis: chosen[axis] or values for axis, values in AXES.items()}]
+    if not any(chosen.values()):
+        grids.append(FEW_AND_MANY)
+    return list(dict.fromkeys(Shape(op, *sizes) for grid in grids for sizes in product(*grid.values())))
 
 
 @dataclass(frozen=True)
@@ -81,12 +103,12 @@ def measure_shapes(
 def outliers(figures: list[Figure]) -> list[tuple[Figure, float]]:
     """The figures that stand out, and how many times worse than their neighbours they are per gathered byte.
 
-    Neighbours are one step away along channels, points or levels; a figure is held against the median of theirs. One
-    that takes less than twice its op's fastest is bound by the launch and not judged.
+    Neighbours are one step away along channels, points, levels or queries; a figure is held against the median of
+    theirs. One that takes less than twice its op's fastest is bound by the launch and not judged.
     """
     found = []
     by_key = {_key(figure): figure for figure in figures}
-    steps = {axis: sorted({getattr(figure.shape, axis) for figure in figures}) for axis in AXES}
+    steps = {axis: sorted({getattr(figure.shape, axis) for figure in figures}) for axis in NEIGHBOURS_ALONG}
     fastest: dict[tuple, float] = {}
     for figure in figures:
         kind = figure.shape.op, figure.dtype, figure.passed

@@ -10,7 +10,8 @@ from .results import FLOOR, Document, Result
 FORMULAS = (
     "GB/s: bytes of the rows that visible samples gather (rows x channels x bytes of a channel) over the median time. "
     "x floor: the median over that of a kernel that only gathers the same rows. x ours: the median over that of our "
-    "kernels. x default: the median over that of the plain backward. Memory: the most held beyond the inputs."
+    "kernels. x default: the median over that of the plain backward. MB: the most held "
+    "beyond the inputs. kept MB: what a forward leaves for its backward."
 )
 
 
@@ -23,7 +24,7 @@ def print_table(document: Document) -> None:
     table = Table(
         *("case", "dtype", "backend", "pass"), title=f"{machine_line(document)}; microseconds", title_justify="left"
     )
-    for column in ("median", "spread", "goal", "x goal", "GB/s", "x floor", "x ours", "x default", "MB"):
+    for column in ("median", "spread", "goal", "x goal", "GB/s", "x floor", "x ours", "x default", "MB", "kept MB"):
         table.add_column(column, justify="right")
     table.add_column("timed by")
     for r in document.results:
@@ -38,7 +39,7 @@ def print_table(document: Document) -> None:
             ratio(r.timing.median_us, floor_us(r, document)),
             ratio(r.timing.median_us, ours_us(r, document)),
             ratio(r.timing.median_us, default_us(r, document)),
-            "" if r.extra_bytes is None else three_digits(r.extra_bytes / 1e6),
+            *("" if count is None else three_digits(count / 1e6) for count in (r.extra_bytes, r.kept_bytes)),
             r.timing.method,
         )
     console.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -12,11 +11,13 @@ import torch
 from reimplementation.bench import results
 from reimplementation.bench.cases import DTYPES
 from reimplementation.bench.results import Document
-from reimplementation.bench.shapes import INPUTS, Shape
-from reimplementation.bench.sweep import AXES, BATCH_SIZES, PASSES, TIMES_WORSE, Figure, measure_shapes, outliers
+from reimplementation.bench.shapes import INPUTS
+from reimplementation.bench.sweep import AXES, PASSES, TIMES_WORSE, Figure, measure_shapes, outliers, shapes_of
 from reimplementation.bench.tables import three_digits
 
 from . import arguments
+
+OPTIONS = {"batch_size": "--batch-sizes"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,13 +25,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "sweep",
         help="time the kernels over a grid of shapes",
         description="Time the kernels of this device over a grid of shapes, and name each shape whose time per "
-        f"gathered byte is more than {TIMES_WORSE:g} times that of its neighbours along channels, points and levels.",
+        f"gathered byte is more than {TIMES_WORSE:g} times that of its neighbours along channels, points, levels and "
+        "queries. Without sizes: a grid around 900 queries, and one of 10 to 10 000 queries with 1 to 500 points.",
     )
     parser.add_argument("--ops", nargs="+", choices=INPUTS, default=list(INPUTS), metavar="OP", help="%(choices)s")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help="%(choices)s")
-    for axis, values in (*AXES.items(), ("batch-sizes", BATCH_SIZES)):
+    for axis, values in AXES.items():
+        default = " ".join(map(str, values))
         parser.add_argument(
-            f"--{axis}", nargs="+", type=arguments.positive, default=list(values), help="default: %(default)s"
+            OPTIONS.get(axis, f"--{axis}"),
+            dest=axis,
+            nargs="+",
+            type=arguments.positive,
+            help=f"default beside other sizes: {default}",
         )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -62,8 +69,8 @@ def _measure(options: argparse.Namespace) -> Document:
     from rich.progress import Progress
 
     device = arguments.device(options.device)
-    axes = (options.ops, options.channels, options.points, options.levels, options.batch_sizes)
-    shapes = [Shape(*sizes) for sizes in product(*axes)]
+    chosen = {axis: getattr(options, axis) for axis in AXES}
+    shapes = [shape for op in options.ops for shape in shapes_of(op, chosen)]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("shapes", total=len(shapes))
         return measure_shapes(
@@ -100,6 +107,7 @@ def _print(document: Document) -> None:
         shape = figure.shape
         console.print(
             f"  {shape.op} {figure.passed}, {shape.channels} channels, {shape.points} points, {shape.levels} levels, "
-            f"batch {shape.batch_size}: {three_digits(figure.timing.median_us)} us, {times:.1f} times worse",
+            f"batch {shape.batch_size}, {shape.queries} queries: {three_digits(figure.timing.median_us)} us, "
+            f"{times:.1f} times worse",
             highlight=False,
         )

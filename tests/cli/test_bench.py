@@ -15,6 +15,7 @@ import torch
 
 from reimplementation import ops
 from reimplementation.bench import cases, floor, peers, run, timing
+from reimplementation.bench.feature_aggregation import FeatureAggregationInputs, feature_aggregation_inputs
 from reimplementation.bench.inputs import (
     AggregationInputs,
     AttentionInputs,
@@ -37,8 +38,12 @@ def tiny():
         "aggregation": cases.OpCase(
             AggregationInputs, partial(aggregation_inputs, num_queries=5, channels=8, strides=(16, 32))
         ),
+        "fused": cases.OpCase(
+            FeatureAggregationInputs,
+            partial(feature_aggregation_inputs, num_queries=5, channels=8, strides=(16, 32), attn_drop=0.15),
+        ),
         "attention": cases.OpCase(AttentionInputs, partial(attention_inputs, "small-decoder")),
-        "module": cases.ModuleCase(partial(aggregation_problem, rig, num_queries=4, batch_size=2)),
+        "module": cases.ModuleCase(partial(aggregation_problem, rig, num_queries=4, batch_size=2), attn_drop=0.15),
         "overhead-msda": cases.HostCase(partial(attention_inputs, "one-query")),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +76,7 @@ def test_every_backend_and_pass(tiny, measured):
     assert timed == {(name, b, p) for name, case in tiny.items() for b in backends for p in case.passes(b)}
     assert all(r["timing"]["median_us"] > 0 for r in written["results"])
     for r in written["results"]:
-        counted = r["case"] in ("aggregation", "attention") and r["passed"] == "forward"
+        counted = r["case"] in ("aggregation", "fused", "attention") and r["passed"] == "forward"
         assert (r["gathered_bytes"] is not None) == counted, r
     assert "aggregation" in printed and "overhead-msda" in printed
 
@@ -89,6 +94,7 @@ def test_every_pass_on_cuda(tiny, tmp_path):
         assert by["aggregation", "forward", dtype] == by["module", "forward graph", dtype] == "graph"
         assert by["module", "forward", dtype] == "events" and by["overhead-msda", "call training", dtype] == "host"
     assert all(r["extra_bytes"] > 0 for r in timed if not r["passed"].startswith("call"))
+    assert all(r["kept_bytes"] > 0 for r in timed if r["case"] == "module" and r["passed"].startswith("training"))
 
 
 def test_a_warm_pass_keeps_to_one_set_of_inputs(tiny, monkeypatch):

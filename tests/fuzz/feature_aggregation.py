@@ -119,7 +119,7 @@ def expected(op: Op, operands: Sequence, toward: Tensor) -> tuple[list[Tensor], 
     for _ in range(PERTURBATIONS):
         others = run(op, [off(i, t) for i, t in enumerate(exact)], toward, function=op.formula)
         moved = [max(most, (other - result).norm().item()) for most, other, result in zip(moved, others, results)]
-    # Terms may cancel: those of a softmax's gradient do so wherever a weight is all there is, and those of a key point's
+    # Terms may cancel: those of a softmax's gradient do so where one weight is all there is, those of a key point's
     # where a camera has two equal rows. The latter are steeper by a level's side over a depth.
     terms = max(1, operands[0].shape[2]) ** 0.5
     largest = exact[0].abs().amax().item() if exact[0].numel() else 0.0
