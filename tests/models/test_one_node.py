@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reimplementation import ops
 from reimplementation.models.deformable import aggregation
 from tests.models.table import AGGREGATION, CHANNELS, trainable
+from tests.ops.agreement import KernelCalls
+from tests.ops.table import FEATURE_AGGREGATION
 from tests.reference import TOLERANCE, relative_error
 
 MAP = {"type": "SparsePoint3DKeyPointsGenerator", "num_sample": 2, "num_learnable_pts": 2}
@@ -126,6 +128,31 @@ def test_several_output_gradients_at_once(device):
     one_by_one = [torch.autograd.grad(output, leaves, one, retain_graph=True) for one in several]
     for got, wanted in zip(batched, (torch.stack(gradients) for gradients in zip(*one_by_one)), strict=True):
         assert relative_error(got, wanted) <= 10 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"num_queries": 0}], ids=lambda sizes: next(iter(sizes)))
+def test_nothing_to_aggregate(device, sizes):
+    module = AGGREGATION.trained(device, residual_mode="cat")
+    operands = AGGREGATION.operands_on(device, **sizes)
+    output, gradients = run(module, operands)
+    assert is_one_node(output) and output.numel() == 0
+    with layer_by_layer():
+        expected_output, expected = run(module, operands)
+    assert output.shape == expected_output.shape
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert got.shape == wanted.shape and not got.any()
+
+
+def test_kernels_are_not_asked_for_what_nothing_needs(device):
+    """Of frozen boxes without learned places the key points need no gradient, as frozen maps do not."""
+    generator = {"type": "SparseBox3DKeyPointsGenerator"}
+    module = AGGREGATION.trained(device, kps_generator=generator)
+    operands = [t.detach() for t in operands_of(module, device)]
+    operands[0].requires_grad_()
+    with KernelCalls() as calls:
+        AGGREGATION.call(module, operands).sum().backward()
+    assert calls.names[-1] == "deformable_feature_aggregation_backward"
+    assert calls.needs_of(FEATURE_AGGREGATION) == [(False, False, True, True)]
 
 
 class Doubled(nn.Linear):

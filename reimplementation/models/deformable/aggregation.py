@@ -156,7 +156,9 @@ class DeformableFeatureAggregation(nn.Module):
             kwargs: ignored, for callers that pass every module the same arguments.
 
         Returns:
-            (bs, num_anchor, embed_dims); with residual mode "cat" (bs, num_anchor, 2 * embed_dims).
+            (bs, num_anchor, embed_dims); with residual mode "cat" (bs, num_anchor, 2 * embed_dims). Where its layers
+            are as it built them, with no hooks, and all but the feature maps is float32, so is what it returns, under
+            autocast too.
 
         Raises:
             KeyError: ``metas`` has no ``"projection_mat"``.

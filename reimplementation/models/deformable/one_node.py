@@ -186,7 +186,7 @@ def _operands(t: Tensors, key_points: Tensor, layers: tuple[Layer, ...]) -> tupl
     logits = F.linear(_query(t), t.weights_weight, t.weights_bias)
     camera_logits = None
     if layers:
-        camera_logits = F.linear(layers[-1].output, t.weights_weight).view(*t.projection_mat.shape[:2], -1)
+        camera_logits = F.linear(layers[-1].output, t.weights_weight).view(*t.projection_mat.shape[:2], logits.shape[2])
     levels = t.feature_maps, t.spatial_shape, t.scale_start_index
     return *levels, key_points, t.projection_mat, t.image_wh, logits, camera_logits, t.keep
 
@@ -229,9 +229,11 @@ def _of_parameters(
 
 def _differentiate_op(
     t: Tensors, steps: Steps, needs: Tensors, settings: Settings, of_features: Tensor, found: dict[str, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of key points, and as rows of logits and cameras' logits; that of the feature maps goes to ``found``."""
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Of key points if they need it, and as rows of logits and cameras' logits; of the feature maps, to ``found``."""
     operands = _operands(t, steps.key_points, steps.layers)
+    learn = needs.points_weight or needs.points_bias or (steps.learned is not None and needs.instance_feature)
+    needs_points = bool(needs.places or learn)
     of_maps, of_points, of_logits, of_cameras = _ops.deformable_feature_aggregation_backward.default(
         as_dtype(of_features, t.feature_maps.dtype),
         *operands,
@@ -239,13 +241,13 @@ def _differentiate_op(
         settings.attn_drop,
         False,
         bool(needs.feature_maps),
-        True,
+        needs_points,
         True,
         bool(steps.layers),
         must_be_deterministic(),
     )
     found["feature_maps"] = of_maps if needs.feature_maps else None
-    return of_points, _rows(of_logits), _rows(of_cameras) if steps.layers else None
+    return of_points if needs_points else None, _rows(of_logits), _rows(of_cameras) if steps.layers else None
 
 
 def _differentiate_weights(
@@ -274,7 +276,7 @@ def _differentiate_inputs(
     steps: Steps,
     needs: Tensors,
     of_logits: Tensor,
-    of_points: Tensor,
+    of_points: Tensor | None,
     of_residual: Tensor | None,
     found: dict[str, Tensor | None],
 ) -> None:
@@ -283,7 +285,7 @@ def _differentiate_inputs(
     if needs.anchor_embed:
         found["anchor_embed"] = of_query.view_as(t.instance_feature).sum_to_size(t.anchor_embed.shape)
     of_feature = of_query if of_residual is None else of_query + _rows(of_residual)
-    if t.fix_scale is None:
+    if t.fix_scale is None or of_points is None:
         found["places"] = of_points
     else:
         gradients = _ops.box_key_points_backward.default(of_points, t.places, t.fix_scale, steps.learned)
