@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation import ops
-from reimplementation.models.deformable import aggregation
+from reimplementation.models.deformable import aggregation, one_node
 from tests.models.table import AGGREGATION, CHANNELS, trainable
 from tests.ops.agreement import KernelCalls
 from tests.ops.table import FEATURE_AGGREGATION
@@ -300,8 +300,20 @@ def test_under_autocast_a_backward_within_is_no_other(device):
         assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
 
 
-def test_little_is_kept_for_the_backward(device):
-    """Of what grows with the queries: key points, features, and two numbers a group; no query, and no logits."""
+def test_what_is_large_is_made_again(device, monkeypatch):
+    module = AGGREGATION.trained(device, residual_mode="add")
+    operands = operands_of(module, device)
+    expected = run(module, operands)
+    monkeypatch.setattr(one_node, "_LARGE", 0)
+    output, gradients = run(module, operands)
+    assert torch.equal(output, expected[0])
+    for got, wanted in zip(gradients, expected[1], strict=True):
+        assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
+
+
+def test_little_is_kept_for_the_backward(device, monkeypatch):
+    """Of what grows with the queries: key points, features, and two numbers a group; no large query, and no logits."""
+    monkeypatch.setattr(one_node, "_LARGE", 0)
     module = AGGREGATION.trained(device)
     operands = [t.detach().requires_grad_(t.requires_grad) for t in AGGREGATION.operands(num_queries=500)]
     operands = [t.to(device) for t in operands]
@@ -311,7 +323,7 @@ def test_little_is_kept_for_the_backward(device):
         AGGREGATION.call(module, operands)
     own = sum(t.numel() for pointer, t in kept.items() if pointer not in given)
     a_query = CHANNELS + module.num_pts * 3 + 2 * module.num_groups + module.kps_generator.num_learnable_pts * 3
-    of_cameras = 2 * 2 * (4 * CHANNELS + 4)  # batch, cameras
+    of_cameras = 2 * 2 * (4 * CHANNELS + 4 + module.weights_fc.out_features)  # batch, cameras
     assert own <= 2 * 500 * a_query + of_cameras
 
 

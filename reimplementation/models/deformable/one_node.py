@@ -5,7 +5,8 @@ kernel, and each derivative is a node again, with views around its kernels. Here
 after the other, below autograd and autocast, and the gradients of what meets in one tensor are added by the products
 that make them. The numbers are those of the layers.
 
-What the backward can make again in one kernel is not kept: the sum of feature and embedding, and the logits.
+What is large, and the backward can make again in one kernel, is not kept: the sum of feature and embedding, and the
+logits.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class Tensors(NamedTuple):
 
 
 _NUM_OTHERS = len(Tensors._fields) - 1
+_LARGE = 2**20  # numbers: to make more again takes less than the memory is worth, to make fewer the host's time
 
 
 class Layer(NamedTuple):
-    """What a layer of the camera encoder leaves for its derivative: ReLU's output, and all that the norm makes."""
+    """What a layer of the camera encoder leaves for its derivative: its input, and what ReLU and the norm make."""
 
+    rows: Tensor
     activated: Tensor
     mean: Tensor
     scale: Tensor
@@ -78,10 +81,13 @@ class Layer(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What a call makes on its way to the output."""
+    """What a call makes on its way to the output; the query and the logits are None where they are large."""
 
     learned: Tensor | None
     key_points: Tensor
+    query: Tensor | None
+    logits: Tensor | None
+    camera_logits: Tensor | None
     features: Tensor
     statistics: Tensor
     layers: tuple[Layer, ...]
@@ -142,17 +148,28 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def _forward(settings: Settings, t: Tensors) -> tuple[Tensor, Steps]:
     learned, key_points = _key_points(t)
+    query = _query(t)
+    logits = _logits(t, query)
     layers = _encoder(settings, t)
+    camera_logits = None
+    if layers:
+        camera_logits = F.linear(layers[-1].output, t.weights_weight).view(*t.projection_mat.shape[:2], logits.shape[2])
     features, statistics = _ops.deformable_feature_aggregation.default(
-        *_operands(t, key_points, layers), settings.attn_drop, False
+        *_operands(t, key_points, logits, camera_logits), settings.attn_drop, False
     )
-    features = as_dtype(features, t.instance_feature.dtype)
+    features = as_dtype(features, query.dtype)
     output = F.linear(features, t.output_weight, t.output_bias)
     if settings.residual_mode == "add":
         output.add_(t.instance_feature)
     elif settings.residual_mode == "cat":
         output = torch.cat([output, t.instance_feature], dim=-1)
-    return output, Steps(learned, key_points, features, statistics, layers)
+    return output, Steps(
+        learned, key_points, _unless_large(query), _unless_large(logits), camera_logits, features, statistics, layers
+    )
+
+
+def _unless_large(tensor: Tensor) -> Tensor | None:
+    return None if tensor.numel() > _LARGE else tensor
 
 
 def _key_points(t: Tensors) -> tuple[Tensor | None, Tensor]:
@@ -165,34 +182,29 @@ def _key_points(t: Tensors) -> tuple[Tensor | None, Tensor]:
     return learned, _ops.box_key_points.default(t.places, t.fix_scale, learned)
 
 
-def _matrices(t: Tensors) -> Tensor:
-    """(bs * num_cams, 12): what the encoder is told of the cameras."""
-    return t.projection_mat[:, :, :3].reshape(-1, 12)
+def _query(t: Tensors) -> Tensor:
+    return t.instance_feature + t.anchor_embed
+
+
+def _logits(t: Tensors, query: Tensor) -> Tensor:
+    return F.linear(query, t.weights_weight, t.weights_bias)
 
 
 def _encoder(settings: Settings, t: Tensors) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     for i, epsilon in enumerate(settings.epsilons):
-        rows = layers[-1].output if layers else _matrices(t)
+        rows = layers[-1].output if layers else t.projection_mat[:, :, :3].reshape(-1, 12)
         weight, bias, norm_weight, norm_bias = t.encoder[4 * i : 4 * i + 4]
         activated = torch._addmm_activation(bias, rows, weight.t())  # ReLU, in the product's own kernel on a GPU
         output, mean, scale = torch.native_layer_norm(activated, bias.shape, norm_weight, norm_bias, epsilon)
-        layers.append(Layer(activated, mean, scale, output))
+        layers.append(Layer(rows, activated, mean, scale, output))
     return tuple(layers)
 
 
-def _operands(t: Tensors, key_points: Tensor, layers: tuple[Layer, ...]) -> tuple:
-    """The operands of `ops.deformable_feature_aggregation`, the logits made from the query."""
-    logits = F.linear(_query(t), t.weights_weight, t.weights_bias)
-    camera_logits = None
-    if layers:
-        camera_logits = F.linear(layers[-1].output, t.weights_weight).view(*t.projection_mat.shape[:2], logits.shape[2])
+def _operands(t: Tensors, key_points: Tensor, logits: Tensor, camera_logits: Tensor | None) -> tuple:
+    """The operands of `ops.deformable_feature_aggregation`."""
     levels = t.feature_maps, t.spatial_shape, t.scale_start_index
     return *levels, key_points, t.projection_mat, t.image_wh, logits, camera_logits, t.keep
-
-
-def _query(t: Tensors) -> Tensor:
-    return t.instance_feature + t.anchor_embed
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -212,8 +224,9 @@ def _backward(settings: Settings, t: Tensors, steps: Steps, needs: Tensors, grad
         of_output, _rows(steps.features), needs.output_weight, needs.output_bias
     )
     of_features = torch.mm(of_output, t.output_weight).view_as(steps.features)
-    of_points, of_logits, of_cameras = _differentiate_op(t, steps, needs, settings, of_features, found)
-    of_encoder = _differentiate_weights(t, steps, needs, of_logits, of_cameras, found)
+    query = _query(t) if steps.query is None else steps.query
+    of_points, of_logits, of_cameras = _differentiate_op(t, steps, needs, settings, query, of_features, found)
+    of_encoder = _differentiate_weights(t, steps, needs, query, of_logits, of_cameras, found)
     _differentiate_inputs(t, steps, needs, of_logits, of_points, of_residual, found)
     by_name = [found.get(name) for name in Tensors._fields[:_NUM_OTHERS]]
     return by_name + _differentiate_encoder(t, steps, needs, of_encoder)
@@ -228,15 +241,21 @@ def _of_parameters(
 
 
 def _differentiate_op(
-    t: Tensors, steps: Steps, needs: Tensors, settings: Settings, of_features: Tensor, found: dict[str, Tensor | None]
+    t: Tensors,
+    steps: Steps,
+    needs: Tensors,
+    settings: Settings,
+    query: Tensor,
+    of_features: Tensor,
+    found: dict[str, Tensor | None],
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Of key points if they need it, and as rows of logits and cameras' logits; of the feature maps, to ``found``."""
-    operands = _operands(t, steps.key_points, steps.layers)
+    logits = _logits(t, query) if steps.logits is None else steps.logits
     learn = needs.points_weight or needs.points_bias or (steps.learned is not None and needs.instance_feature)
     needs_points = bool(needs.places or learn)
     of_maps, of_points, of_logits, of_cameras = _ops.deformable_feature_aggregation_backward.default(
         as_dtype(of_features, t.feature_maps.dtype),
-        *operands,
+        *_operands(t, steps.key_points, logits, steps.camera_logits),
         steps.statistics,
         settings.attn_drop,
         False,
@@ -254,14 +273,13 @@ def _differentiate_weights(
     t: Tensors,
     steps: Steps,
     needs: Tensors,
+    query: Tensor,
     of_logits: Tensor,
     of_cameras: Tensor | None,
     found: dict[str, Tensor | None],
 ) -> Tensor | None:
     """Of the layer that makes the logits, to ``found``; and of the encoder's output, where there is one."""
-    of_weight, found["weights_bias"] = _of_parameters(
-        of_logits, _rows(_query(t)), needs.weights_weight, needs.weights_bias
-    )
+    of_weight, found["weights_bias"] = _of_parameters(of_logits, _rows(query), needs.weights_weight, needs.weights_bias)
     if of_cameras is None:
         found["weights_weight"] = of_weight
         return None
@@ -296,7 +314,10 @@ def _differentiate_inputs(
                 of_learned, _rows(t.instance_feature), needs.points_weight, needs.points_bias
             )
             weight: Any = t.points_weight
-            of_feature = torch.addmm(of_feature, of_learned, weight)
+            if of_feature is of_query and needs.anchor_embed:  # whose gradient that is
+                of_feature = torch.addmm(of_feature, of_learned, weight)
+            else:
+                of_feature.addmm_(of_learned, weight)
     found["instance_feature"] = of_feature.view_as(t.instance_feature)
 
 
@@ -305,15 +326,13 @@ def _differentiate_encoder(t: Tensors, steps: Steps, needs: Tensors, gradient: T
     found: list[Tensor | None] = [None] * len(t.encoder)
     if gradient is None:
         return found
-    inputs = (_matrices(t), steps.layers[0].output)
-    for i in (1, 0):
+    for i, layer in reversed(list(enumerate(steps.layers))):
         weight, bias, *affine = t.encoder[4 * i : 4 * i + 4]
-        layer = steps.layers[i]
         gradient, *found[4 * i + 2 : 4 * i + 4] = torch.ops.aten.native_layer_norm_backward.default(
             gradient, layer.activated, bias.shape, layer.mean, layer.scale, *affine, [True, True, True]
         )
         gradient = torch.ops.aten.threshold_backward.default(gradient, layer.activated, 0)
-        found[4 * i], found[4 * i + 1] = _of_parameters(gradient, inputs[i], True, True)
+        found[4 * i], found[4 * i + 1] = _of_parameters(gradient, layer.rows, True, True)
         if i > 0:
             gradient = torch.mm(gradient, weight)
     return found
