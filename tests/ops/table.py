@@ -250,11 +250,6 @@ ATTENTION = Op(
 )
 
 
-def aggregate_features(*operands: Tensor | None) -> Tensor:
-    """`ops.deformable_feature_aggregation` with the settings of its row."""
-    return ops.deformable_feature_aggregation(*operands, ATTN_DROP)
-
-
 def apart_from_edges(*operands: Tensor | None) -> list[Tensor | None]:
     """As `off_the_edges`, of what becomes locations."""
     return [*operands[:3], operands[3] + inputs.STEP / 2, *operands[4:]]
@@ -262,7 +257,7 @@ def apart_from_edges(*operands: Tensor | None) -> list[Tensor | None]:
 
 FEATURE_AGGREGATION = Op(
     "deformable_feature_aggregation",
-    aggregate_features,
+    partial(ops.deformable_feature_aggregation, attn_drop=ATTN_DROP),
     partial(reference.deformable_feature_aggregation, attn_drop=ATTN_DROP),
     operands=(
         Operand("feature_maps", (0,), differentiable=True),

@@ -98,12 +98,12 @@ def test_many_points(device, form):
 
 
 @forms
-def test_gradcheck(backend_device, form):
+def test_gradcheck(kernels, form):
     inputs = feature_aggregation_inputs(
         4, batch_size=1, num_queries=3, num_points=2, channels=4, num_groups=2, shapes=SMALL, **FORMS[form]
     )
     # Half a step away from the edges of pixels, where the derivative does not exist.
-    inputs = replace(inputs, key_points=inputs.key_points + 2.0**-13).to(backend_device, torch.float64)
+    inputs = replace(inputs, key_points=inputs.key_points + 2.0**-13).to(kernels, torch.float64)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.leaves().items()}
 
     def function(*tensors):
