@@ -5,6 +5,7 @@ from .box_key_points import box_key_points
 from .deformable_aggregation import deformable_aggregation_function
 from .deformable_feature_aggregation import deformable_feature_aggregation
 from .feature_maps import feature_maps_format
+from .levels import level_start_index
 from .ms_deform_attn import MSDeformAttnFunction, ms_deform_attn
 from .project_points import project_points
 
@@ -17,6 +18,7 @@ __all__ = [
     "deformable_aggregation_function",
     "deformable_feature_aggregation",
     "feature_maps_format",
+    "level_start_index",
     "ms_deform_attn",
     "project_points",
     "use_backend",

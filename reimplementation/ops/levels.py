@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 
+def level_start_index(spatial_shapes: Tensor) -> Tensor:
+    """The first row of every level where the levels follow one another.
+
+    Args:
+        spatial_shapes: (L, 2) integer (H, W) of each level, on any device; nothing waits for it.
+
+    Returns:
+        (L,) int64 on that device.
+    """
+    rows = spatial_shapes.long().prod(-1)
+    return rows.cumsum(0) - rows
+
+
 def lies_within(height, width, start, num_rows: int) -> tuple:
     """The conditions under which a level of height x width pixels lies within the rows; all must hold.
 

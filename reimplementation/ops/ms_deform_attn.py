@@ -1,28 +1,37 @@
-"""Multi-scale deformable attention: every head samples every level at its own points and sums with its weights."""
+"""Multi-scale deformable attention: every head samples every level at its own points and sums with its weights.
+
+The operator knows one form of the operands. What callers have besides is brought into it by `_attention_forms`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ._attention_forms import in_plain_form, joined
 from ._call import call
 from ._register import define, must_be_deterministic
 from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec
 from .backends import grid_sample
+from .dtypes import FLOATING
 from .levels import check_levels_fit
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
 
 
 def ms_deform_attn(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
+    value: Tensor | Sequence[Tensor],
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    level_start_index: Tensor | None,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     im2col_step: int = 64,
+    *,
+    num_points: Sequence[int] | None = None,
+    method: str = "default",
 ) -> Tensor:
     """Sample multi-scale values at each query's points, head by head, and sum them with attention weights.
 
@@ -36,12 +45,26 @@ def ms_deform_attn(
     (arXiv 2010.04159, equation 3), whose call sites it fits.
 
     Args:
-        value: (N, S, M, D) float64, float32, float16 or bfloat16; the rows of all levels, M heads of D channels.
-        spatial_shapes: (L, 2) integer (H, W), on the CPU or the value's device.
-        level_start_index: (L,) integer, the first row of each level; likewise.
-        sampling_locations: (N, Lq, M, L, P, 2) float32 or float64 (x, y), normalised to [0, 1].
+        value: (N, S, M, D) float64, float32, float16 or bfloat16; the rows of all levels, M heads of D channels. It may
+            have any strides, but the kernels read whole rows: anything else than a contiguous value is copied once. A
+            value (N, M, D, S) is passed as ``value.permute(0, 3, 1, 2)``. Or a sequence with a tensor (N, M, D, rows)
+            for each level, as D-FINE's code has it: they are joined, which is one copy too.
+        spatial_shapes: (L, 2) integer (H, W), on the CPU or the value's device. Or a sequence of L pairs of whole
+            numbers, which become a tensor on the device once, and not at each call.
+        level_start_index: (L,) integer, the first row of each level; likewise. None where levels follow one another.
+        sampling_locations: (N, Lq, M, L, P, 2) floating (x, y), normalised to [0, 1]. Half precision is widened to
+            float32; but it cannot address a pixel, so it is better to compute locations in float32.
         attention_weights: (N, Lq, M, L, P) in the value's dtype or float32.
         im2col_step: taken because call sites pass it; nothing depends on it, and N need not be a multiple of it.
+        num_points: L numbers, where levels have different numbers of points. Locations are then
+            (N, Lq, M, sum(num_points), 2) and weights (N, Lq, M, sum(num_points)), level after level (RT-DETRv2,
+            arXiv 2407.17140; D-FINE, arXiv 2410.13842). It costs nothing: a level is listed several times, such that
+            all have the greatest common divisor as their number of points.
+        method: "default" samples bilinearly, as above. "discrete" takes one pixel for each location, the one at
+            ``int(location * (W, H) + 0.5)``, clamped into the level; locations get no gradient. "discrete_by_height"
+            clamps x by H - 1 as y, which is what D-FINE's own code does; beyond the width of a level that is higher
+            than wide, a sample then contributes nothing. Both read the centre of that pixel bilinearly, so its
+            neighbours take part with what float32 rounds a pixel position by. A NaN contributes nothing.
 
     Returns:
         (N, Lq, M*D) in the value's dtype; sums run in float32 (float64 for a float64 value). Under autocast the
@@ -57,11 +80,22 @@ def ms_deform_attn(
     none. A compiled function keeps what they were when it was compiled.
 
     Raises:
-        ValueError: a shape or device does not fit, or levels on the CPU reach beyond the value's rows. (Levels on a
-            GPU that do so contribute nothing: reading them here would wait for the GPU.)
-        TypeError: an argument is no tensor or has another dtype.
+        ValueError: a shape or device does not fit, or levels on the CPU, or given as numbers, reach beyond the value's
+            rows. (Levels in a tensor on a GPU that do so contribute nothing: reading them would wait for the GPU.)
+        TypeError: an argument has another type or dtype.
         RuntimeError: a forced backend is not available, or memory ran out; on a GPU that is a torch.OutOfMemoryError.
     """
+    if not isinstance(value, Tensor):
+        value = joined(value)
+    if (
+        num_points is not None
+        or level_start_index is None
+        or method != "default"
+        or not isinstance(spatial_shapes, Tensor)
+    ):
+        spatial_shapes, level_start_index, sampling_locations, attention_weights = in_plain_form(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method
+        )
     return call(_OP, value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
@@ -92,6 +126,8 @@ def _may_sum_in_half(dtype: torch.dtype) -> bool:
     return False
 
 
+WIDENED_LOCATIONS = replace(LOCATIONS, accepted=lambda first: FLOATING, advice="")
+
 SPEC = Spec(
     name="ms_deform_attn",
     title="Multi-scale deformable attention",
@@ -99,7 +135,7 @@ SPEC = Spec(
         Operand("value", ("N", "S", "M", "D"), FEATURES, torch.contiguous_format),
         Operand("spatial_shapes", ("L", 2), LEVELS),
         Operand("level_start_index", ("L",), LEVELS),
-        Operand("sampling_locations", ("N", "Lq", "M", "L", "P", 2), LOCATIONS, torch.preserve_format),
+        Operand("sampling_locations", ("N", "Lq", "M", "L", "P", 2), WIDENED_LOCATIONS, torch.preserve_format),
         Operand("attention_weights", ("N", "Lq", "M", "L", "P"), WEIGHTS, torch.preserve_format),
     ),
     output=lambda sizes: (sizes["N"], sizes["Lq"], sizes["M"] * sizes["D"]),

@@ -125,8 +125,9 @@ class Drawing:
         # Of the operators, a meta tensor asks for a shape alone, and that is what they return.
         kind = self.rng.choice(kinds if result.direct else [*kinds, "device"])
         if kind == "not a tensor":
-            nothing = [] if self.op.operands[which].optional else [None]
-            operands[which] = got = self.rng.choice([*nothing, 1.5, "tensor", [1, 2], np.zeros(3)])
+            about = self.op.operands[which]
+            others = [1.5, "tensor", np.zeros(3), *([] if about.optional else [None]), [1, 2]]
+            operands[which] = got = self.rng.choice([other for other in others if type(other) not in about.also])
             error = TypeError
         else:
             result.autocast = None  # which casts some of what follows
@@ -141,7 +142,7 @@ class Drawing:
         return error
 
     def wrong_dtype(self, which: int, operand: Tensor) -> tuple[Tensor, type[Exception]]:
-        taken = self.op.operands[which].dtypes(self.dtype)
+        taken = {*self.op.operands[which].dtypes(self.dtype), *self.op.operands[which].also}
         wrong = [dtype for dtype in (*FLOATING, *INTEGER, torch.bool, torch.complex64) if dtype not in taken]
         return torch.zeros_like(operand, dtype=self.rng.choice(wrong)), TypeError
 

@@ -60,6 +60,7 @@ class Operand:
     optional: bool = False  # whether it may be None
     any_device: bool = False  # whether it may be on the CPU where the others are not
     in_float32: bool = False  # whether kernels that read others in half precision read it in float32
+    also: tuple[type | torch.dtype, ...] = ()  # what the function takes besides, and its operator does not
 
     def in_dtype(self, operand: Tensor, dtype: torch.dtype) -> Tensor:
         """The operand as it is beside others of ``dtype``: in that dtype, or in float32 where it may not have it."""
@@ -217,10 +218,10 @@ ATTENTION = Op(
     ops.ms_deform_attn,
     reference.ms_deform_attn,
     operands=(
-        Operand("value", (0, 2), differentiable=True),
-        Operand("spatial_shapes", (0, 1), any_integer, any_device=True),
-        Operand("level_start_index", (0,), any_integer, any_device=True),
-        Operand("sampling_locations", (0, 1, 2, 3, 4, 5), wide, differentiable=True),
+        Operand("value", (0, 2), differentiable=True, also=(list,)),
+        Operand("spatial_shapes", (0, 1), any_integer, any_device=True, also=(list,)),
+        Operand("level_start_index", (0,), any_integer, any_device=True, also=(type(None),)),
+        Operand("sampling_locations", (0, 1, 2, 3, 4, 5), wide, differentiable=True, also=HALF),
         Operand("attention_weights", (0, 1, 2, 3, 4), as_the_first, differentiable=True),
     ),
     random=inputs.random_attention_inputs,

@@ -352,7 +352,7 @@ class TestErrors:
     def test_what_is_no_tensor(self, op, spoil):
         for place, (about, operand) in enumerate(zip(op.operands, op.on("cpu", torch.float32))):
             spoiled = spoil(operand)
-            if spoiled is not None or not about.optional:
+            if (spoiled is not None or not about.optional) and type(spoiled) not in about.also:
                 message = f"^{about.name} must be a torch.Tensor; got {type(spoiled).__name__}"
                 self.assert_refused(op, place, spoiled, TypeError, message)
 
@@ -364,14 +364,14 @@ class TestErrors:
     def test_other_dtypes(self, op):
         """Autocast casts what is floating, and nothing else."""
         for place, (about, operand) in enumerate(zip(op.operands, op.on("cpu", torch.float32))):
-            for dtype in {*NO_NUMBERS, torch.int64} - set(about.dtypes(torch.float32)):
+            for dtype in {*NO_NUMBERS, torch.int64} - {*about.dtypes(torch.float32), *about.also}:
                 message = f"^{about.name} must be .*; got {str(dtype).removeprefix('torch.')}"
                 self.assert_refused(op, place, torch.zeros_like(operand, dtype=dtype), TypeError, message)
 
     def test_other_floating_dtypes(self, op):
         operands = op.on("cpu", torch.float32)
         for place, about in enumerate(op.operands):
-            for dtype in set(FLOATING) - set(about.dtypes(torch.float32)):
+            for dtype in set(FLOATING) - {*about.dtypes(torch.float32), *about.also}:
                 mixed = [torch.zeros_like(t, dtype=dtype) if i == place else t for i, t in enumerate(operands)]
                 message = f"^{about.name} must be .*; got {str(dtype).removeprefix('torch.')}"
                 with pytest.raises(TypeError, match=message):

@@ -231,9 +231,9 @@ def wrong(**changes):
             r"attention_weights must be \(N, Lq, M, L, P\) with N=2, Lq=7, M=3, L=3, P=3; got \(2, 7, 3, 9\)",
         ),
         (
-            wrong(sampling_locations=lambda t: t.half()),
+            wrong(sampling_locations=lambda t: t.long()),
             TypeError,
-            r"sampling_locations must be float32 or float64; got float16: half precision cannot address a pixel",
+            r"sampling_locations must be float64 or float32 or float16 or bfloat16; got int64",
         ),
         (
             wrong(attention_weights=lambda t: t.half()),

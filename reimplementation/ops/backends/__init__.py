@@ -27,6 +27,7 @@ __all__ = [
     "EXTENSION_AVAILABLE",
     "available_backends",
     "build_info",
+    "constant_in_graphs",
     "select_backend",
     "use_backend",
     "why_missing",
