@@ -37,6 +37,8 @@ class Accelerated(nn.Module):
     """What the forward reads of the module."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Parameters of the other forward that change nothing."""
+    incomparable: ClassVar[str | None] = None
+    """Why the two forwards cannot be compared on a CPU; None where they can."""
 
     @classmethod
     def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
@@ -87,6 +89,8 @@ def difference(kind: type[Accelerated], module: nn.Module) -> float | str:
     Returns the largest relative difference, or why the original does not run there. What our forward raises is passed
     on, since the module does not have the form that was expected.
     """
+    if kind.incomparable is not None:
+        return kind.incomparable
     probe = Probe()
     try:
         original = copy.deepcopy(module).to("cpu", torch.float64).eval()

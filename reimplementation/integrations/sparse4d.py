@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from torch import nn
-
 from reimplementation.models.deformable import DeformableFeatureAggregation
 
-from .probe import Probe
 from .replacement import Accelerated
 
 
 class SparseAggregation(Accelerated, DeformableFeatureAggregation):
-    """SparseDrive and Sparse4D: the forward is that of our module, which reads what theirs holds.
-
-    It is not compared with the original, whose plain path samples beyond the images' borders too, and whose compiled
-    op is not there on a CPU.
-    """
+    """SparseDrive and Sparse4D: the forward is that of our module, which reads what theirs holds."""
 
     names = ("DeformableFeatureAggregation",)
     attributes = (
@@ -35,8 +25,5 @@ class SparseAggregation(Accelerated, DeformableFeatureAggregation):
         "weights_fc",
         "output_proj",
     )
+    incomparable = "its plain path samples beyond the borders of images too, and its compiled op has no CPU kernel"
     use_deformable_func = property(lambda self: True)
-
-    @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
-        return iter(())

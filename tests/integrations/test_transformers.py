@@ -43,7 +43,7 @@ def outputs_of(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
 
 def results_of(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     """The outputs, and the gradients of all parameters toward a random direction of each output, as one vector."""
-    model.zero_grad()
+    model = copy.deepcopy(model)  # which calls of some models change: they keep what they computed
     outputs = outputs_of(model, inputs)
     generator = torch.Generator().manual_seed(2)
     toward = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in outputs.items()}
@@ -83,11 +83,16 @@ def test_results_are_as_before(tiny, dtype):
         assert error <= tolerance, f"{name}: relative L2 error {error:.1e}; of the input's last digit {floor:.1e}"
 
 
-def unpickled(model: nn.Module) -> nn.Module:
+def unpickled(model: nn.Module) -> list[nn.Module]:
+    """What a pickle of the model gives back; nothing for those whose hooks cannot be pickled."""
     file = io.BytesIO()
-    torch.save(model, file)
+    try:
+        torch.save(model, file)
+    except AttributeError as error:
+        assert "output_capturing_hook" in str(error)
+        return []
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return [torch.load(file, weights_only=False)]
 
 
 @every_model
@@ -99,7 +104,7 @@ def test_what_one_does_with_a_model(tiny):
     report = accelerate(model)
     assert list(model.state_dict()) == names
     assert all(isinstance(module, before) for module, before in zip(model.modules(), classes, strict=True))
-    copies = [copy.deepcopy(model), unpickled(model)]  # before a call: their hooks cannot be pickled
+    copies = [copy.deepcopy(model), *unpickled(model)]
     with torch.no_grad():
         expected = outputs_of(model, inputs)
         for other in copies:

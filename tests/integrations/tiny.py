@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,12 +36,13 @@ class Tiny:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=1.4 / parameter[0].numel() ** 0.5)
-            model.eval()
-            norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+            calibrated = copy.deepcopy(model).eval()  # a first call leaves hooks in a model
+            norms = [module for module in calibrated.modules() if isinstance(module, nn.BatchNorm2d)]
             for norm in norms:
                 norm.train().momentum = 1.0
             if norms:  # they learn what they shall normalise
-                model(**self.inputs(torch.float32))
+                calibrated(**self.inputs(torch.float32))
+                model.load_state_dict(calibrated.state_dict())
         return model.eval()
 
     def inputs(self, dtype: torch.dtype, batch: int = 2) -> dict[str, torch.Tensor]:
@@ -268,16 +270,16 @@ def omdet_turbo():
             bos_token_id=1,
             eos_token_id=2,
             vocab_size=20,
-            hidden_size=32,
+            hidden_size=48,
             num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=32,
         ),
         apply_layernorm_after_vision_backbone=False,
-        text_projection_in_dim=32,
+        text_projection_in_dim=48,
         text_projection_out_dim=48,
         class_embed_dim=48,
-        task_encoder_hidden_dim=32,
+        task_encoder_hidden_dim=48,
         encoder_hidden_dim=CHANNELS,
         decoder_hidden_dim=CHANNELS,
         vision_features_channels=[CHANNELS] * 3,
