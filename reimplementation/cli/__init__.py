@@ -19,6 +19,7 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "yaml": "config",
     "scipy": "train",
+    "transformers": "transformers",
 }
 USER_ERROR = 2
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as a shell counts programs that a signal ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ import torch
 from reimplementation import ops
 from reimplementation.bench import page, peers, results
 from reimplementation.bench.cases import CASES, DEFAULT_CASES, DTYPES, PASSES
+from reimplementation.bench.clients import measure as clients
+from reimplementation.bench.clients import tables as client_tables
+from reimplementation.bench.clients.models import MODELS
 from reimplementation.bench.floor import build
 from reimplementation.bench.results import FLOOR, Document
 from reimplementation.bench.run import Choice, measure_all
@@ -46,6 +50,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--floor", action="store_true", help="CUDA: time a kernel too that only gathers the same rows; needs nvcc"
     )
     parser.add_argument(
+        "--clients",
+        nargs="*",
+        choices=MODELS,
+        metavar="MODEL",
+        help="time other people's models instead, before and after integrations.accelerate, with random weights: all, "
+        "or some of: %(choices)s; with the passes forward and training, and half precision as autocast",
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=arguments.positive, default=[1], help="images at once, of --clients (default: 1)"
+    )
+    parser.add_argument(
         "--repeats", type=arguments.positive, default=20, help="timed runs of each figure (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures, with the machine's name")
@@ -54,7 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="FILE",
         type=Path,
-        help="measure nothing: show these files' figures; with --json, join those of one machine",
+        help="measure nothing: show these files' figures; with --json, join those of one machine (not with --clients)",
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures as bars, as PNG, SVG, …")
@@ -73,6 +88,9 @@ def run(options: argparse.Namespace) -> None:
         return
     # Before the work begins: a missing extra or a wrong file name is said at once.
     figures, picture = arguments.file("--json", options.json), arguments.picture("--plot", options.plot)
+    if options.clients is not None:
+        _run_clients(options, figures, picture)
+        return
     if options.read:
         documents = [_chosen(document, options) for document in results.read(options.read)]
     else:
@@ -92,11 +110,44 @@ def run(options: argparse.Namespace) -> None:
         draw_bars(picture, documents)
 
 
-def _measure(options: argparse.Namespace) -> Document:
-    """Time what the options name, with a progress bar; what fails or is missing is said on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress
+def _run_clients(options: argparse.Namespace, figures: Path | None, picture: Path | None) -> None:
+    """Time other people's models, or show those of a file."""
+    if options.read:
+        if len(options.read) > 1:
+            raise ValueError(f"--clients shows one file of --read; got {len(options.read)}")
+        document = results.read_one(options.read[0], clients.ClientResult)
+    else:
+        document = _measure_clients(options)
+    if figures:
+        document.write(figures)
+    if options.markdown:
+        print(client_tables.markdown(document))
+    else:
+        client_tables.print_table(document)
+    if picture:
+        from reimplementation.bench.clients.plots import draw
 
+        draw(picture, document)
+
+
+def _measure_clients(options: argparse.Namespace) -> Document:
+    for option, given, known in (
+        ("--dtypes", options.dtypes, tuple(clients.DTYPES)),
+        ("--passes", options.passes, clients.PASSES),
+    ):
+        if given and not set(given) <= set(known):
+            raise ValueError(f"{option} of --clients are {', '.join(known)}; got {', '.join(given)}")
+    choice = clients.Choice(
+        options.clients or list(MODELS),
+        options.dtypes or ["float32"],
+        options.batch,
+        options.passes or clients.PASSES,
+    )
+    return _with_progress(clients.measure_all, choice, arguments.device(options.device), options.repeats)
+
+
+def _measure(options: argparse.Namespace) -> Document:
+    """Time what the options name."""
     device = arguments.device(options.device)
     choice = Choice(
         options.cases or DEFAULT_CASES[device.type],
@@ -104,12 +155,22 @@ def _measure(options: argparse.Namespace) -> Document:
         _backends(options, device),
         options.passes or PASSES,
     )
+    return _with_progress(measure_all, choice, device, options.repeats)
+
+
+def _with_progress(
+    measure: Callable[..., Document], choice: Choice | clients.Choice, device: torch.device, repeats: int
+) -> Document:
+    """Measure behind a progress bar; what fails or is missing is said on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(choice))
-        return measure_all(
+        return measure(
             choice,
             device,
-            options.repeats,
+            repeats,
             begins=lambda what: progress.update(task, advance=1, description=what),
             fails=lambda message: progress.console.print(message, markup=False, soft_wrap=True),
         )
