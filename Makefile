@@ -17,7 +17,7 @@ SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_H
 	$(REIMPLEMENTATION_NO_CUDA) $(REIMPLEMENTATION_NO_EXT)
 CLANG_FORMAT = find reimplementation build_tools examples -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format
 
-.PHONY: help demo test test-slow check lint format build wheel fuzz fuzz-sanitized sanitize-cuda test-huge soak \
+.PHONY: help demo test test-slow test-clients check lint format build wheel fuzz fuzz-sanitized sanitize-cuda test-huge soak \
 	install-matrix clean always
 .DEFAULT_GOAL := help
 
@@ -32,6 +32,9 @@ test: build  ## run the tests, JOBS at a time (2); those that need a GPU run whe
 
 test-slow: build  ## run the tests that compile for long: AOTInductor, and the C++ example
 	$(PYTEST) -m slow
+
+test-clients: build  ## test other people's models on our ops, each package in an environment of its own; installs much
+	tests/integrations/environments.sh $(BIN)/python $(CLIENTS)
 
 check: lint test  ## do all that a change must pass: lint, then test
 

@@ -138,7 +138,7 @@ MODELS = {
     "rf_detr": ClientModel("RfDetrForObjectDetection", lambda t: t.RfDetrConfig(), (560, 560)),
     "pp_doclayout_v2": ClientModel(
         "PPDocLayoutV2ForObjectDetection",
-        lambda t: t.PPDocLayoutV2Config(num_labels=25, class_thresholds=[0.5] * 25, class_order=list(range(25))),
+        lambda t: t.PPDocLayoutV2Config(num_labels=20, class_thresholds=[0.5] * 20, class_order=list(range(20))),
         (800, 800),
     ),
     "pp_doclayout_v3": ClientModel("PPDocLayoutV3ForObjectDetection", lambda t: t.PPDocLayoutV3Config(), (800, 800)),
