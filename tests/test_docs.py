@@ -6,13 +6,17 @@ import re
 import sys
 import types
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from reimplementation import cli, ops
+from reimplementation.integrations import clients
+from reimplementation.integrations.replacement import Accelerated
 from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator
+from tests.integrations.test_acceleration import MSDeformAttn
 from tests.markdown import PAGES, README, ROOT, anchors, code_blocks, commands, links
 
 DOCS = ROOT / "docs"
@@ -103,16 +107,6 @@ class TestMigration:
         (found,) = [code for code in code_blocks(MIGRATION, "python") if phrase in code]
         return found
 
-    @pytest.mark.parametrize(
-        ("registry", "name"),
-        [("ATTENTION", "DeformableFeatureAggregation"), ("PLUGIN_LAYERS", "SparseBox3DKeyPointsGenerator")],
-    )
-    def test_registries_of_mmcv_1(self, monkeypatch, registry, name):
-        registered = {}
-        provide(monkeypatch, "mmcv.cnn.bricks.registry", **{registry: self.registry(registered)})
-        run(self.blocks(f"{registry}.register_module()"))
-        assert list(registered) == [name]
-
     def registry(self, registered: dict):
         """Like one of mmcv 1: it registers a class under its name, or another."""
 
@@ -122,7 +116,7 @@ class TestMigration:
         return types.SimpleNamespace(register_module=register_module)
 
     def test_the_planner_of_sparsedrive_reads_a_level_back(self):
-        (code,) = [code for code in code_blocks(MIGRATION, "python") if code.count("\n") == 1]
+        (code,) = [code for code in code_blocks(MIGRATION, "python") if "feature_maps_format" in code]
         names = run(code)
         levels = [torch.randn(2, 6, 8, 4, 11), torch.randn(2, 6, 8, 2, 5)]
         maps = names["feature_maps_format"](levels)
@@ -147,26 +141,50 @@ class TestMigration:
         assert torch.equal(theirs[..., :6], ours[..., :6]) and torch.equal(theirs[..., 8:], ours[..., 8:])
         assert swapping().state_dict().keys() == SparseBox3DKeyPointsGenerator().state_dict().keys()
 
-    def test_level_start_index(self):
-        starts = run(self.blocks("def level_start_index"))["level_start_index"](torch.tensor([[4, 5], [2, 3], [1, 1]]))
-        assert starts.tolist() == [0, 20, 26]
+    def test_one_call(self):
+        model = torch.nn.Sequential(MSDeformAttn())
+        run(self.blocks("accelerate(model)"), model=model)
+        assert isinstance(model[0], Accelerated)
+
+    def test_the_name_of_deformable_detr(self):
+        (code,) = [code for code in code_blocks(MIGRATION, "python") if code.count("\n") == 1 and "Function" in code]
+        assert run(code)["MSDeformAttnFunction"] is ops.MSDeformAttnFunction
 
     def test_mmcv_looks_its_function_up(self, monkeypatch):
         module = provide(monkeypatch, "mmcv.ops.multi_scale_deform_attn", MultiScaleDeformableAttnFunction=None)
         run(self.blocks("import mmcv.ops"))
         assert module.MultiScaleDeformableAttnFunction is ops.MSDeformAttnFunction
 
-    def test_layers_of_transformers(self):
-        class MultiScaleDeformableAttention(torch.nn.Module):
-            pass
 
-        layer = torch.nn.Module()
-        layer.attn = MultiScaleDeformableAttention()
-        run(self.blocks("class FusedAttention"), model=torch.nn.Sequential(layer))
-        value, weights = torch.randn(1, 20, 2, 4), torch.rand(1, 3, 2, 1, 5)
-        shapes, starts, locations = torch.tensor([[4, 5]]), torch.tensor([0]), torch.rand(1, 3, 2, 1, 5, 2)
-        got = layer.attn(value, shapes, [(4, 5)], starts, locations, weights, 64)
-        torch.testing.assert_close(got, ops.ms_deform_attn(value, shapes, starts, locations, weights))
+class TestIntegrations:
+    def test_one_call(self, capsys):
+        (code, _) = code_blocks(DOCS / "integrations.md", "python")
+        model = torch.nn.Sequential(MSDeformAttn())
+        report = run(code, model=model)["report"]
+        assert "same results as before" in capsys.readouterr().out and isinstance(model[0], Accelerated)
+        report.undo()
+
+    def test_the_door_for_kernels(self, monkeypatch):
+        """The package is tested in tests/integrations/test_packages.py, where it is installed."""
+        (_, code) = code_blocks(DOCS / "integrations.md", "python")
+        asked = []
+        provide(
+            monkeypatch,
+            "kernels",
+            Mode=types.SimpleNamespace(TRAINING="training"),
+            use_kernel_mapping=lambda mapping: nullcontext(asked.append(mapping)),
+            kernelize=lambda model, mode: asked.append((model, mode)),
+        )
+        run(code, model="a model")
+        mapping, call = asked
+        assert set(mapping["MultiScaleDeformableAttention"]) == {"cuda", "cpu"} and call == ("a model", "training")
+
+    def test_every_package_is_named(self):
+        text = (DOCS / "integrations.md").read_text()
+        for client in clients.PACKAGES:
+            assert client.package in text
+            for model in client.models.split(", "):
+                assert model.replace("PP-DocLayoutV3", "V3") in text, model
 
 
 def test_nothing_else_is_typed_in_python():
@@ -174,7 +192,10 @@ def test_nothing_else_is_typed_in_python():
     typed = {page for page in PAGES if code_blocks(page, "python")}
     # tests/models/sparsedrive/test_docs.py and tests/models/backbones/test_vit_docs.py
     tested_elsewhere = {DOCS / "sparsedrive.md", DOCS / "vit.md"}
-    assert typed == {README, DOCS / "use.md", DOCS / "export.md", MIGRATION} | tested_elsewhere
+    assert (
+        typed
+        == {README, MIGRATION, *(DOCS / f"{name}.md" for name in ("use", "export", "integrations"))} | tested_elsewhere
+    )
 
 
 def run(code: str, **names) -> dict:
