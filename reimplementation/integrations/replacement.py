@@ -63,7 +63,8 @@ class Accelerated(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles name the two classes, and make the subclass again."""
         kind, original = type(self).__bases__
-        return _empty, (kind, original), vars(self)
+        own_state = getattr(self, "__getstate__", None)  # every object has it from Python 3.11 on
+        return _empty, (kind, original), vars(self) if own_state is None else own_state()
 
 
 @cache

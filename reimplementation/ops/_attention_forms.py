@@ -23,7 +23,7 @@ __all__ = ["METHODS", "in_plain_form", "joined"]
 METHODS = ("default", "discrete", "discrete_by_height")
 
 
-def joined(levels: Sequence[Tensor]) -> Tensor:
+def joined(levels: Any) -> Tensor:
     """A tensor (N, M, D, rows) for each level, as one value (N, S, M, D)."""
     if not isinstance(levels, (list, tuple)):
         check_dtype("value", levels, FLOATING)
