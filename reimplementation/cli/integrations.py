@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(collect(), indent=2))
         return
     rows = [("package", "installed", "tested", "what of it")]
-    rows += [(client.package, client.installed or "-", client.tested, client.models) for client in PACKAGES]
+    rows += [(client.package, client.installed or "-", ", ".join(client.tested), client.models) for client in PACKAGES]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for *columns, models in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(columns, widths)), models]))

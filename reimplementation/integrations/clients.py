@@ -14,6 +14,7 @@ KINDS: tuple[type[Accelerated], ...] = (
     transformers.Detector,
     transformers.Mask2FormerPixelDecoder,
     transformers.OneFormerPixelDecoder,
+    transformers.OneFormerPixelDecoderWithList,
     transformers.Core,
     detr.DeformableDetr,
     detr.RFDetr,
@@ -32,10 +33,10 @@ KINDS: tuple[type[Accelerated], ...] = (
 
 @dataclass(frozen=True)
 class Client:
-    """A package, the version that was tested, and what of it is known."""
+    """A package, the versions that were tested, and what of it is known."""
 
     package: str
-    tested: str
+    tested: tuple[str, ...]
     models: str
 
     @property
@@ -49,17 +50,17 @@ class Client:
 PACKAGES = (
     Client(
         "transformers",
-        "5.17.0",
+        ("5.17.0", "5.24.0"),
         "Deformable DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, Grounding DINO, MM Grounding DINO, OmDet-Turbo, LW-DETR, "
-        "RF-DETR, PP-DocLayoutV2, PP-DocLayoutV3, Mask2Former, OneFormer",
+        "RF-DETR, PP-DocLayoutV2, PP-DocLayoutV3, PP-DocLayoutV4, Mask2Former, OneFormer",
     ),
-    Client("ultralytics", "8.4.190", "RT-DETR"),
-    Client("rfdetr", "1.11.2", "RF-DETR"),
-    Client("mmcv-lite", "2.2.0", "MultiScaleDeformableAttention"),
-    Client("mmcv", "2.2.0", "MultiScaleDeformableAttention"),
-    Client("onedl-mmcv", "2.3.6", "MultiScaleDeformableAttention"),
-    Client("groundingdino-py", "0.4.0", "Grounding DINO"),
-    Client("libreyolo", "1.6.0", "D-FINE, DEIM, RT-DETR, RT-DETRv2, Deformable DETR, RF-DETR"),
+    Client("ultralytics", ("8.4.190",), "RT-DETR"),
+    Client("rfdetr", ("1.11.2",), "RF-DETR"),
+    Client("mmcv-lite", ("2.2.0",), "MultiScaleDeformableAttention"),
+    Client("mmcv", ("2.2.0",), "MultiScaleDeformableAttention"),
+    Client("onedl-mmcv", ("2.3.6",), "MultiScaleDeformableAttention"),
+    Client("groundingdino-py", ("0.4.0",), "Grounding DINO"),
+    Client("libreyolo", ("1.6.0",), "D-FINE, DEIM, RT-DETR, RT-DETRv2, Deformable DETR, RF-DETR"),
 )
 REPOSITORIES = (
     "Deformable DETR, DINO, Mask2Former and DINOv3: MSDeformAttn",
@@ -69,5 +70,5 @@ REPOSITORIES = (
 
 
 def tested_versions() -> dict[str, str]:
-    """{package: the version that was tested}."""
-    return {client.package: client.tested for client in PACKAGES}
+    """{package: the versions that were tested, as text}."""
+    return {client.package: " and ".join(client.tested) for client in PACKAGES}

@@ -131,6 +131,30 @@ class OneFormerPixelDecoder(_ByLevel):
         )
 
 
+class OneFormerPixelDecoderWithList(OneFormerPixelDecoder):
+    """The same as it came later, with the shapes as a list besides."""
+
+    shapes_in = ("spatial_shapes", "spatial_shapes_list")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        position_embeddings: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        level_start_index: Tensor | None = None,
+        output_attentions: bool = False,
+        spatial_shapes_list: list | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        query = _with_position(hidden_states, position_embeddings)
+        return attend_by_level(
+            self, _sizes(self), query, encoder_hidden_states, attention_mask, reference_points, spatial_shapes_list
+        )
+
+
 class RTDetrV2(Accelerated):
     """RT-DETRv2: boxes, and a number of points for each level."""
 

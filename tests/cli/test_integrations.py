@@ -16,7 +16,7 @@ def test_text(capsys, monkeypatch):
     monkeypatch.setattr(clients.metadata, "version", lambda package: f"1.0+{package}")
     assert main(["integrations"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^transformers +1\.0\+transformers +5\.\d+\.\d+ +Deformable DETR", said, re.MULTILINE)
+    assert re.search(r"^transformers +1\.0\+transformers +5\.\d+\.\d+.* Deformable DETR", said, re.MULTILINE)
     assert "SparseDrive and Sparse4D: DeformableFeatureAggregation" in said
 
 
@@ -32,4 +32,5 @@ def test_what_is_not_installed(capsys, monkeypatch):
 
 def test_the_tested_versions_are_those_of_the_constraints():
     pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)$", CONSTRAINTS.read_text(), re.MULTILINE))
-    assert clients.tested_versions().items() <= pinned.items()
+    for client in clients.PACKAGES:
+        assert pinned[client.package] in client.tested, client.package

@@ -42,6 +42,12 @@ transformers() {
     run "test_transformers or kernels"
 }
 
+transformers_newest() {
+    install transformers
+    "$env/bin/python" -m pip install --quiet --no-deps transformers==5.24.0
+    run test_transformers
+}
+
 ultralytics() {
     install torchvision opencv-python-headless matplotlib requests psutil pyyaml
     install --no-deps ultralytics
@@ -79,7 +85,7 @@ libreyolo() {
 }
 
 if [ $# -eq 0 ]; then
-    set -- transformers ultralytics rfdetr groundingdino mmcv_lite onedl_mmcv libreyolo
+    set -- transformers transformers_newest ultralytics rfdetr groundingdino mmcv_lite onedl_mmcv libreyolo
 fi
 for name in "$@"; do
     echo "== $name"

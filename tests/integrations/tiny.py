@@ -261,6 +261,10 @@ def pp_doclayout_v3():
     )
 
 
+def pp_doclayout_v4():
+    return transformers.PPDocLayoutV4Config(backbone_config=hgnet(), encoder_in_channels=[32, 48, 64], **REAL_TIME)
+
+
 def omdet_turbo():
     return transformers.OmDetTurboConfig(
         backbone_config=swin("stage2", "stage3", "stage4"),
@@ -348,7 +352,7 @@ def task(batch: int):
     return {"task_inputs": torch.ones(batch, 7)}
 
 
-MODELS = (
+EVERY_MODEL = (
     Tiny("deformable_detr", "DeformableDetrForObjectDetection", deformable_detr, 4),
     Tiny(
         "deformable_detr-two-stage",
@@ -370,4 +374,7 @@ MODELS = (
     Tiny("pp_doclayout_v3", "PPDocLayoutV3ForObjectDetection", pp_doclayout_v3, 2),
     Tiny("mask2former", "Mask2FormerForUniversalSegmentation", mask2former, 2),
     Tiny("oneformer", "OneFormerForUniversalSegmentation", oneformer, 2, task),
+    Tiny("pp_doclayout_v4", "PPDocLayoutV4ForObjectDetection", pp_doclayout_v4, 2),
 )
+MODELS = tuple(tiny for tiny in EVERY_MODEL if hasattr(transformers, tiny.model))
+"""Those that the installed version has."""

@@ -141,6 +141,7 @@ MODELS = {
         lambda t: t.PPDocLayoutV2Config(num_labels=20, class_thresholds=[0.5] * 20, class_order=list(range(20))),
         (800, 800),
     ),
+    "pp_doclayout_v4": ClientModel("PPDocLayoutV4ForObjectDetection", lambda t: t.PPDocLayoutV4Config(), (800, 800)),
     "pp_doclayout_v3": ClientModel("PPDocLayoutV3ForObjectDetection", lambda t: t.PPDocLayoutV3Config(), (800, 800)),
 }
 
