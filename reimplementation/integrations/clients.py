@@ -57,10 +57,9 @@ PACKAGES = (
     Client("ultralytics", ("8.4.190",), "RT-DETR"),
     Client("rfdetr", ("1.11.2",), "RF-DETR"),
     Client("mmcv-lite", ("2.2.0",), "MultiScaleDeformableAttention"),
-    Client("mmcv", ("2.2.0",), "MultiScaleDeformableAttention"),
     Client("onedl-mmcv", ("2.3.6",), "MultiScaleDeformableAttention"),
     Client("groundingdino-py", ("0.4.0",), "Grounding DINO"),
-    Client("libreyolo", ("1.6.0",), "D-FINE, DEIM, RT-DETR, RT-DETRv2, Deformable DETR, RF-DETR"),
+    Client("libreyolo", ("1.6.0",), "D-FINE, DEIM, RT-DETR, RT-DETRv2, Deformable DETR"),
 )
 REPOSITORIES = (
     "Deformable DETR, DINO, Mask2Former and DINOv3: MSDeformAttn",
