@@ -29,7 +29,6 @@ namespace reimplementation::aggregation {
 
 using feature_gradient::FeatureGradient;
 using feature_gradient::SampledOp;
-using sampling::Lane;
 using sampling::MAX_GROUPS;
 using sampling::Teams;
 
@@ -132,8 +131,8 @@ __device__ void finish_samples(
       }
       if (grad.weights != nullptr) {
         grad_weights
-            [op.weight_offset(pair, first_level + level, grad.weight_strides) + (first_group + lane) * grad.weight_strides[5]] =
-                from_compute<W>(grad_weight);
+            [op.weight_offset(pair, first_level + level, grad.weight_strides) +
+             (first_group + lane) * grad.weight_strides[5]] = from_compute<W>(grad_weight);
       }
       location_gradient(axes, slopes, dots, grad_x, grad_y);
       // A level that cannot be sampled has no gradient, whatever its weight: 0 * NaN would be one.
@@ -161,8 +160,8 @@ __device__ void finish_samples(
 }
 
 template <typename T, typename W, int VEC, int NV>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_backward_kernel(
-    const Operands<T, W> op, const Gradients<T, W> grad, const Teams teams) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    deformable_aggregation_backward_kernel(const Operands<T, W> op, const Gradients<T, W> grad, const Teams teams) {
   using C = compute_t<T>;
   __shared__ Shared<C> shared;
   unsigned number = blockIdx.x;
@@ -176,7 +175,6 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
   C* grad_locations = grad.locations + batch * grad.location_strides[0] + query * grad.location_strides[1];
   W* grad_weights = grad.weights + batch * grad.weight_strides[0] + query * grad.weight_strides[1];
   const int num_groups = op.channels / op.group_channels;
-  const int team = threadIdx.x >> teams.log2_lanes, num_teams = THREADS >> teams.log2_lanes;
 
   const int numbers = op.shares.numbers_by_camera(op.cams);
   for (int first = 0; first < numbers; first += THREADS) {
@@ -193,14 +191,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
         __syncthreads();
         for (int group = 0; group < num_groups; group += teams.pass_groups) {
           const int groups = min(teams.pass_groups, num_groups - group);
-          const int first_channel = group * op.group_channels, end_channel = first_channel + groups * op.group_channels;
-          for (int channel = first_channel; channel < end_channel; channel += teams.lanes * NV * VEC) {
-            const Lane<T, VEC, NV> lane(teams, features, grad_output, group, channel, end_channel);
-            for (int sample = team; sample < samples; sample += num_teams) {
-              lane.multiply(
-                  teams, shared.rows[sample], channel == first_channel, shared.products + sample * teams.pass_groups);
-            }
-          }
+          sampling::multiply_samples<VEC, NV, THREADS>(
+              teams, features, grad_output, group, groups, shared.rows, samples, shared.products);
           __syncthreads();
           finish_samples(
               op, grad, weights, grad_weights, pair, pairs, level, levels, group, groups, teams.pass_groups, shared);
@@ -227,8 +219,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_aggregation_ba
 template <int VEC, int NV, typename T, typename W>
 void launch(const Sizes& sizes, const Operands<T, W>& op, const Gradients<T, W>& grad, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(count_queries(sizes) * op.shares.blocks.divisor);
-  deformable_aggregation_backward_kernel<T, W, VEC, NV><<<blocks, THREADS, 0, stream>>>(
-      op, grad, sampling::teams_of<VEC, NV>(op.channels, op.group_channels));
+  deformable_aggregation_backward_kernel<T, W, VEC, NV>
+      <<<blocks, THREADS, 0, stream>>>(op, grad, sampling::teams_of<VEC, NV>(op.channels, op.group_channels));
   check_launch("deformable_aggregation_backward");
 }
 

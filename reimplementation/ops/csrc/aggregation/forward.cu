@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const int query = op.queries.split(batch);
   const Span span = Span::of_block<NV * VEC>(log2_lanes, op.channels);
   const C* locations = op.locations + batch * op.location_strides[0] + query * op.location_strides[1];
-  Gatherer<T, VEC, NV, THREADS> gatherer(
-      span, op.features + batch * op.levels.num_rows * op.channels, op.channels);
+  Gatherer<T, VEC, NV, THREADS> gatherer(span, op.features + batch * op.levels.num_rows * op.channels, op.channels);
   const W* weights[NV];
 #pragma unroll
   for (int k = 0; k < NV; ++k) {
@@ -115,9 +114,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
   }
   __syncthreads();  // a query that nothing sees comes here straight from the compaction
-  gatherer.finish(span, shared.team_sums, [&](int channel, C sum) {
-    sums.write(number, blockIdx.x, op.channels, channel, sum);
-  });
+  gatherer.finish(
+      span, shared.team_sums, [&](int channel, C sum) { sums.write(number, blockIdx.x, op.channels, channel, sum); });
 }
 
 template <typename T, typename W, int VEC, int NV, int IN_FLIGHT>

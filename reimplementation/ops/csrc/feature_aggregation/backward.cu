@@ -27,7 +27,6 @@
 
 namespace reimplementation::feature_aggregation {
 
-using sampling::Lane;
 using sampling::MAX_GROUPS;
 using sampling::Teams;
 
@@ -49,32 +48,25 @@ struct Gradients {
   C* key_points;    // like the operand, or null where not needed; so are the others
   C* terms;         // of the queries' logits, and like these
   C* camera_parts;  // (batch, blocks, cams, row)
-  C* sums;          // (all blocks, size of `Layout`), or null: they are in shared memory
+  C* sums;          // (all blocks, what of `Layout` is not in shared memory)
   Divisor blocks;   // of a batch element and a share of the key points
 };
 
-// What a block sums up, for the key points that it has: (query's rows, levels, points, groups) for the query, (cams,
-// levels, points, groups) for the cameras, (points, 3) for the key points. What is not needed has no size.
+// What a block sums up, for the key points that it has: for the query (its rows, levels, points, groups) and (points, 3),
+// for the cameras (cams, levels, points, groups). What is not needed has no size.
 struct Layout {
-  int row, terms, camera, size;
+  int terms, key_points, camera;
+  bool shares_query, shares_camera;  // they are in shared memory
 
-  HOST_DEVICE Layout(int row, int query_rows, int num_cams, int points, bool needs_terms, bool needs_cameras, bool needs_points)
-      : row(row),
-        terms(needs_terms ? query_rows * row : 0),
-        camera(needs_cameras ? num_cams * row : 0),
-        size(terms + camera + (needs_points ? 3 * points : 0)) {}
-};
-
-template <typename C>
-struct Shared {
-  sampling::VisiblePairs<C, THREADS> pairs;
-  Four<C> axis_weights[STAGED_SAMPLES];  // x[0], x[1], y[0], y[1]
-  Four<C> axis_slopes[STAGED_SAMPLES];   // likewise
-  Four<int> rows[STAGED_SAMPLES];        // of the corners; the first is NOWHERE where the level cannot be sampled
-  C grad_x[STAGED_SAMPLES], grad_y[STAGED_SAMPLES];
-  Four<C> products[STAGED_SAMPLES * MAX_GROUPS];  // by corner: a pixel's features times the output's gradient
-
-  __device__ Shared() {}
+  HOST_DEVICE int of_query() const {
+    return terms + key_points;
+  }
+  HOST_DEVICE int in_shared() const {
+    return (shares_query ? of_query() : 0) + (shares_camera ? camera : 0);
+  }
+  HOST_DEVICE int in_global() const {
+    return of_query() + camera - in_shared();
+  }
 };
 
 // The samples that are in shared memory together: pairs first_pair, ... x levels first_level, ..., numbered level by
@@ -92,8 +84,8 @@ template <typename T, typename L>
 struct Work {
   using C = compute_t<T>;
 
-  const Query<T, L> query;
-  const Points points;
+  Query<T, L> query;
+  Points points;
   const T* grad_output;
   C *terms, *camera, *key_points;  // the block's sums, or null
 
@@ -104,6 +96,21 @@ struct Work {
   __device__ __forceinline__ int place(const Inputs<T, L>& in, int level, int point) const {
     return (level * in.shares.points.divisor + point - points.first) * in.num_groups;
   }
+};
+
+template <typename T, typename L>
+struct Shared {
+  using C = compute_t<T>;
+
+  Work<T, L> work;  // the same for all threads: here it takes no registers of theirs
+  sampling::VisiblePairs<C, THREADS> pairs;
+  Four<C> axis_weights[STAGED_SAMPLES];  // x[0], x[1], y[0], y[1]
+  Four<C> axis_slopes[STAGED_SAMPLES];   // likewise
+  Four<int> rows[STAGED_SAMPLES];        // of the corners; the first is NOWHERE where the level cannot be sampled
+  C grad_x[STAGED_SAMPLES], grad_y[STAGED_SAMPLES];
+  Four<C> products[STAGED_SAMPLES * MAX_GROUPS];  // by corner: a pixel's features times the output's gradient
+
+  __device__ Shared() {}
 };
 
 // Copies rows of a block's sums to where those of all key points are.
@@ -121,7 +128,7 @@ __device__ __forceinline__ void write_rows(
 
 // Step 1: footprints.
 template <typename T, typename L>
-__device__ void stage(const Inputs<T, L>& in, const Staged& staged, Shared<compute_t<T>>& shared) {
+__device__ void stage(const Inputs<T, L>& in, const Staged& staged, Shared<T, L>& shared) {
   using C = compute_t<T>;
   for (int i = threadIdx.x; i < staged.samples(); i += THREADS) {
     const int entry = staged.first_pair + i % staged.pairs;
@@ -146,13 +153,13 @@ __device__ void stage(const Inputs<T, L>& in, const Staged& staged, Shared<compu
 template <typename T, typename L>
 __device__ void find_terms(
     const Inputs<T, L>& in,
-    const Work<T, L>& work,
     const Staged& staged,
     int first_group,
     int num_groups,
     int pass_groups,
-    Shared<compute_t<T>>& shared) {
+    Shared<T, L>& shared) {
   using C = compute_t<T>;
+  const Work<T, L>& work = shared.work;
   static_assert(MAX_GROUPS == 8, "eight lanes a sample, one group each");
   const int lane = threadIdx.x % MAX_GROUPS, group = first_group + lane;
   const C largest = lane < num_groups ? work.query.statistics[2 * group] : C(0);
@@ -180,8 +187,9 @@ __device__ void find_terms(
       const C term = weight * grad_weight;
       products[0] = term;
       if (work.camera != nullptr) {
-        work.camera[pair.cam * in.num_levels * in.shares.points.divisor * in.num_groups +
-                    work.place(in, level, pair.point) + group] += term;
+        work.camera
+            [pair.cam * in.num_levels * in.shares.points.divisor * in.num_groups + work.place(in, level, pair.point) +
+             group] += term;
       }
       location_gradient(axes, slopes, dots, grad_x, grad_y);
       grad_x *= weight;
@@ -205,13 +213,13 @@ __device__ void find_terms(
 template <typename T, typename L>
 __device__ void add_terms(
     const Inputs<T, L>& in,
-    const Work<T, L>& work,
     const Staged& staged,
     int cam,
     int first_group,
     int num_groups,
     int pass_groups,
-    const Shared<compute_t<T>>& shared) {
+    const Shared<T, L>& shared) {
+  const Work<T, L>& work = shared.work;
   const int lane = threadIdx.x % MAX_GROUPS, group = first_group + lane;
   const int row = work.camera_row(in, cam);
   for (int sample = threadIdx.x / MAX_GROUPS; sample < staged.samples(); sample += THREADS / MAX_GROUPS) {
@@ -227,8 +235,9 @@ __device__ void add_terms(
 // Step 4 for the staged pairs of one camera.
 template <typename T, typename L>
 __device__ __forceinline__ void differentiate_projection(
-    const Inputs<T, L>& in, const Work<T, L>& work, const Staged& staged, int cam, const Shared<compute_t<T>>& shared) {
+    const Inputs<T, L>& in, const Staged& staged, int cam, const Shared<T, L>& shared) {
   using C = compute_t<T>;
+  const Work<T, L>& work = shared.work;
   const Cameras<C> cameras = in.cameras.of_sample(work.query.batch, in.num_cams);
   for (int entry = threadIdx.x; entry < staged.pairs; entry += THREADS) {
     const Pair pair = shared.pairs.pair[staged.first_pair + entry];
@@ -252,11 +261,11 @@ __device__ __forceinline__ void differentiate_projection(
 }
 
 // Calls `take_turn(camera)` for each camera of the staged pairs, which are in the order of the cameras.
-template <typename C, typename TakeTurn>
+template <typename T, typename L, typename TakeTurn>
 __device__ __forceinline__ void for_each_camera(
-    const Staged& staged, const Shared<C>& shared, const TakeTurn& take_turn) {
+    const Staged& staged, const Shared<T, L>& shared, const TakeTurn& take_turn) {
   const int last = shared.pairs.pair[staged.first_pair + staged.pairs - 1].cam;
-  for (int entry = 0, cam; entry < staged.pairs; ) {
+  for (int entry = 0, cam; entry < staged.pairs;) {
     cam = shared.pairs.pair[staged.first_pair + entry].cam;
     take_turn(cam);
     if (cam == last) {
@@ -272,10 +281,9 @@ __device__ __forceinline__ void for_each_camera(
 // Steps 1 to 4 for one query.
 template <int VEC, int NV, typename T, typename L>
 __device__ __forceinline__ void differentiate_samples(
-    const Inputs<T, L>& in, const Teams& teams, const Work<T, L>& work, Shared<compute_t<T>>& shared) {
-  using C = compute_t<T>;
+    const Inputs<T, L>& in, const Teams& teams, Shared<T, L>& shared) {
+  const Work<T, L>& work = shared.work;
   const T* features = in.features + work.query.batch * in.levels.num_rows * in.channels;
-  const int team = threadIdx.x >> teams.log2_lanes, num_teams = THREADS >> teams.log2_lanes;
   const int numbers = in.shares.numbers_by_camera(in.num_cams);
   for (int first = 0; first < numbers; first += THREADS) {
     const int visible = compact_visible_pairs(in, work.query, work.points, first, shared.pairs);
@@ -287,26 +295,19 @@ __device__ __forceinline__ void differentiate_samples(
         __syncthreads();
         for (int group = 0; group < in.num_groups; group += teams.pass_groups) {
           const int groups = min(teams.pass_groups, in.num_groups - group);
-          const int first_channel = group * in.group_channels, end_channel = first_channel + groups * in.group_channels;
-          for (int channel = first_channel; channel < end_channel; channel += teams.lanes * NV * VEC) {
-            const Lane<T, VEC, NV> lane(teams, features, work.grad_output, group, channel, end_channel);
-            for (int sample = team; sample < staged.samples(); sample += num_teams) {
-              lane.multiply(
-                  teams, shared.rows[sample], channel == first_channel, shared.products + sample * teams.pass_groups);
-            }
-          }
+          sampling::multiply_samples<VEC, NV, THREADS>(
+              teams, features, work.grad_output, group, groups, shared.rows, staged.samples(), shared.products);
           __syncthreads();
-          find_terms(in, work, staged, group, groups, teams.pass_groups, shared);
+          find_terms(in, staged, group, groups, teams.pass_groups, shared);
           __syncthreads();
           if (work.terms != nullptr) {
-            for_each_camera(staged, shared, [&](int cam) {
-              add_terms(in, work, staged, cam, group, groups, teams.pass_groups, shared);
-            });
+            for_each_camera(
+                staged, shared, [&](int cam) { add_terms(in, staged, cam, group, groups, teams.pass_groups, shared); });
             __syncthreads();
           }
         }
         if (work.key_points != nullptr) {
-          for_each_camera(staged, shared, [&](int cam) { differentiate_projection(in, work, staged, cam, shared); });
+          for_each_camera(staged, shared, [&](int cam) { differentiate_projection(in, staged, cam, shared); });
         }
         __syncthreads();
       }
@@ -314,56 +315,109 @@ __device__ __forceinline__ void differentiate_samples(
   }
 }
 
-template <typename T, typename L, int VEC, int NV>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    deformable_feature_aggregation_backward(
-        const Inputs<T, L> in, const Gradients<T> grad, const Layout layout, const Teams teams) {
-  using C = compute_t<T>;
-  __shared__ Shared<C> shared;
-  extern __shared__ __align__(16) char shared_sums[];
-  unsigned number = blockIdx.x;
-  const Points points = in.shares.take(number);
-  C* const sums = grad.sums == nullptr ? reinterpret_cast<C*>(shared_sums)
-                                       : grad.sums + static_cast<int64_t>(blockIdx.x) * layout.size;
-  C* const camera = sums + layout.terms;
-  C* const key_points = camera + layout.camera;
+// What a block has to do before its first query: its sums' places, and zeros for the cameras.
+template <typename T, typename L>
+__device__ __forceinline__ void begin_block(
+    const Inputs<T, L>& in,
+    const Gradients<T>& grad,
+    const Layout& layout,
+    const Points& points,
+    compute_t<T>* shared_sums,
+    Shared<T, L>& shared) {
+  compute_t<T>* const global_sums = grad.sums + static_cast<int64_t>(blockIdx.x) * layout.in_global();
+  compute_t<T>* const of_query = layout.shares_query ? shared_sums : global_sums;
+  compute_t<T>* const camera =
+      layout.shares_camera ? shared_sums + layout.of_query() : global_sums + layout.in_global() - layout.camera;
   for (int i = threadIdx.x; i < layout.camera; i += THREADS) {
     camera[i] = 0;
   }
-  unsigned batch = number;
+  if (threadIdx.x == 0) {
+    shared.work.points = points;
+    shared.work.terms = grad.terms == nullptr ? nullptr : of_query;
+    shared.work.key_points = grad.key_points == nullptr ? nullptr : of_query + layout.terms;
+    shared.work.camera = grad.camera_parts == nullptr ? nullptr : camera;
+  }
+}
+
+template <typename T, typename L>
+__device__ __forceinline__ void begin_query(
+    const Inputs<T, L>& in,
+    const Gradients<T>& grad,
+    const Layout& layout,
+    int64_t number,
+    int batch,
+    Shared<T, L>& shared) {
+  if (threadIdx.x == 0) {
+    shared.work.query = Query<T, L>(in, number, batch);
+    shared.work.grad_output = grad.output + number * in.channels;
+  }
+  for (int i = threadIdx.x; i < layout.terms; i += THREADS) {
+    shared.work.terms[i] = 0;
+  }
+  for (int i = threadIdx.x; i < layout.key_points; i += THREADS) {
+    shared.work.key_points[i] = 0;
+  }
+}
+
+// Writes what belongs to the query alone.
+template <typename T, typename L>
+__device__ __forceinline__ void finish_query(
+    const Inputs<T, L>& in, const Gradients<T>& grad, const Layout& layout, const Shared<T, L>& shared) {
+  const Work<T, L>& work = shared.work;
+  if (layout.terms > 0) {
+    write_rows(in, work.points, in.query_rows(), work.terms, grad.terms + work.query.number * in.query_rows() * in.row);
+  }
+  compute_t<T>* const key_points = grad.key_points + (work.query.number * in.num_points + work.points.first) * 3;
+  for (int i = threadIdx.x; i < layout.key_points && i < work.points.count() * 3; i += THREADS) {
+    key_points[i] = work.key_points[i];
+  }
+}
+
+template <typename T, typename L, int VEC, int NV>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_feature_aggregation_backward(
+    const Inputs<T, L> in, const Gradients<T> grad, const Layout layout, const Teams teams) {
+  __shared__ Shared<T, L> shared;
+  extern __shared__ __align__(16) char shared_sums[];
+  unsigned part = blockIdx.x;
+  const Points points = in.shares.take(part);
+  begin_block(in, grad, layout, points, reinterpret_cast<compute_t<T>*>(shared_sums), shared);
+  __syncthreads();
+  unsigned batch = part;
   for (int i = grad.blocks.split(batch); i < in.queries.divisor; i += grad.blocks.divisor) {
-    const Query<T, L> query(in, static_cast<int64_t>(batch) * in.queries.divisor + i, static_cast<int>(batch));
-    const Work<T, L> work = {
-        query,
-        points,
-        grad.output + query.number * in.channels,
-        grad.terms == nullptr ? nullptr : sums,
-        grad.camera_parts == nullptr ? nullptr : camera,
-        grad.key_points == nullptr ? nullptr : key_points};
-    for (int j = threadIdx.x; j < layout.terms; j += THREADS) {
-      sums[j] = 0;
-    }
-    for (int j = threadIdx.x; j < layout.size - layout.terms - layout.camera; j += THREADS) {
-      key_points[j] = 0;
-    }
+    begin_query(
+        in, grad, layout, static_cast<int64_t>(batch) * in.queries.divisor + i, static_cast<int>(batch), shared);
     __syncthreads();
-    differentiate_samples<VEC, NV>(in, teams, work, shared);
+    differentiate_samples<VEC, NV>(in, teams, shared);
     __syncthreads();  // a query that nothing sees comes here straight from the compaction
-    if (work.terms != nullptr) {
-      write_rows(in, points, in.query_rows(), sums, grad.terms + query.number * in.query_rows() * in.row);
-    }
-    if (work.key_points != nullptr) {
-      C* const of_query = grad.key_points + (query.number * in.num_points + points.first) * 3;
-      for (int j = threadIdx.x; j < points.count() * 3; j += THREADS) {
-        of_query[j] = key_points[j];
-      }
-    }
+    finish_query(in, grad, layout, shared);
     __syncthreads();
   }
-  if (grad.camera_parts != nullptr) {
+  if (layout.camera > 0) {
+    part = blockIdx.x;
+    in.shares.take(part);
     write_rows(
-        in, points, in.num_cams, camera, grad.camera_parts + static_cast<int64_t>(number) * in.num_cams * in.row);
+        in, shared.work.points, in.num_cams, shared.work.camera,
+        grad.camera_parts + static_cast<int64_t>(part) * in.num_cams * in.row);
   }
+}
+
+// Key points of a block, at most, so that what it sums up for a query is in shared memory; or one, where that is too much.
+int64_t most_shared_points(const Sizes& sizes) {
+  const int64_t of_point = sizes.num_levels * sizes.num_groups + 3;
+  return std::max<int64_t>(MOST_SHARED_SUMS / int64_t{sizeof(float)} / of_point, 1);
+}
+
+template <typename T, typename L>
+Layout layout_of(const Sizes& sizes, const Inputs<T, L>& in, bool needs_terms, bool needs_points, bool needs_cameras) {
+  const int points = in.shares.points.divisor, row = in.num_levels * points * in.num_groups;
+  constexpr int64_t most = MOST_SHARED_SUMS / sizeof(compute_t<T>);
+  Layout layout = {};
+  layout.terms = needs_terms ? in.query_rows() * row : 0;
+  layout.key_points = needs_points ? 3 * points : 0;
+  layout.camera = needs_cameras ? in.num_cams * row : 0;
+  layout.shares_query = layout.of_query() <= most;
+  layout.shares_camera = layout.shares_query && layout.of_query() + layout.camera <= most;
+  return layout;
 }
 
 // How many blocks share out a batch element's queries: one for each, or, where they leave something in global memory, no
@@ -397,32 +451,34 @@ void differentiate(
   using C = compute_t<T>;
   const int device = features.get_device_index();
   const bool needs_cameras = grad_camera_logits.numel() > 0, needs_terms = needs_cameras || grad_logits.numel() > 0;
-  const Layout layout(
-      in.num_levels * in.shares.points.divisor * in.num_groups, in.query_rows(), in.num_cams, in.shares.points.divisor,
-      needs_terms, needs_cameras, grad_points.numel() > 0);
-  const int64_t sum_bytes = int64_t{layout.size} * sizeof(C), row_bytes = sizes.num_cams * in.row * int64_t{sizeof(C)};
-  const bool shares_sums = sum_bytes <= MOST_SHARED_SUMS;
-  const int64_t blocks = blocks_of_batch_element(
-      sizes, in.shares, (needs_cameras ? row_bytes : 0) + (shares_sums ? 0 : sum_bytes * in.shares.blocks.divisor), device);
+  const Layout layout = layout_of(sizes, in, needs_terms, grad_points.numel() > 0, needs_cameras);
+  const int64_t part_bytes = needs_cameras ? sizes.num_cams * in.row * int64_t{sizeof(C)} : 0;
+  const int64_t sum_bytes = int64_t{layout.in_global()} * in.shares.blocks.divisor * sizeof(C);
+  const int64_t blocks = blocks_of_batch_element(sizes, in.shares, part_bytes + sum_bytes, device);
   const unsigned grid = static_cast<unsigned>(sizes.batch * blocks * in.shares.blocks.divisor);
   std::optional<Tensor> terms, parts, sums;
   if (needs_terms) {
-    // The queries' gradients themselves, where these have the dtype.
-    const bool in_place = std::is_same_v<C, L> && grad_logits.numel() > 0;
-    terms = in_place ? grad_logits
-                     : allocate(statistics, {sizes.batch, sizes.num_queries, in.camera_logits ? 1 : sizes.num_cams, in.row});
+    // In the place of the queries' gradients, if one block takes them from there.
+    const bool in_place = std::is_same_v<C, L> && grad_logits.numel() > 0 && in.shares.blocks.divisor == 1;
+    terms = in_place
+        ? grad_logits
+        : allocate(statistics, {sizes.batch, sizes.num_queries, in.camera_logits ? 1 : sizes.num_cams, in.row});
   }
   if (needs_cameras) {
     parts = allocate(statistics, {sizes.batch, blocks, sizes.num_cams, in.row});
   }
-  if (!shares_sums) {
-    sums = allocate(statistics, {grid, layout.size});
+  if (layout.in_global() > 0) {
+    sums = allocate(statistics, {grid, layout.in_global()});
   }
   const Gradients<T> grad = {
-      static_cast<const T*>(grad_output.const_data_ptr()), data_or_null<C>(grad_points), data_or_null<C>(terms),
-      data_or_null<C>(parts), data_or_null<C>(sums), Divisor(blocks)};
+      static_cast<const T*>(grad_output.const_data_ptr()),
+      data_or_null<C>(grad_points),
+      data_or_null<C>(terms),
+      data_or_null<C>(parts),
+      data_or_null<C>(sums),
+      Divisor(blocks)};
   auto launch = [&](auto kernel, const Teams& teams) {
-    kernel<<<grid, THREADS, shares_sums ? sum_bytes : 0, stream>>>(in, grad, layout, teams);
+    kernel<<<grid, THREADS, layout.in_shared() * sizeof(C), stream>>>(in, grad, layout, teams);
   };
   constexpr int VEC = 16 / sizeof(T), NV = sizeof(T) == 2 ? 1 : 2;
   if (can_vectorize<T>(sizes, features, VEC) && can_vectorize<T>(sizes, grad_output, VEC)) {
@@ -430,7 +486,8 @@ void differentiate(
         deformable_feature_aggregation_backward<T, L, VEC, NV>,
         sampling::teams_of<VEC, NV>(in.channels, in.group_channels));
   } else {
-    launch(deformable_feature_aggregation_backward<T, L, 1, 4>, sampling::teams_of<1, 4>(in.channels, in.group_channels));
+    launch(
+        deformable_feature_aggregation_backward<T, L, 1, 4>, sampling::teams_of<1, 4>(in.channels, in.group_channels));
   }
   check_launch("deformable_feature_aggregation_backward");
   if (needs_terms) {
@@ -480,9 +537,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   const Tensor grad_rows = as_contiguous(grad_output), known = as_contiguous(statistics);
   const cudaStream_t stream = current_stream(feature_maps.get_device_index());
   const DeviceLevels levels(spatial_shape, scale_start_index, readable.features, sizes.num_rows, stream);
-  const Shares shares = Shares::of<THREADS>(count_queries(sizes), sizes.num_points, sizes.num_cams, [&] {
-    return resident_blocks(MIN_BLOCKS, feature_maps.get_device_index());
-  });
+  const Shares shares = Shares::of<THREADS>(
+      count_queries(sizes), sizes.num_points, sizes.num_cams,
+      [&] { return resident_blocks(MIN_BLOCKS, feature_maps.get_device_index()); }, most_shared_points(sizes));
   std::optional<Tensor> hidden;
   if (visible_only) {
     hidden = find_hidden(sizes, readable, stream);

@@ -17,11 +17,7 @@ constexpr int NOWHERE = -1;
 // logit, so that the exponential is the weight. One thread takes one of each.
 template <typename T, typename L>
 __global__ void __launch_bounds__(THREADS) write_locations(
-    const Inputs<T, L> in,
-    int64_t pairs,
-    Location<compute_t<T>>* locations,
-    int64_t groups,
-    compute_t<T>* shifts) {
+    const Inputs<T, L> in, int64_t pairs, Location<compute_t<T>>* locations, int64_t groups, compute_t<T>* shifts) {
   using C = compute_t<T>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
@@ -30,8 +26,7 @@ __global__ void __launch_bounds__(THREADS) write_locations(
     const int cam = static_cast<int>(in_cameras - query * in.num_cams);
     const C* point = in.key_points + 3 * (query * in.num_points + (i - in_cameras * in.num_points));
     const C position[3] = {point[0], point[1], point[2]};
-    const Location<C> location =
-        in.cameras.of_sample(query / in.queries.divisor, in.num_cams).locate(cam, position);
+    const Location<C> location = in.cameras.of_sample(query / in.queries.divisor, in.num_cams).locate(cam, position);
     const bool counts = (in.keep == nullptr || in.keep[i]) && (in.hidden == nullptr || !in.hidden[i]);
     locations[i] = counts ? location : Location<C>{NOWHERE, NOWHERE};
   }
@@ -99,9 +94,7 @@ struct SoftmaxWeights {
     return {
         logits + first * query_step + group,
         camera_logits == nullptr ? nullptr : camera_logits + batch * camera_step + group,
-        shifts + first * groups + group,
-        query_step,
-        groups};
+        shifts + first * groups + group, query_step, groups};
   }
   __device__ __forceinline__ Key key(const Place& place) const {
     const int in_row = (place.level * points + place.point) * groups, in_camera = place.cam * row + in_row;

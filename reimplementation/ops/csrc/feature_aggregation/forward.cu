@@ -3,7 +3,7 @@
 // One block owns one query, or, where queries are few, some of its key points:
 //
 //   1. its threads share out the logits, group by group, and merge what they found: the largest one, and the sum of the
-//      exponentials;
+//      exponentials. (Where blocks share a query, a kernel before this one did.)
 //   2. they project the key points and compact the visible pairs in a fixed order;
 //   3. one thread per sample turns the location into a footprint in shared memory: four rows, four weights; the threads
 //      of step 1 put the weights of its groups beside it;
@@ -65,7 +65,8 @@ struct Groups {
   int first, count;
 
   __device__ __forceinline__ Groups(const Span& span, int group_channels)
-      : first(span.first / group_channels), count((span.end - 1) / group_channels - first + 1) {}
+      : first(span.first / group_channels),
+        count((span.end - 1) / group_channels - first + 1) {}
 };
 
 // Step 1: leaves in shared memory what makes weights of logits, and writes what the backward needs of it.
@@ -75,17 +76,24 @@ __device__ __forceinline__ void prepare_weights(
     const Query<T, L>& query,
     const Span& span,
     const Groups& groups,
-    bool writes,
     compute_t<T>* statistics,
     Shared<compute_t<T>, VEC, NV>& shared) {
   using C = compute_t<T>;
+  if (in.shares.blocks.divisor > 1) {
+    for (int i = threadIdx.x; i < groups.count; i += THREADS) {
+      const C* of_group = query.statistics + (groups.first + i) * 2;
+      shared.softmax[i] = {of_group[0], in.kept_scale / of_group[1]};
+    }
+    __syncthreads();
+    return;
+  }
   for (int first = 0; first < groups.count; first += THREADS) {
     const int count = min(THREADS, groups.count - first);
     const Softmax<C> softmax = find_softmax<THREADS>(in, query, groups.first + first, count, shared.partial);
     if (threadIdx.x < count) {
       const int group = groups.first + first + threadIdx.x;
       shared.softmax[first + threadIdx.x] = {softmax.largest, in.kept_scale / softmax.sum};
-      if (writes && group * in.group_channels >= span.first) {  // else the block of the group's first channel does
+      if (group * in.group_channels >= span.first) {  // else the block of the group's first channel does
         C* of_group = statistics + (query.number * in.num_groups + group) * 2;
         of_group[0] = softmax.largest;
         of_group[1] = softmax.sum;
@@ -144,9 +152,8 @@ __device__ __forceinline__ void stage_weights(
 }
 
 template <typename T, typename L, int VEC, int NV, int IN_FLIGHT>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    deformable_feature_aggregation_forward(
-        const Inputs<T, L> in, int log2_lanes, const Sums<T> sums, compute_t<T>* __restrict__ statistics) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) deformable_feature_aggregation_forward(
+    const Inputs<T, L> in, int log2_lanes, const Sums<T> sums, compute_t<T>* __restrict__ statistics) {
   using C = compute_t<T>;
   __shared__ Shared<C, VEC, NV> shared;
   unsigned number = blockIdx.x;
@@ -159,7 +166,7 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     return;
   }
   const Groups groups(span, in.group_channels);
-  prepare_weights(in, query, span, groups, points.first == 0, statistics, shared);
+  prepare_weights(in, query, span, groups, statistics, shared);
   Gatherer<T, VEC, NV, THREADS> gatherer(span, in.features + batch * in.levels.num_rows * in.channels, in.channels);
   int in_groups[NV];
 #pragma unroll
@@ -191,9 +198,8 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     }
   }
   __syncthreads();  // a query that nothing sees comes here straight from the compaction
-  gatherer.finish(span, shared.team_sums, [&](int channel, C sum) {
-    sums.write(number, blockIdx.x, in.channels, channel, sum);
-  });
+  gatherer.finish(
+      span, shared.team_sums, [&](int channel, C sum) { sums.write(number, blockIdx.x, in.channels, channel, sum); });
 }
 
 template <int VEC, int NV, int IN_FLIGHT, typename T, typename L>
@@ -203,8 +209,8 @@ void launch(
   const int lanes = log2_lanes(in.channels, VEC * NV);
   const dim3 grid =
       sampling::grid_of_spans(count_queries(sizes) * in.shares.blocks.divisor, in.channels, lanes, VEC * NV);
-  deformable_feature_aggregation_forward<T, L, VEC, NV, IN_FLIGHT><<<grid, THREADS, 0, stream>>>(
-      in, lanes, sums, static_cast<compute_t<T>*>(statistics.mutable_data_ptr()));
+  deformable_feature_aggregation_forward<T, L, VEC, NV, IN_FLIGHT>
+      <<<grid, THREADS, 0, stream>>>(in, lanes, sums, static_cast<compute_t<T>*>(statistics.mutable_data_ptr()));
   check_launch("deformable_feature_aggregation");
 }
 
@@ -236,9 +242,8 @@ std::tuple<Tensor, Tensor> forward_cuda(
   const cudaStream_t stream = current_stream(feature_maps.get_device_index());
   const DeviceLevels levels(spatial_shape, scale_start_index, readable.features, sizes.num_rows, stream);
   const int device = feature_maps.get_device_index();
-  const Shares shares = Shares::of<THREADS>(count_queries(sizes), sizes.num_points, sizes.num_cams, [&] {
-    return resident_blocks(MIN_BLOCKS, device);
-  });
+  const Shares shares = Shares::of<THREADS>(
+      count_queries(sizes), sizes.num_points, sizes.num_cams, [&] { return resident_blocks(MIN_BLOCKS, device); });
   const SharedOutputs outputs(output, shares);
   std::optional<Tensor> hidden;
   if (visible_only) {
@@ -250,6 +255,9 @@ std::tuple<Tensor, Tensor> forward_cuda(
     using T = std::remove_pointer_t<decltype(t)>;
     using L = std::remove_pointer_t<decltype(l)>;
     const auto in = inputs_of<T, L>(sizes, shares, readable, combined, statistics, levels.table(), hidden, attn_drop);
+    if (shares.blocks.divisor > 1) {
+      find_statistics(sizes, in, statistics, stream);
+    }
     constexpr int VEC = 16 / sizeof(T);
     if (can_vectorize<T>(sizes, readable.features, VEC)) {
       launch<VEC, sizeof(T) == 2 ? 1 : 2, 2>(sizes, in, outputs.sums<T>(), statistics, stream);

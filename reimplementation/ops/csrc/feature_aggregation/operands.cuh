@@ -137,12 +137,12 @@ struct Query {
   const bool* keep;             // or null
   const unsigned char* hidden;  // or null
 
+  Query() = default;
   __device__ __forceinline__ Query(const Inputs<T, L>& in, int64_t number, int batch) : number(number), batch(batch) {
     const int64_t pairs = static_cast<int64_t>(in.num_points) * in.num_cams;
     logits = in.logits + number * in.query_rows() * in.row;
-    camera_logits = in.camera_logits == nullptr
-        ? nullptr
-        : in.camera_logits + static_cast<int64_t>(batch) * in.num_cams * in.row;
+    camera_logits =
+        in.camera_logits == nullptr ? nullptr : in.camera_logits + static_cast<int64_t>(batch) * in.num_cams * in.row;
     combined = in.combined == nullptr ? nullptr : in.combined + static_cast<int64_t>(batch) * in.row;
     statistics = in.statistics + number * in.num_groups * 2;
     key_points = in.key_points + number * in.num_points * 3;

@@ -29,6 +29,28 @@ __global__ void __launch_bounds__(THREADS)
   combined[i] = cameras.log_of_sum();
 }
 
+constexpr int QUERY_THREADS = 1024;
+
+// One block a query.
+template <typename T, typename L>
+__global__ void __launch_bounds__(QUERY_THREADS)
+    statistics_of_queries(const Inputs<T, L> in, compute_t<T>* statistics) {
+  __shared__ Softmax<compute_t<T>> partial[QUERY_THREADS];
+  unsigned batch = blockIdx.x;
+  in.queries.split(batch);
+  const Query<T, L> query(in, blockIdx.x, static_cast<int>(batch));
+  for (int first = 0; first < in.num_groups; first += QUERY_THREADS) {
+    const int count = min(QUERY_THREADS, in.num_groups - first);
+    const auto softmax = find_softmax<QUERY_THREADS>(in, query, first, count, partial);
+    if (threadIdx.x < count) {
+      compute_t<T>* of_group = statistics + (query.number * in.num_groups + first + threadIdx.x) * 2;
+      of_group[0] = softmax.largest;
+      of_group[1] = softmax.sum;
+    }
+    __syncthreads();
+  }
+}
+
 }  // namespace
 
 std::optional<Tensor> combine_cameras(
@@ -48,5 +70,21 @@ std::optional<Tensor> combine_cameras(
   check_launch("combine");
   return combined;
 }
+
+template <typename T, typename L>
+void find_statistics(const Sizes& sizes, const Inputs<T, L>& in, const Tensor& statistics, cudaStream_t stream) {
+  statistics_of_queries<<<static_cast<unsigned>(count_queries(sizes)), QUERY_THREADS, 0, stream>>>(
+      in, static_cast<compute_t<T>*>(statistics.mutable_data_ptr()));
+  check_launch("statistics_of_queries");
+}
+
+#define INSTANTIATE(T, L) template void find_statistics(const Sizes&, const Inputs<T, L>&, const Tensor&, cudaStream_t);
+INSTANTIATE(double, double)
+INSTANTIATE(float, float)
+INSTANTIATE(__half, __half)
+INSTANTIATE(__half, float)
+INSTANTIATE(__nv_bfloat16, __nv_bfloat16)
+INSTANTIATE(__nv_bfloat16, float)
+#undef INSTANTIATE
 
 }  // namespace reimplementation::feature_aggregation

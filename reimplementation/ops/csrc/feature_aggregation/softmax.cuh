@@ -71,29 +71,31 @@ struct Share {
     first = first < step ? first : INT_MAX;
   }
 
-  // For threads below `count`: the results of all threads with their group; `partial` in shared memory has room for
-  // THREADS. A `Result` merges with another one, and is read from another lane. Where the groups are as many as a power
-  // of two, lanes that are so far apart hold the same group, and merge first.
+  // How many results of a group are left in `partial`, in shared memory with room for THREADS, when all threads have
+  // put theirs there. A `Result` merges with another one, and is read from another lane: where the groups are as many
+  // as a power of two, lanes that are so far apart hold the same group, and merge first.
   template <typename Result>
-  __device__ __forceinline__ Result merge(Result result, Result* partial) const {
-    int left = step;
+  __device__ __forceinline__ int put(Result result, Result* partial) const {
     if (count <= WARP && (count & (count - 1)) == 0) {
       for (int distance = count; distance < WARP; distance *= 2) {
         result.merge(result.from_lane(distance));
       }
-      left = THREADS / WARP;
       if (threadIdx.x % WARP < count) {
         partial[threadIdx.x / WARP * count + threadIdx.x % WARP] = result;
       }
-    } else if (first < step) {
+      return THREADS / WARP;
+    }
+    if (first < step) {
       partial[threadIdx.x] = result;
     }
-    __syncthreads();
-    if (threadIdx.x < count) {
-      result = partial[threadIdx.x];
-      for (int i = 1; i < left; ++i) {
-        result.merge(partial[i * count + threadIdx.x]);
-      }
+    return step;
+  }
+  // What is left of a group, merged, once all threads have put theirs there.
+  template <typename Result>
+  __device__ __forceinline__ Result merged(int group, int left, const Result* partial) const {
+    Result result = partial[group];
+    for (int i = 1; i < left; ++i) {
+      result.merge(partial[i * count + group]);
     }
     return result;
   }
@@ -102,11 +104,7 @@ struct Share {
 // For threads below `count`: the softmax of group first_group + threadIdx.x of a query.
 template <int THREADS, typename T, typename L>
 __device__ __forceinline__ Softmax<compute_t<T>> find_softmax(
-    const Inputs<T, L>& in,
-    const Query<T, L>& query,
-    int first_group,
-    int count,
-    Softmax<compute_t<T>>* partial) {
+    const Inputs<T, L>& in, const Query<T, L>& query, int first_group, int count, Softmax<compute_t<T>>* partial) {
   using C = compute_t<T>;
   constexpr int AT_ONCE = 4;  // logits under way together
   const Share<THREADS> share(count);
@@ -130,12 +128,18 @@ __device__ __forceinline__ Softmax<compute_t<T>> find_softmax(
       softmax.add(logits);
     }
   }
-  return share.merge(softmax, partial);
+  const int left = share.put(softmax, partial);
+  __syncthreads();
+  return threadIdx.x < count ? share.merged(threadIdx.x, left, partial) : softmax;
 }
 
 // What all cameras' logits add to a place of a query's: (batch, row), where they have a term of their own and no query
 // leaves pairs out.
 std::optional<Tensor> combine_cameras(
     const Sizes& sizes, const ReadableOperands& readable, bool visible_only, cudaStream_t stream);
+
+// Finds `in.statistics` before the kernel whose blocks share queries: none of them sees all logits.
+template <typename T, typename L>
+void find_statistics(const Sizes& sizes, const Inputs<T, L>& in, const Tensor& statistics, cudaStream_t stream);
 
 }  // namespace reimplementation::feature_aggregation

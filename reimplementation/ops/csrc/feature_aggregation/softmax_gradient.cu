@@ -1,8 +1,9 @@
 // From terms w * u to gradients w * (u - mean), where the mean is the sum of a group's terms.
 //
-// A block owns some queries of one batch element. Its threads sum the terms of each; then each thread takes some places
-// of a row, for all of the queries: so it reads what the cameras add to a place once, and sums what the means take from
-// them over the queries, in a register. A second kernel sums over the blocks.
+// A block owns some queries of one batch element, and all of their places, or some where queries are few. Its threads sum
+// the terms of each query; then each thread takes some places of a row, for all of the queries: so it reads what the
+// cameras add to a place once, and sums what the means take from them over the queries, in a register. A second kernel
+// sums over the blocks.
 #include "feature_aggregation/softmax_gradient.cuh"
 
 namespace reimplementation::feature_aggregation {
@@ -59,7 +60,7 @@ struct Queries {
 
 template <typename C>
 struct Shared {
-  Sum<C> partial[THREADS];
+  Sum<C> partial[MOST_QUERIES][THREADS];
   Mean<C> means[MOST_QUERIES][WARP];  // of some groups
 
   __device__ Shared() {}
@@ -79,24 +80,28 @@ __device__ __forceinline__ void find_means(
   const int samples = in.query_rows() * in.num_levels * in.num_points;
   const C* terms = grad.terms + queries.first * query_terms + first_group + share.group;
   C sums[MOST_QUERIES] = {};
+#pragma unroll 4
   for (int sample = share.first; sample < samples; sample += share.step) {
 #pragma unroll
     for (int i = 0; i < MOST_QUERIES; ++i) {
       sums[i] += i < queries.count ? terms[i * query_terms + sample * in.num_groups] : C(0);
     }
   }
+  int left = 0;
 #pragma unroll
   for (int i = 0; i < MOST_QUERIES; ++i) {
     if (i < queries.count) {
-      const Sum<C> total = share.merge(Sum<C>{sums[i]}, shared.partial);
-      if (threadIdx.x < share.count) {
-        const C* of_group =
-            in.statistics + ((queries.first + i) * in.num_groups + first_group + static_cast<int>(threadIdx.x)) * 2;
-        shared.means[i][threadIdx.x] = {of_group[0], total.value / of_group[1]};
-      }
-      __syncthreads();
+      left = share.put(Sum<C>{sums[i]}, shared.partial[i]);
     }
   }
+  __syncthreads();
+  const int query = threadIdx.x / share.count, group = threadIdx.x - query * share.count;
+  if (query < queries.count) {
+    const C* of_group = in.statistics + ((queries.first + query) * in.num_groups + first_group + group) * 2;
+    const C largest = of_group[0], scale = 1 / of_group[1];
+    shared.means[query][group] = {largest, share.merged(group, left, shared.partial[query]).value * scale};
+  }
+  __syncthreads();
 }
 
 // A place of the queries' logits where the cameras' are combined; returns what the means take from it.
@@ -108,27 +113,24 @@ __device__ __forceinline__ compute_t<T> differentiate_combined(
     int group,
     const Shared<compute_t<T>>& shared) {
   using C = compute_t<T>;
-  constexpr int AT_ONCE = 4;
   const auto& in = grad.in;
   const C combined = in.combined[static_cast<int64_t>(queries.batch) * in.row + place];
+  C terms[MOST_QUERIES], logits[MOST_QUERIES];  // all loads before the first store, which may be to the terms' place
+#pragma unroll
+  for (int i = 0; i < MOST_QUERIES; ++i) {
+    const int64_t at = (queries.first + min(i, queries.count - 1)) * in.row + place;
+    terms[i] = grad.terms[at];
+    logits[i] = to_compute(in.logits[at]);
+  }
   C all_taken = 0;
-  for (int first = 0; first < queries.count; first += AT_ONCE) {
-    C terms[AT_ONCE], logits[AT_ONCE];  // all loads before the first store, which may be to the terms' place
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int64_t at = (queries.first + min(first + i, queries.count - 1)) * in.row + place;
-      terms[i] = grad.terms[at];
-      logits[i] = to_compute(in.logits[at]);
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      if (first + i < queries.count) {
-        const C taken = shared.means[first + i][group].of(logits[i] + combined);
-        if (grad.logits != nullptr) {
-          grad.logits[(queries.first + first + i) * in.row + place] = from_compute<L>(terms[i] - taken);
-        }
-        all_taken += taken;
+  for (int i = 0; i < MOST_QUERIES; ++i) {
+    if (i < queries.count) {
+      const C taken = shared.means[i][group].of(logits[i] + combined);
+      if (grad.logits != nullptr) {
+        grad.logits[(queries.first + i) * in.row + place] = from_compute<L>(terms[i] - taken);
       }
+      all_taken += taken;
     }
   }
   return all_taken;
@@ -190,7 +192,9 @@ __global__ void __launch_bounds__(THREADS) subtract_means(const SoftmaxGradient<
   for (int first_group = 0; first_group < in.num_groups; first_group += WARP) {
     const Share<THREADS> share(min(WARP, in.num_groups - first_group));
     find_means(grad, queries, first_group, share, shared);
-    for (int sample = share.first; sample < in.num_levels * in.num_points; sample += share.step) {
+    const int samples = in.num_levels * in.num_points, step = share.step * gridDim.y;
+    for (int64_t at = share.first + static_cast<int64_t>(blockIdx.y) * share.step; at < samples; at += step) {
+      const int sample = static_cast<int>(at);
       const int place = sample * in.num_groups + first_group + share.group;
       if (in.combined == nullptr) {
         differentiate_pairs(grad, queries, place, share.group, taken, shared);
@@ -278,23 +282,27 @@ void differentiate_softmax(
     taken = allocate(like, {sizes.batch, blocks, grad.camera_rows(), in.row});
     grad.taken = static_cast<C*>(taken->mutable_data_ptr());
   }
-  subtract_means<<<static_cast<unsigned>(sizes.batch * blocks), THREADS, 0, stream>>>(grad);
+  const int64_t slices = in.shares.blocks.divisor == 1
+      ? 1
+      : std::clamp<int64_t>(resident_blocks(4, like.get_device_index()) / (sizes.batch * blocks), 1, MOST_BLOCKS);
+  const dim3 grid(static_cast<unsigned>(sizes.batch * blocks), static_cast<unsigned>(slices));
+  subtract_means<<<grid, THREADS, 0, stream>>>(grad);
   check_launch("subtract_means");
   if (grad_camera_logits != nullptr) {
     const int length = static_cast<int>(sizes.num_cams * sizes.camera_width());
-    const dim3 grid((length + WARP - 1) / WARP, std::min(sizes.batch, MOST_BLOCKS));
+    const dim3 cameras((length + WARP - 1) / WARP, std::min(sizes.batch, MOST_BLOCKS));
     const Parts<C> of_terms = {camera_parts, static_cast<int>(num_parts), static_cast<int>(sizes.num_cams)};
     const Parts<C> of_means = {grad.taken, static_cast<int>(blocks), grad.camera_rows()};
-    sum_cameras<<<grid, dim3(WARP, SLICES), 0, stream>>>(
+    sum_cameras<<<cameras, dim3(WARP, SLICES), 0, stream>>>(
         in, of_terms, of_means, static_cast<int>(sizes.batch), grad_camera_logits);
     check_launch("sum_cameras");
   }
 }
 
-#define INSTANTIATE(T, L)                                                                         \
-  template void differentiate_softmax(                                                            \
-      const Sizes&, const Inputs<T, L>&, const compute_t<T>*, const compute_t<T>*, int64_t, L*, L*, \
-      const Tensor&, cudaStream_t);
+#define INSTANTIATE(T, L)                                                                                          \
+  template void differentiate_softmax(                                                                             \
+      const Sizes&, const Inputs<T, L>&, const compute_t<T>*, const compute_t<T>*, int64_t, L*, L*, const Tensor&, \
+      cudaStream_t);
 INSTANTIATE(double, double)
 INSTANTIATE(float, float)
 INSTANTIATE(__half, __half)

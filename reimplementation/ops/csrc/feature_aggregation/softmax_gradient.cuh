@@ -6,7 +6,7 @@
 namespace reimplementation::feature_aggregation {
 
 // Subtracts from the terms w * u of every query's logits what the group's mean takes, w * mean: writes `grad_logits`,
-// which may be the very same memory, and `grad_camera_logits` from the parts (batch, num_parts, cams, row) that hold the
+// which may be the very same memory where no blocks share queries, and `grad_camera_logits` from the parts (batch, num_parts, cams, row) that hold the
 // sums of the terms. Either may be null. `like` has the dtype of the terms.
 template <typename T, typename L>
 void differentiate_softmax(

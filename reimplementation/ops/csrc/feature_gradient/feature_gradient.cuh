@@ -51,7 +51,11 @@ class FeatureGradient {
 
   template <typename T, typename Weights>
   void start(
-      const SampledOp& op, const Weights& weights, const Tensor& grad_output, const Tensor& features, bool deterministic);
+      const SampledOp& op,
+      const Weights& weights,
+      const Tensor& grad_output,
+      const Tensor& features,
+      bool deterministic);
 
   // `stream` waits for the second one. Only after that the memory that was worked in is free for others, with the object.
   Tensor finish();

@@ -475,7 +475,11 @@ Part<T, Weights> part_of(const SampledOp& op, const Division& most) {
 // Gives `part` its share; all of its pointers but those to the features' gradient and to what it works in.
 template <typename T, typename Weights>
 void set_share(
-    Part<T, Weights>& part, const SampledOp& op, const Weights& weights, const Share& share, const Tensor& grad_output) {
+    Part<T, Weights>& part,
+    const SampledOp& op,
+    const Weights& weights,
+    const Share& share,
+    const Tensor& grad_output) {
   part.images = static_cast<int>(share.batches * op.heads);
   part.most_tiles = static_cast<unsigned>(part.images * op.image_tiles());
   part.queries = Divisor(share.queries);
@@ -529,8 +533,13 @@ class Workspace {
 
 template <typename T, typename Weights>
 void FeatureGradient::start(
-    const SampledOp& op, const Weights& weights, const Tensor& grad_output, const Tensor& features, bool deterministic) {
-  const int device = features.get_device_index(), multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+    const SampledOp& op,
+    const Weights& weights,
+    const Tensor& grad_output,
+    const Tensor& features,
+    bool deterministic) {
+  const int device = features.get_device_index(),
+            multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const bool single_queries = op.location_steps[2] > INT_MAX || weights.has_long_query_steps();
   const Division most = divide(op, deterministic, single_queries, multiprocessors);
   constexpr int vector_bytes = VECTOR<T> * sizeof(T);

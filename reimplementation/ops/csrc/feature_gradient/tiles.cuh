@@ -70,8 +70,8 @@ struct Part {
   Weights weights;
   T* grad_features;
   int64_t location_strides[2], feature_strides[2], output_strides[2];  // batch and head
-  int location_steps[5];             // query, point, camera, level; from x to y
-  unsigned feature_row, output_row;  // elements from a row to the next
+  int location_steps[5];                                               // query, point, camera, level; from x to y
+  unsigned feature_row, output_row;                                    // elements from a row to the next
   Divisor levels, cams, points, queries, heads, group_channels;
   int images, rows, channels;
   unsigned samples;
@@ -278,7 +278,7 @@ struct Range {
 
   template <typename T, typename Weights>
   __device__ Range(const Part<T, Weights>& part, uint32_t key) : begin(part.places[key]),
-                                                           end(part.places[key + 1]) {}
+                                                                 end(part.places[key + 1]) {}
   // Of those in a chunk.
   __device__ unsigned begin_in(unsigned chunk) const {
     return max(begin, chunk * CHUNK);

@@ -35,13 +35,16 @@ struct Shares {
 
   // `resident` says how many blocks keep the GPU busy. Where it takes several to a query, there are that many
   // `rounds` of them, so that none waits long for the last; one with fewer pairs than THREADS would not be worth it.
+  // No block takes more than `most_points`.
   template <int THREADS, typename Resident>
-  static Shares of(int64_t queries, int64_t points, int64_t cams, const Resident& resident) {
+  static Shares of(
+      int64_t queries, int64_t points, int64_t cams, const Resident& resident, int64_t most_points = INT_MAX) {
     int64_t blocks = 1;
     if (points * cams > THREADS) {
       constexpr int64_t rounds = 2;
       blocks = std::clamp<int64_t>(rounds * resident() / queries, 1, (points * cams + THREADS - 1) / THREADS);
     }
+    blocks = std::max(blocks, (points + most_points - 1) / most_points);
     const int64_t points_of_block = (points + blocks - 1) / blocks;
     blocks = (points + points_of_block - 1) / points_of_block;
     return {Divisor(blocks), Divisor(points_of_block), static_cast<int>(points)};

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(THREADS)
 }  // namespace
 
 SharedOutputs::SharedOutputs(const Tensor& output, const Shares& shares)
-    : output_(output), blocks_(shares.blocks.divisor) {
+    : output_(output),
+      blocks_(shares.blocks.divisor) {
   if (blocks_ > 1) {
     of_block_ = allocate(output, {output.size(0) * output.size(1), blocks_, output.size(2)}, compute_type(output));
   }

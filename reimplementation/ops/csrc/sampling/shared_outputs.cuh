@@ -14,10 +14,11 @@ using torch::stable::Tensor;
 // Where a block of the forward writes its sums.
 template <typename T>
 struct Sums {
-  T* output;              // (queries, channels), if a query has one block
-  compute_t<T>* of_block; // (queries, blocks, channels), else
+  T* output;               // (queries, channels), if a query has one block
+  compute_t<T>* of_block;  // (queries, blocks, channels), else
 
-  __device__ __forceinline__ void write(int64_t query, int64_t block, int channels, int channel, compute_t<T> sum) const {
+  __device__ __forceinline__ void write(
+      int64_t query, int64_t block, int channels, int channel, compute_t<T> sum) const {
     if (of_block == nullptr) {
       output[query * channels + channel] = from_compute<T>(sum);
     } else {
