@@ -131,6 +131,31 @@ def ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
     return output.view(batch, num_heads, locations.shape[1], channels).transpose(1, 2).flatten(2)
 
 
+def locations_from_offsets(shapes, references, offsets, offset_scale=None) -> Tensor:
+    """(N, Lq, M, L, P, 2) float64: one level after the other, with its points' offsets in pixels, or in boxes."""
+    locations = []
+    for level, (height, width) in enumerate(shapes.tolist()):
+        of_level = 0 if references.shape[2] == 1 else level
+        points, moves = references.double()[:, :, of_level, None, None], offsets.double()[:, :, :, level]
+        if references.shape[-1] == 2:
+            moves = moves / torch.tensor([max(width, 1), max(height, 1)], dtype=torch.float64)
+        else:
+            scale = 1 / offsets.shape[4] if offset_scale is None else offset_scale.double()[level]
+            known = moves.isfinite()  # others lie nowhere, and say nothing of a box's size
+            moves = torch.where(known, torch.where(known, moves, 0.0) * points[..., 2:] * (scale / 2), torch.nan)
+        locations.append(points[..., :2] + moves)
+    return torch.stack(locations, dim=3) if locations else offsets.double() + 0 * references.sum()
+
+
+def ms_deform_attn_from_offsets(
+    value, spatial_shapes, level_start_index, references, offsets, logits, offset_scale=None
+) -> Tensor:
+    """(N, Lq, M * D) float64; differentiable in all operands that are numbers."""
+    locations = locations_from_offsets(spatial_shapes, references, offsets, offset_scale)
+    weights = torch.softmax(logits.double().flatten(3), dim=-1).view(logits.shape)
+    return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+
+
 def project_points(key_points, projection_mat, image_wh=None) -> Tensor:
     """(bs, num_anchor, num_pts, num_cams, 2) float64; differentiable in all three."""
     points, matrices = key_points.double(), projection_mat.double()

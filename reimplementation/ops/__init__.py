@@ -7,6 +7,7 @@ from .deformable_feature_aggregation import deformable_feature_aggregation
 from .feature_maps import feature_maps_format
 from .levels import level_start_index
 from .ms_deform_attn import MSDeformAttnFunction, ms_deform_attn
+from .ms_deform_attn_from_offsets import ms_deform_attn_from_offsets
 from .project_points import project_points
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "feature_maps_format",
     "level_start_index",
     "ms_deform_attn",
+    "ms_deform_attn_from_offsets",
     "project_points",
     "use_backend",
 ]

@@ -43,7 +43,7 @@ def _is_wide(first: Dtype) -> bool:
     return first == torch.float64
 
 
-def _weights_under_autocast(own: Dtype, first: Dtype) -> Dtype:
+def weights_under_autocast(own: Dtype, first: Dtype) -> Dtype:
     return first if own in FLOATING and own not in (first, torch.float32) else own
 
 
@@ -59,7 +59,7 @@ LOCATIONS = Role(
 WEIGHTS = Role(
     lambda first: (first,) if first == torch.float32 else (first, torch.float32),
     lambda own, first: first if _is_wide(first) else own,
-    under_autocast=_weights_under_autocast,
+    under_autocast=weights_under_autocast,
 )
 MASK = Role(lambda first: (torch.bool,), lambda own, first: own)
 # Operands of arithmetic on points, which all have one dtype there: at least float32.

@@ -112,7 +112,7 @@ def _check_values(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
     check_levels_fit(spatial_shapes, level_start_index, value.shape[1], ("spatial_shapes", "level_start_index", "S"))
 
 
-def _flags(needs: Sequence[bool], dtype: torch.dtype) -> tuple[bool, ...]:
+def backward_flags(needs: Sequence[bool], dtype: torch.dtype) -> tuple[bool, ...]:
     """What the backward is told: the gradients that are needed, and how it may sum."""
     return *needs, must_be_deterministic(), _may_sum_in_half(dtype)
 
@@ -141,4 +141,4 @@ SPEC = Spec(
     output=lambda sizes: (sizes["N"], sizes["Lq"], sizes["M"] * sizes["D"]),
     check_values=_check_values,
 )
-_OP = define(SPEC, grid_sample.ms_deform_attn, flags=_flags)
+_OP = define(SPEC, grid_sample.ms_deform_attn, flags=backward_flags)

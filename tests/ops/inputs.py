@@ -135,6 +135,39 @@ def attention_border_inputs(seed: int = 0) -> AttentionInputs:
     return AttentionInputs(value, shapes, starts, locations, weights)
 
 
+def from_offsets(
+    inputs: AttentionInputs, *, boxes: bool = False, shared: bool = False, scale: tuple[float, ...] | None = None
+) -> list[torch.Tensor | None]:
+    """The samples of attention's inputs by other operands: references, offsets, logits, and the levels' scales.
+
+    Numbers of which a location is made are exact in float32, and so are the locations, where the levels' scales are
+    powers of two: a multiple of ``STEP``, and an offset in pixels of its level, or in halves of boxes' sizes, which are
+    powers of two, too. ``shared``: all levels have one reference point.
+    """
+    value, shapes, starts, locations, logits = inputs
+    generator = torch.Generator().manual_seed(1)
+    num_levels, num_points = logits.shape[3:]
+    points = (*logits.shape[:2], 1 if shared else num_levels)
+    places = quantized(torch.rand(*points, 2, generator=generator, dtype=torch.float64))
+    away = locations - places[:, :, None, :, None]
+    scales = None if scale is None else torch.tensor(scale, dtype=torch.float64)
+    if not boxes:
+        return [value, shapes, starts, places, away * shapes.flip(-1)[:, None], logits, scales]
+    sizes = 2.0 ** -torch.randint(0, 3, (*points, 2), generator=generator).double()
+    by_level = torch.full((num_levels,), 1 / max(num_points, 1), dtype=torch.float64) if scales is None else scales
+    offsets = away / (sizes[:, :, None, :, None] * by_level[:, None, None] / 2)
+    return [value, shapes, starts, torch.cat([places, sizes], -1), offsets, logits, scales]
+
+
+def random_offset_inputs(
+    seed: int = 0, *, boxes: bool = True, shared: bool = False, num_points: int = 4, **sizes
+) -> list[torch.Tensor | None]:
+    """Boxes, and scales of a power of two a level, unless that is asked for otherwise."""
+    inputs = random_attention_inputs(seed, num_points=num_points, **sizes)
+    scale = tuple(2.0 ** -(1 + level % 3) for level in range(len(inputs.spatial_shapes)))
+    return from_offsets(inputs, boxes=boxes, shared=shared, scale=scale)
+
+
 def random_projection(
     seed: int = 0,
     *,

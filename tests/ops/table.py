@@ -305,6 +305,56 @@ FEATURE_AGGREGATION = Op(
     **SAMPLING,
 )
 
+ATTENTION_FROM_OFFSETS = Op(
+    "ms_deform_attn_from_offsets",
+    ops.ms_deform_attn_from_offsets,
+    reference.ms_deform_attn_from_offsets,
+    operands=(
+        Operand("value", (0, 2), differentiable=True),
+        Operand("spatial_shapes", (0, 1), any_integer, any_device=True),
+        Operand("level_start_index", (0,), any_integer, any_device=True),
+        Operand("reference_points", (0, 1, 3), wide, differentiable=True),
+        Operand("sampling_offsets", (0, 1, 2, 3, 4, 5), as_the_first, differentiable=True),
+        Operand("attention_logits", (0, 1, 2, 3, 4), as_the_first, differentiable=True),
+        Operand("offset_scale", (0,), wide, optional=True),
+    ),
+    random=inputs.random_offset_inputs,
+    small=lambda: inputs.from_offsets(
+        inputs.AttentionInputs(
+            *off_the_edges(
+                *inputs.random_attention_inputs(
+                    13, batch_size=1, num_queries=2, num_heads=2, channels=4, num_points=2, shapes=((3, 4), (2, 1))
+                )
+            )
+        ),
+        boxes=True,
+        scale=(0.5, 0.25),
+    ),
+    geometries={
+        "boxes": inputs.random_offset_inputs,
+        "points": partial(inputs.random_offset_inputs, boxes=False),
+        "shared boxes": partial(inputs.random_offset_inputs, shared=True),
+        "shared points": partial(inputs.random_offset_inputs, boxes=False, shared=True),
+        "many points": partial(inputs.random_offset_inputs, num_points=70, num_queries=3),
+        "encoder": lambda: inputs.from_offsets(inputs.encoder_inputs()),
+        "border": lambda: inputs.from_offsets(inputs.attention_border_inputs()),
+        "border boxes": lambda: inputs.from_offsets(inputs.attention_border_inputs(), boxes=True, shared=True),
+    },
+    empty={
+        "batch": {"batch_size": 0},
+        "queries": {"num_queries": 0},
+        "heads": {"num_heads": 0},
+        "points": {"num_points": 0},
+        "rows": {"shapes": ((0, 0), (0, 3))},
+        "levels": {"shapes": (), "spare_rows": 20, "shared": True},
+        "channels": {"channels": 0},
+    },
+    many={"num_queries": 400, "channels": 128},
+    lean={"shapes": [(9, 14)]},
+    sizes=("batch_size", "num_queries", "num_heads", "num_points", "channels"),
+    **SAMPLING,
+)
+
 PROJECTION = Op(
     "project_points",
     ops.project_points,
@@ -367,7 +417,7 @@ BOXES = Op(
     **POINTWISE,
 )
 
-OPS = (AGGREGATION, FEATURE_AGGREGATION, ATTENTION, PROJECTION, BOXES)
+OPS = (AGGREGATION, FEATURE_AGGREGATION, ATTENTION, ATTENTION_FROM_OFFSETS, PROJECTION, BOXES)
 SAMPLING_OPS = (AGGREGATION, ATTENTION)  # of features, shapes and first rows of levels, locations, weights
 FORMS = [(op, True) for op in OPS] + [(op, False) for op in OPS if any(about.optional for about in op.operands)]
 """Every op with its optional operands, and those that have some without."""

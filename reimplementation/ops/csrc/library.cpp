@@ -7,6 +7,7 @@
 #include "points/box_key_points.h"
 #include "aggregation/op.h"
 #include "attention/op.h"
+#include "attention_from_offsets/op.h"
 #include "feature_aggregation/op.h"
 #include "points/project_points.h"
 
@@ -40,6 +41,15 @@ void define_schemas(StableLibrary& m) {
       "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor sampling_locations, Tensor attention_weights, bool needs_value, bool needs_sampling_locations, "
       "bool needs_attention_weights, bool deterministic=False, bool half_sums=True) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ms_deform_attn_from_offsets(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
+      "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, Tensor? offset_scale) -> Tensor");
+  m.def(
+      "ms_deform_attn_from_offsets_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, "
+      "Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
+      "Tensor? offset_scale, bool needs_value, bool needs_reference_points, bool needs_sampling_offsets, "
+      "bool needs_attention_logits, bool deterministic=False, bool half_sums=True) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def("box_key_points(Tensor anchor, Tensor fix_scale, Tensor? logits) -> Tensor");
   m.def(
       "box_key_points_backward(Tensor grad_output, Tensor anchor, Tensor fix_scale, Tensor? logits) -> "
@@ -57,6 +67,8 @@ void implement_on_cpu(StableLibrary& m) {
   m.impl("deformable_feature_aggregation_backward", TORCH_BOX(&feature_aggregation::backward_cpu));
   m.impl("ms_deform_attn", TORCH_BOX(&attention::forward_cpu));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&attention::backward_cpu));
+  m.impl("ms_deform_attn_from_offsets", TORCH_BOX(&attention_from_offsets::forward_cpu));
+  m.impl("ms_deform_attn_from_offsets_backward", TORCH_BOX(&attention_from_offsets::backward_cpu));
   m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cpu));
   m.impl("box_key_points_backward", TORCH_BOX(&points::box_key_points_backward_cpu));
   m.impl("project_points", TORCH_BOX(&points::project_points_cpu));
@@ -71,6 +83,8 @@ void implement_on_cuda(StableLibrary& m) {
   m.impl("deformable_feature_aggregation_backward", TORCH_BOX(&feature_aggregation::backward_cuda));
   m.impl("ms_deform_attn", TORCH_BOX(&attention::forward_cuda));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&attention::backward_cuda));
+  m.impl("ms_deform_attn_from_offsets", TORCH_BOX(&attention_from_offsets::forward_cuda));
+  m.impl("ms_deform_attn_from_offsets_backward", TORCH_BOX(&attention_from_offsets::backward_cuda));
   m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cuda));
   m.impl("box_key_points_backward", TORCH_BOX(&points::box_key_points_backward_cuda));
   m.impl("project_points", TORCH_BOX(&points::project_points_cuda));

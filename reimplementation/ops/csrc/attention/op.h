@@ -25,6 +25,14 @@ struct Sizes {
   }
 };
 
+// What the kernels number in 32 bits.
+inline void check_bounds(const Sizes& sizes) {
+  STD_TORCH_CHECK(
+      sizes.num_values <= INT_MAX && sizes.num_heads * sizes.channels <= INT_MAX / 8 &&
+          sizes.num_levels * sizes.num_points <= INT_MAX / 2,
+      "S must be below 2^31, L * P below 2^30, M * D below 2^28");
+}
+
 inline Sizes check(
     const Tensor& value,
     const Tensor& spatial_shapes,
@@ -63,10 +71,7 @@ inline Sizes check(
       "attention_weights must have the value's dtype or float32");
   check_same_device("sampling_locations", sampling_locations, value);
   check_same_device("attention_weights", attention_weights, value);
-  STD_TORCH_CHECK(
-      sizes.num_values <= INT_MAX && sizes.num_heads * sizes.channels <= INT_MAX / 8 &&
-          sizes.num_levels * sizes.num_points <= INT_MAX / 2,
-      "S must be below 2^31, L * P below 2^30, M * D below 2^28");
+  check_bounds(sizes);
   check_levels_fit(spatial_shapes, level_start_index, sizes.num_values, {"spatial_shapes", "level_start_index", "S"});
   return sizes;
 }
