@@ -106,11 +106,11 @@ void with_operands(
   with_types("value", value, attention_weights, [&](auto feature, auto weight) {
     using Feature = decltype(feature);
     using T = Compute<Feature>;
-    using Samples = GivenSamples<T, decltype(weight)>;
+    using Form = GivenSamples<T, decltype(weight)>;
     function(
-        Operands<Feature, Samples>{
+        Operands<Feature, Form>{
             sizes, SampleLevels<T>(levels, sizes.num_points), static_cast<const Feature*>(value.const_data_ptr()),
-            Samples{
+            Form{
                 SampleView<const T, 6>(sampling_locations), SampleView<const decltype(weight), 5>(attention_weights)}});
   });
 }

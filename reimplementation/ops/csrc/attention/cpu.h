@@ -13,7 +13,7 @@
 //   together, in a buffer that is written out once, for in the gradient itself they would again be that far apart.
 //
 // A *unit* is a query and a head, whose samples are numbered in the order (level, point). What the loops ask of a form
-// `Samples`:
+// `Form`:
 // - `Unit`, which a thread works in: `find<lanes>(batch, query, head)`, and then `read(first, x, y, weight)`, which has
 //   the locations and weights of a block of samples;
 // - `Gradients`, and a `Writer`, by which a thread passes on the gradients of locations and weights, unit by unit.
@@ -115,14 +115,14 @@ struct Block {
 };
 
 // What the forward and the backward read.
-template <typename Feature, typename Samples>
+template <typename Feature, typename Form>
 struct Operands {
   using T = Compute<Feature>;
 
   Sizes sizes;
   SampleLevels<T> levels;
   const Feature* value;  // (batch, num_values, num_heads, channels)
-  Samples samples;
+  Form form;
 
   int64_t num_samples() const {
     return sizes.num_levels * sizes.num_points;
@@ -140,7 +140,7 @@ struct Operands {
 
   // The samples of a unit from number `first` on.
   template <int lanes>
-  C10_ALWAYS_INLINE void read_block(Block<T, lanes>& block, const typename Samples::Unit& unit, int64_t first) const {
+  C10_ALWAYS_INLINE void read_block(Block<T, lanes>& block, const typename Form::Unit& unit, int64_t first) const {
     T x[block_size];
     T y[block_size];
     T weight[block_size];
@@ -228,11 +228,11 @@ C10_ALWAYS_INLINE void add_to_rows(
 }
 
 // The output of queries [begin, end), numbered through the batch.
-template <typename Feature, typename Samples>
+template <typename Feature, typename Form>
 struct Forward {
   using T = Compute<Feature>;
 
-  const Operands<Feature, Samples>& operands;
+  const Operands<Feature, Form>& operands;
   Feature* output;  // (batch, num_queries, num_heads, channels)
 
   template <int bytes>
@@ -240,7 +240,7 @@ struct Forward {
     constexpr int lanes = bytes / sizeof(T);
     const Sizes& sizes = operands.sizes;
     Block<T, lanes> block;
-    typename Samples::Unit unit(operands.samples);
+    typename Form::Unit unit(operands.form);
     std::vector<T> sum(sizes.channels);
 
     for (int64_t i = begin; i < end; ++i) {
@@ -261,21 +261,21 @@ struct Forward {
 };
 
 // The gradients of the attention weights and locations of queries [begin, end), numbered through the batch.
-template <typename Feature, typename Samples>
+template <typename Feature, typename Form>
 struct BackwardOfSamples {
   using T = Compute<Feature>;
 
-  const Operands<Feature, Samples>& operands;
+  const Operands<Feature, Form>& operands;
   const T* grad_output;  // (batch, num_queries, num_heads, channels)
-  typename Samples::Gradients gradients;
+  typename Form::Gradients gradients;
 
   template <int bytes>
   C10_ALWAYS_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int lanes = bytes / sizeof(T);
     const Sizes& sizes = operands.sizes;
     Block<T, lanes> block;
-    typename Samples::Unit unit(operands.samples);
-    typename Samples::Writer writer(operands.samples, gradients);
+    typename Form::Unit unit(operands.form);
+    typename Form::Writer writer(operands.form, gradients);
 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / sizes.num_queries;
@@ -328,10 +328,7 @@ struct BackwardOfSamples {
 
   template <int lanes>
   C10_ALWAYS_INLINE void differentiate_locations(
-      const Block<T, lanes>& block,
-      const T (&dot)[4][block_size],
-      int64_t first,
-      typename Samples::Writer& writer) const {
+      const Block<T, lanes>& block, const T (&dot)[4][block_size], int64_t first, typename Form::Writer& writer) const {
     T grad_x[block_size];
     T grad_y[block_size];
     for (int i = 0; i < block.vectors; ++i) {
@@ -349,10 +346,7 @@ struct BackwardOfSamples {
 
   template <int lanes>
   C10_ALWAYS_INLINE void differentiate_weights(
-      const Block<T, lanes>& block,
-      const T (&dot)[4][block_size],
-      int64_t first,
-      typename Samples::Writer& writer) const {
+      const Block<T, lanes>& block, const T (&dot)[4][block_size], int64_t first, typename Form::Writer& writer) const {
     T grad[block_size];
     for (int i = 0; i < block.vectors; ++i) {
       Vector<T, lanes> sum = {};
@@ -366,11 +360,11 @@ struct BackwardOfSamples {
 };
 
 // The gradient of the value: slices [begin, end), numbered through batch, heads and the slices of a head's channels.
-template <typename Feature, typename Samples>
+template <typename Feature, typename Form>
 struct BackwardOfValue {
   using T = Compute<Feature>;
 
-  const Operands<Feature, Samples>& operands;
+  const Operands<Feature, Form>& operands;
   const T* grad_output;  // (batch, num_queries, num_heads, channels)
   Feature* grad_value;   // (batch, num_values, num_heads, channels)
   int64_t slice_channels;
@@ -384,7 +378,7 @@ struct BackwardOfValue {
     constexpr int lanes = bytes / sizeof(T);
     const Sizes& sizes = operands.sizes;
     Block<T, lanes> block;
-    typename Samples::Unit unit(operands.samples);
+    typename Form::Unit unit(operands.form);
     std::vector<T> sums(sizes.num_values * slice_channels);  // a row of the slice after the other
 
     for (int64_t slice = begin; slice < end; ++slice) {
@@ -416,30 +410,27 @@ inline int64_t work_of_query(const Sizes& sizes) {
   return sizes.num_heads * sizes.num_levels * sizes.num_points * sizes.channels;
 }
 
-template <typename Feature, typename Samples>
-void forward(const Operands<Feature, Samples>& operands, const Tensor& output) {
+template <typename Feature, typename Form>
+void forward(const Operands<Feature, Form>& operands, const Tensor& output) {
   const Sizes& sizes = operands.sizes;
-  const Forward<Feature, Samples> kernel{operands, static_cast<Feature*>(output.mutable_data_ptr())};
+  const Forward<Feature, Form> kernel{operands, static_cast<Feature*>(output.mutable_data_ptr())};
   parallel_run(kernel, sizes.batch * sizes.num_queries, items_per_thread(work_of_query(sizes)));
 }
 
-template <typename Feature, typename Samples>
+template <typename Feature, typename Form>
 void backward_of_samples(
-    const Operands<Feature, Samples>& operands,
-    const Tensor& grad_output,
-    const typename Samples::Gradients& gradients) {
+    const Operands<Feature, Form>& operands, const Tensor& grad_output, const typename Form::Gradients& gradients) {
   const Sizes& sizes = operands.sizes;
-  const BackwardOfSamples<Feature, Samples> kernel{
+  const BackwardOfSamples<Feature, Form> kernel{
       operands, static_cast<const Compute<Feature>*>(grad_output.const_data_ptr()), gradients};
   parallel_run(kernel, sizes.batch * sizes.num_queries, items_per_thread(work_of_query(sizes)));
 }
 
-template <typename Feature, typename Samples>
-void backward_of_value(
-    const Operands<Feature, Samples>& operands, const Tensor& grad_output, const Tensor& grad_value) {
+template <typename Feature, typename Form>
+void backward_of_value(const Operands<Feature, Form>& operands, const Tensor& grad_output, const Tensor& grad_value) {
   const Sizes& sizes = operands.sizes;
   const int64_t threads = torch::stable::get_num_threads();
-  BackwardOfValue<Feature, Samples> kernel{
+  BackwardOfValue<Feature, Form> kernel{
       operands, static_cast<const Compute<Feature>*>(grad_output.const_data_ptr()),
       static_cast<Feature*>(grad_value.mutable_data_ptr()),
       32};  // wider slices would leave the cache; narrower ones compute the same footprints more often

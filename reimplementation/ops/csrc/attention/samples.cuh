@@ -17,6 +17,10 @@
 // touch their level. So coordinates are computed once per sample and not once per lane; locations and weights are read
 // coalesced; the queries of a block, being neighbours with like reference points, find each other's pixels of the head in
 // L1; and no warp waits for another.
+//
+// What a sample's location and weight are made of is for a *form* to know, such as `GivenSamples` below:
+// - `Pointers` to what is in memory of a sample, `Loaded` for what is read there, and `find`, which makes a `Found` of that;
+// - `Softmax`, of a unit, and `Units`, which has those of a warp's units in shared memory after `prepare`.
 #pragma once
 
 #include <type_traits>
@@ -98,13 +102,11 @@ struct Strides {
   }
 };
 
-template <typename T, typename W>
+template <typename T, typename Form>
 struct Operands : Problem {
   const T* value;  // (batch, values, heads, channels)
-  const compute_t<T>* locations;
-  const W* weights;
+  Form form;
   LevelTable levels;
-  Strides location_strides, weight_strides;
 };
 
 // Which units a warp owns. The warps of a block own neighbours.
@@ -124,6 +126,84 @@ struct Place {
 
   __device__ int head(const Problem& op, int unit) const {
     return first_head + (unit & ((1 << op.log2_heads_at_once) - 1));
+  }
+};
+
+// Where a sample lies, normalised, and what it weighs.
+template <typename C>
+struct Found {
+  C x, y, attention;
+};
+
+// How a thread reads what it, or a neighbour, reads once more.
+struct Load {
+  template <typename T>
+  __device__ __forceinline__ T operator()(const T* address) const {
+    return *address;
+  }
+};
+// And what nobody does.
+struct LoadOnce {
+  template <typename T>
+  __device__ __forceinline__ T operator()(const T* address) const {
+    return load_once(address);
+  }
+};
+
+// The form whose locations and weights are in memory.
+template <typename T, typename W>
+struct GivenSamples {
+  using C = compute_t<T>;
+  using Weight = W;
+
+  const C* locations;
+  const W* weights;
+  Strides location_strides, weight_strides;
+
+  GivenSamples() = default;
+  GivenSamples(const Tensor& locations, const Tensor& weights)  // from with_short_steps
+      : locations(static_cast<const C*>(locations.const_data_ptr())),
+        weights(static_cast<const W*>(weights.const_data_ptr())),
+        location_strides(locations),
+        weight_strides(weights) {}
+
+  // There is none: the weights are known.
+  struct Softmax {};
+  struct Units {
+    __device__ __forceinline__ Softmax softmax(int) const {
+      return {};
+    }
+  };
+  __device__ __forceinline__ void prepare(const Problem&, const Place&, Units&) const {}
+  __device__ __forceinline__ Softmax softmax(int64_t) const {
+    return {};
+  }
+
+  struct Pointers {
+    const C* location;
+    const W* weight;
+
+    __device__ __forceinline__ Pointers kept() const {
+      return {keep_global(location), keep_global(weight)};
+    }
+  };
+  struct Loaded {
+    C x, y;
+    W attention;
+  };
+
+  // `offset` says how far from the first element of a tensor with these strides.
+  template <typename Offset>
+  __device__ __forceinline__ Pointers pointers(const Offset& offset) const {
+    return {locations + offset(location_strides), weights + offset(weight_strides)};
+  }
+  template <typename Offset, typename Loader>
+  __device__ __forceinline__ Loaded load(const Pointers& from, const Offset& offset, const Loader& loader) const {
+    const C* location = from.location + offset(location_strides);
+    return {loader(location), loader(location + location_strides.axis), loader(from.weight + offset(weight_strides))};
+  }
+  __device__ __forceinline__ Found<C> find(const Loaded& loaded, const Level&, const Softmax&) const {
+    return {loaded.x, loaded.y, to_compute(loaded.attention)};
   }
 };
 
@@ -149,12 +229,15 @@ struct Sample {
 // Visits `samples_at_once` samples of each unit, from `first` on. Neighbouring threads take neighbouring samples of one
 // unit: their locations are neighbours in memory. A thread keeps to one number, so what depends on the level is looked up
 // once, for all units.
-template <typename T, typename W>
+template <typename T, typename Form>
 class Sampler {
  public:
   using C = compute_t<T>;
+  using Units = typename Form::Units;
 
-  __device__ Sampler(const Operands<T, W>& op, const Place& place, int first) {
+  // Who does not ask for weights needs no units.
+  __device__ Sampler(const Operands<T, Form>& op, const Place& place, int first, const Units* units)
+      : units_of_warp_(units) {
     const unsigned thread = keep(threadIdx.x % WARP);
     unsigned unit = thread;
     number_ = op.samples_at_once.split(unit);
@@ -167,8 +250,7 @@ class Sampler {
     point_ = op.points.split(level);
     level_number_ = level;
     level_ = op.levels[level];
-    locations_ = keep_global(op.locations + offset(op.location_strides, place.batch));
-    weights_ = keep_global(op.weights + offset(op.weight_strides, place.batch));
+    pointers_ = op.form.pointers([&](const Strides& strides) { return offset(strides, place.batch); }).kept();
   }
 
   // Where this thread's samples of a batch begin in a tensor.
@@ -179,45 +261,49 @@ class Sampler {
 
   // Calls `visit(unit, query, head, sample, inside)` for the units; `inside` counts the samples of the unit that are.
   template <typename Visit>
-  __device__ __forceinline__ void for_each(const Operands<T, W>& op, const Place& place, Visit visit) const {
+  __device__ __forceinline__ void for_each(const Operands<T, Form>& op, const Place& place, Visit visit) const {
+    in_step(op, place, [&](bool exists, int unit, const Sample<C>& sample, unsigned inside) {
+      if (exists) {
+        visit(unit, place.query(op, unit), place.head(op, unit), sample, __popc(inside & lanes_));
+      }
+    });
+  }
+
+  // Calls `visit(exists, unit, sample, inside)` in all threads of the warp at a time, of which some may have no sample;
+  // `inside` are the threads whose sample is.
+  template <typename Visit>
+  __device__ __forceinline__ void in_step(const Operands<T, Form>& op, const Place& place, Visit visit) const {
     Loaded next = load(op, place, first_unit_);  // under way while the one before is visited
     int before = 0;
     do {
       const int unit = before + first_unit_;
       before += op.units_at_once;
+      const bool exists = unit < units_;
+      const Found<C> found = op.form.find(next, level_, units_of_warp_->softmax(exists ? unit : 0));
       Sample<C> sample;
       sample.level = level_;
-      sample.x = pixel_position(next.x, level_.width);
-      sample.y = pixel_position(next.y, level_.height);
-      sample.attention = to_compute(next.attention);
+      sample.x = pixel_position(found.x, level_.width);
+      sample.y = pixel_position(found.y, level_.height);
+      sample.attention = found.attention;
       if (before < op.units()) {
         next = load(op, place, before + first_unit_);
       }
-      const bool exists = unit < units_;
       sample.inside = exists & !level_.empty() & touches_level(sample.x, sample.y, level_.width, level_.height);
       sample.number = number_;
       const unsigned inside = __ballot_sync(ALL_LANES, sample.inside);
       sample.rank = __popc(inside & lanes_before_);
-      if (exists) {
-        visit(unit, place.query(op, unit), place.head(op, unit), sample, __popc(inside & lanes_));
-      }
+      visit(exists, unit, sample, inside);
     } while (before < op.units());
   }
 
  private:
-  struct Loaded {
-    C x, y;
-    W attention;
-  };
+  using Loaded = typename Form::Loaded;
 
   // Where there is no such unit, the first one's.
-  __device__ __forceinline__ Loaded load(const Operands<T, W>& op, const Place& place, int unit) const {
+  __device__ __forceinline__ Loaded load(const Operands<T, Form>& op, const Place& place, int unit) const {
     unit = unit < units_ ? unit : 0;
     const int query = place.query(op, unit), head = place.head(op, unit);
-    const C* location = locations_ + op.location_strides.offset(query, head);
-    return {
-        load_once(location), load_once(location + op.location_strides.axis),
-        load_once(weights_ + op.weight_strides.offset(query, head))};
+    return op.form.load(pointers_, [&](const Strides& strides) { return strides.offset(query, head); }, LoadOnce());
   }
 
   unsigned lanes_, lanes_before_;  // of the warp, that visit samples of the same unit; those of them before this one
@@ -225,8 +311,8 @@ class Sampler {
   int first_unit_;                 // that this thread visits; beyond the last if none
   int number_, level_number_, point_;
   Level level_;
-  const C* locations_;
-  const W* weights_;
+  typename Form::Pointers pointers_;
+  const Units* units_of_warp_;
 };
 
 // The footprints of a warp's samples that touch their level. One is staged at `rank * pitch + unit`: the units of a warp
@@ -239,12 +325,16 @@ struct Footprints {
   int count[WARP];  // of each unit
 };
 
+// What a warp keeps in shared memory.
+template <typename T, int SLOTS, typename Form>
+struct Staged : Footprints<T, SLOTS>, Form::Units {};
+
 // Stages what a sampler visits.
-template <typename T, typename W, int SLOTS>
+template <typename T, typename Form, int SLOTS>
 __device__ __forceinline__ void stage(
-    const Operands<T, W>& op,
+    const Operands<T, Form>& op,
     const Place& place,
-    const Sampler<T, W>& sampler,
+    const Sampler<T, Form>& sampler,
     Footprints<compute_t<T>, SLOTS>& staged) {
   using C = compute_t<T>;
   __syncwarp();  // whoever still reads the samples before these
@@ -263,7 +353,7 @@ __device__ __forceinline__ void stage(
   __syncwarp();
 }
 
-// Fill in what the kernels' operands have in common: sizes; where samples lie, and what they weigh.
+// Fills in the sizes, which the kernels' operands have in common.
 template <typename Operands>
 void set_sizes(Operands& op, const Sizes& sizes) {
   // The last block numbers queries beyond the last one, and must not run out of numbers.
@@ -273,15 +363,6 @@ void set_sizes(Operands& op, const Sizes& sizes) {
   op.channels = static_cast<int>(sizes.channels);
   op.num_levels = static_cast<int>(sizes.num_levels);
   op.num_points = static_cast<int>(sizes.num_points);
-}
-
-template <typename Operands>
-void set_samples(Operands& op, const LevelTable& levels, const Tensor& locations, const Tensor& weights) {
-  op.locations = static_cast<decltype(op.locations)>(locations.const_data_ptr());
-  op.weights = static_cast<decltype(op.weights)>(weights.const_data_ptr());
-  op.levels = levels;
-  op.location_strides = Strides(locations);
-  op.weight_strides = Strides(weights);
 }
 
 // For lanes of `vec` channels of so many bytes each, and warps that stage `slots` samples.
@@ -307,18 +388,13 @@ inline Problem divide(const Sizes& sizes, int vec, int element_bytes, int slots,
   return op;
 }
 
-template <typename T, typename W>
-Operands<T, W> operands(
-    const Sizes& sizes,
-    const Tensor& value,
-    const LevelTable& levels,
-    const Tensor& locations,
-    const Tensor& weights,
-    int vec,
-    int slots) {
-  Operands<T, W> op = {divide(sizes, vec, sizeof(T), slots, value.get_device_index())};
+template <typename T, typename Form>
+Operands<T, Form> operands(
+    const Sizes& sizes, const Tensor& value, const LevelTable& levels, const Form& form, int vec, int slots) {
+  Operands<T, Form> op = {divide(sizes, vec, sizeof(T), slots, value.get_device_index())};
   op.value = static_cast<const T*>(value.const_data_ptr());
-  set_samples(op, levels, locations, weights);
+  op.form = form;
+  op.levels = levels;
   return op;
 }
 

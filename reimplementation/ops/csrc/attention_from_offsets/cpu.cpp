@@ -258,12 +258,12 @@ void with_operands(const Sizes& sizes, const Arguments& arguments, const Tensor&
     using Feature = decltype(feature);
     using Logit = decltype(logit);
     using T = Compute<Feature>;
-    using Samples = PredictedSamples<T, Logit>;
+    using Form = PredictedSamples<T, Logit>;
     function(
-        attention::Operands<Feature, Samples>{
+        attention::Operands<Feature, Form>{
             sizes, attention::SampleLevels<T>(levels, sizes.num_points),
             static_cast<const Feature*>(rows.const_data_ptr()),
-            Samples{
+            Form{
                 sizes, levels, References<const T>(arguments.reference_points),
                 SampleView<const Logit, 6>(arguments.sampling_offsets),
                 SampleView<const Logit, 5>(arguments.attention_logits),
