@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
+from reimplementation.models.autocast import cast_for_linears
 from reimplementation.models.checks import check_positive, check_tensors
 from reimplementation.ops.checks import check_dtype, check_shape
 from reimplementation.ops.dtypes import INTEGER, at_least_float32
@@ -119,26 +120,17 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0)
+        query = cast_for_linears(query)  # once for both
         samples = (self.n_heads, self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(-1).unflatten(-1, samples[1:])
-        output = ops.ms_deform_attn(
+        output = ops.ms_deform_attn_from_offsets(
             value.unflatten(-1, (self.n_heads, -1)),
             input_spatial_shapes,
             input_level_start_index,
-            self._sampling_locations(reference_points, offsets, input_spatial_shapes),
-            weights,
+            at_least_float32(reference_points).expand(sizes["N"], -1, -1, -1),
+            self.sampling_offsets(query).unflatten(-1, (*samples, 2)),
+            self.attention_weights(query).unflatten(-1, samples),
         )
         return self.output_proj(output)
-
-    def _sampling_locations(self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """(N, Lq, n_heads, n_levels, n_points, 2), normalised, from offsets of that shape."""
-        points, offsets = at_least_float32(reference_points)[:, :, None, :, None], at_least_float32(offsets)
-        centre, size = points[..., :2], points[..., 2:]
-        if reference_points.shape[-1] == 2:
-            width_height = spatial_shapes.flip(-1).to(offsets.device, offsets.dtype, non_blocking=True)
-            return centre + offsets / width_height[:, None]
-        return centre + offsets * (size * (0.5 / self.n_points))
 
     def extra_repr(self) -> str:
         return (

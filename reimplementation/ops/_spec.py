@@ -43,7 +43,7 @@ def _is_wide(first: Dtype) -> bool:
     return first == torch.float64
 
 
-def weights_under_autocast(own: Dtype, first: Dtype) -> Dtype:
+def _weights_under_autocast(own: Dtype, first: Dtype) -> Dtype:
     return first if own in FLOATING and own not in (first, torch.float32) else own
 
 
@@ -59,7 +59,13 @@ LOCATIONS = Role(
 WEIGHTS = Role(
     lambda first: (first,) if first == torch.float32 else (first, torch.float32),
     lambda own, first: first if _is_wide(first) else own,
-    under_autocast=weights_under_autocast,
+    under_autocast=_weights_under_autocast,
+)
+# As weights, but autocast rounds none to another half dtype: they say where samples lie, and how they compare.
+OFFSETS = LOGITS = Role(
+    WEIGHTS.accepted,
+    WEIGHTS.read,
+    under_autocast=lambda own, first: torch.float32 if own in FLOATING and own != first else own,
 )
 MASK = Role(lambda first: (torch.bool,), lambda own, first: own)
 # Operands of arithmetic on points, which all have one dtype there: at least float32.

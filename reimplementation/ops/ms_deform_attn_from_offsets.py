@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ._call import call
 from ._register import define
-from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec, weights_under_autocast
-from .dtypes import as_dtype
+from ._spec import FEATURES, LEVELS, LOCATIONS, LOGITS, OFFSETS, Operand, Spec
+from .dtypes import FLOATING, as_dtype
 from .levels import check_levels_fit
 from .ms_deform_attn import backward_flags, ms_deform_attn
 
@@ -81,15 +81,13 @@ def ms_deform_attn_from_offsets(
     )
 
 
-def _in_one_dtype(value: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Offsets and logits in the wider of their dtypes, where both have one that the op takes beside the value."""
-    of_tensors = [tensor.dtype for tensor in tensors]
-    if value.device.type != "meta" and torch.is_autocast_enabled(value.device.type):
-        of_tensors = [weights_under_autocast(own, value.dtype) for own in of_tensors]
-    if not all([dtype in WEIGHTS.accepted(value.dtype) for dtype in of_tensors]):
-        return list(tensors)
-    dtype = torch.promote_types(*of_tensors)
-    return [as_dtype(tensor, dtype) for tensor in tensors]
+def _in_one_dtype(value: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and logits, of different dtypes, both in the one of sums, where the op takes each of them."""
+    allowed = FLOATING if torch._C._is_any_autocast_enabled() else LOGITS.accepted(value.dtype)
+    if offsets.dtype not in allowed or logits.dtype not in allowed:
+        return offsets, logits
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return as_dtype(offsets, dtype), as_dtype(logits, dtype)
 
 
 def _formula(
@@ -103,14 +101,15 @@ def _formula(
 ) -> Tensor:
     dtype = reference_points.dtype
     offsets = as_dtype(sampling_offsets, dtype)
-    centre, size = reference_points[:, :, None, :, None].split([2, reference_points.shape[-1] - 2], dim=-1)
+    points = reference_points[:, :, None, :, None]
+    centre = points[..., :2]
     if reference_points.shape[-1] == 2:
         # A level without pixels has no location, and must not make the gradients of offsets NaN.
         width_height = spatial_shapes.flip(-1).to(offsets.device, dtype, non_blocking=True).clamp(min=1)
         locations = centre + offsets / width_height[:, None]
     else:
         scale = 1 / offsets.shape[4] if offset_scale is None else as_dtype(offset_scale, dtype)[:, None, None]
-        moves = size * (scale * 0.5)
+        moves = points[..., 2:] * (scale * 0.5)
         # What is not finite lies nowhere, and has no gradient.
         finite = (offsets * moves).isfinite()
         locations = (centre + offsets.where(finite, 0) * moves.where(moves.isfinite(), 0)).where(finite, torch.nan)
@@ -144,8 +143,8 @@ SPEC = Spec(
         Operand(
             "reference_points", ("N", "Lq", _LEVELS_OF_REFERENCES, _COORDINATES), LOCATIONS, torch.contiguous_format
         ),
-        Operand("sampling_offsets", ("N", "Lq", "M", "L", "P", 2), WEIGHTS, torch.preserve_format),
-        Operand("attention_logits", ("N", "Lq", "M", "L", "P"), WEIGHTS, torch.preserve_format),
+        Operand("sampling_offsets", ("N", "Lq", "M", "L", "P", 2), OFFSETS, torch.preserve_format),
+        Operand("attention_logits", ("N", "Lq", "M", "L", "P"), LOGITS, torch.preserve_format),
         Operand("offset_scale", ("L",), LOCATIONS, optional=True),
     ),
     output=lambda sizes: (sizes["N"], sizes["Lq"], sizes["M"] * sizes["D"]),

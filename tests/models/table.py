@@ -142,7 +142,7 @@ AGGREGATION_OF_MAPS = replace(
 )
 ATTENTION = ModuleCase(
     "MSDeformAttn",
-    "ms_deform_attn",
+    "ms_deform_attn_from_offsets",
     lambda: MSDeformAttn(CHANNELS, n_levels=len(LEVELS), n_heads=4, n_points=2),
     _attention_operands,
     _attention_arguments,

@@ -7,7 +7,9 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from reimplementation import ops
 from reimplementation.bench.inputs import pixel_centres
 from reimplementation.models import MSDeformAttn
 from reimplementation.models.ms_deform_attn import initial_offsets
@@ -185,27 +187,75 @@ def test_state_dict_of_the_peers_loads_strictly(ratio):
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
 
 
+def dtypes_read(monkeypatch) -> list[tuple]:
+    """Filled with the dtypes of value, reference points, offsets and logits, as the op gets them."""
+    seen, original = [], ops.ms_deform_attn_from_offsets
+
+    def spy(value, shapes, starts, references, offsets, logits):
+        seen.append(tuple(t.dtype for t in (value, references, offsets, logits)))
+        return original(value, shapes, starts, references, offsets, logits)
+
+    monkeypatch.setattr(ops, "ms_deform_attn_from_offsets", spy)
+    return seen
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(backend_device, dtype, monkeypatch):
-    """The module in half precision, and under autocast: locations are in float32 either way."""
-    seen = []
-    original = MSDeformAttn._sampling_locations
-    monkeypatch.setattr(
-        MSDeformAttn, "_sampling_locations", lambda *args: seen.append(original(*args).dtype) or original(*args)
-    )
+    """The module in half precision, and under autocast: the op reads what the linear layers made, and wide points."""
+    seen = dtypes_read(monkeypatch)
     module, arguments = trained(), random_input()
     module = module.to(dtype).float()  # the same rounded numbers in every precision
     arguments = [t.to(dtype).float() for t in arguments]
     expected = expected_output(module, *arguments).detach()
     query, points, source = (t.to(backend_device) for t in arguments)
     spatial = spatial_arguments(backend_device)
-    half = module.to(backend_device, dtype)(query.to(dtype), points, source.to(dtype), *spatial)
+    half = module.to(backend_device, dtype)(query.to(dtype), points.to(dtype), source.to(dtype), *spatial)
     with torch.autocast(backend_device.type, dtype):
         autocast = module.float()(query, points, source, *spatial)
-    assert seen == [torch.float32] * 2
+    assert seen == [(dtype, torch.float32, dtype, dtype)] * 2
     for output in (half, autocast):
         assert output.dtype == dtype
         assert relative_error(output.cpu(), expected) <= 4 * TOLERANCE[dtype]
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts to other dtypes, by the shape of what is cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_nothing_twice(kernels):
+    """Under autocast the query, the input, and each weight and bias; between the linear layers nothing is cast."""
+    module, arguments = trained().to(kernels), [t.to(kernels) for t in random_input()]
+    spatial = spatial_arguments(kernels)
+    with torch.no_grad(), torch.autocast(kernels.type, torch.bfloat16), Casts() as casts:
+        module(*arguments, *spatial)
+    query, _, source = arguments
+    of_weights = [tuple(parameter.shape) for parameter in module.parameters()]
+    assert sorted(casts.shapes) == sorted([tuple(query.shape), tuple(source.shape), *of_weights])
+    with Casts() as casts:
+        module(*arguments, *spatial)
+    assert casts.shapes == []
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_nothing_between_the_linear_layers_is_kept(kernels, coordinates):
+    """For the backward: what the op reads, which is what the linear layers made."""
+    module, arguments = trained().to(kernels), [t.to(kernels) for t in random_input(50, coordinates)]
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        module(*arguments, *spatial_arguments(kernels))
+    own = [t.numel() // 100 for t in kept.values() if t.numel() % 100 == 0]  # of 2 * 50 queries
+    # Queries, reference points, offsets, logits, and the op's output for the last linear layer.
+    per_query = [16, 3 * coordinates, 4 * 3 * 2 * 2, 4 * 3 * 2, 16]
+    assert sorted(own) == sorted(per_query)
 
 
 def test_encoder(backend_device):

@@ -75,12 +75,12 @@ struct Call {
     });
   }
   template <typename Body>
-  void dispatch_again(const Body& body) const {
+  void dispatch_without_units(const Body& body) const {
     dispatch(body);
   }
 
   template <typename T, typename W>
-  Gradients<T, W> gradients(const GivenSamples<T, W>&) const {
+  Gradients<T, W> gradients(const GivenSamples<T, W>&, bool) const {
     Gradients<T, W> gradients = {};
     if (needs_locations) {
       gradients.locations = static_cast<compute_t<T>*>(grad_locations.mutable_data_ptr());

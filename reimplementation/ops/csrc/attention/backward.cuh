@@ -12,10 +12,10 @@
 // kernel then has the other gradients, as it does where the value needs none.
 //
 // What the host asks of a `Call` of a form: `sizes`, `levels`, a contiguous `grad_output` and `value`, `stream`;
-// - `dispatch(body)` calls `body` with a null T* of the value's type and the form's samples, `dispatch_again` likewise with
-//   what kernels read that have no units;
+// - `dispatch(body)`, which calls `body` with a null T* of the value's type, and the form; `dispatch_without_units` likewise,
+//   for a kernel whose threads know no units;
 // - `needs_others()`, of the gradients of samples; `allocate_others()`, which comes once the value's gradient is under way,
-//   as PyTorch may fill new memory; and then `gradients(form)`;
+//   as PyTorch may fill new memory; then `gradients(form, at_once)`, where a unit's samples may be staged at once;
 // - `sampled_op()`, the samples as feature_gradient.cuh has them.
 #pragma once
 
@@ -282,10 +282,10 @@ Strategy strategy(const Call& call, bool needs_value, bool deterministic, bool h
 
 // With VEC channels a lane where the tensors let it, else with one.
 template <typename T, int VEC, typename Call, typename Form, typename Sums>
-void launch_with(const Call& call, const Form& form, const Sums& sums) {
-  const auto gradients = call.gradients(form);
+void launch_with(Call& call, const Form& form, const Sums& sums) {
   const auto* grad_output = static_cast<const T*>(call.grad_output.const_data_ptr());
   const auto all = operands<T>(call.sizes, call.value, call.levels, form, VEC, BACKWARD_SLOTS);
+  const auto gradients = call.gradients(form, all.samples <= all.samples_at_once.divisor);
   launch_parts(all, call.sizes.batch, [&](const Operands<T, Form>& op, dim3 grid) {
     ms_deform_attn_backward_kernel<T, Form, VEC><<<grid, THREADS, 0, call.stream>>>(op, grad_output, gradients, sums);
     check_launch("ms_deform_attn_backward");
@@ -293,7 +293,7 @@ void launch_with(const Call& call, const Form& form, const Sums& sums) {
 }
 
 template <typename T, int VEC, typename Call, typename Form, typename Sums>
-void launch_with_vectors(const Call& call, const Form& form, const Sums& sums) {
+void launch_with_vectors(Call& call, const Form& form, const Sums& sums) {
   if (can_vectorize<T>(call.sizes, call.value, VEC) && can_vectorize<T>(call.sizes, call.grad_output, VEC)) {
     launch_with<T, VEC>(call, form, sums);
   } else {
@@ -303,7 +303,7 @@ void launch_with_vectors(const Call& call, const Form& form, const Sums& sums) {
 
 // For the gradients of samples alone.
 template <typename Call>
-void launch_others(const Call& call) {
+void launch_others(Call& call) {
   if (!call.needs_others()) {
     return;
   }
@@ -340,7 +340,7 @@ template <typename Call>
 Tensor by_rows_first(Call& call) {
   const Tensor gradient = wide_zeros(call);
   call.allocate_others();
-  call.dispatch_again([&](auto* t, const auto& form) {
+  call.dispatch_without_units([&](auto* t, const auto& form) {
     using T = std::remove_pointer_t<decltype(t)>;
     add_value_gradient<T>(call.sizes, call.grad_output, call.levels, form, gradient, call.stream);
   });

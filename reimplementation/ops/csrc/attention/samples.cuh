@@ -19,7 +19,8 @@
 // L1; and no warp waits for another.
 //
 // What a sample's location and weight are made of is for a *form* to know, such as `GivenSamples` below:
-// - `Pointers` to what is in memory of a sample, `Loaded` for what is read there, and `find`, which makes a `Found` of that;
+// - `Pointers` to what is in memory of a sample, `Loaded` for what is read there, and `find`, which makes of that what is
+//   `Found`, or more;
 // - `Softmax`, of a unit, and `Units`, which has those of a warp's units in shared memory after `prepare`.
 #pragma once
 
@@ -191,6 +192,7 @@ struct GivenSamples {
     C x, y;
     W attention;
   };
+  using Found = attention::Found<C>;
 
   // `offset` says how far from the first element of a tensor with these strides.
   template <typename Offset>
@@ -202,7 +204,7 @@ struct GivenSamples {
     const C* location = from.location + offset(location_strides);
     return {loader(location), loader(location + location_strides.axis), loader(from.weight + offset(weight_strides))};
   }
-  __device__ __forceinline__ Found<C> find(const Loaded& loaded, const Level&, const Softmax&) const {
+  __device__ __forceinline__ Found find(const Loaded& loaded, const Level&, const Softmax&) const {
     return {loaded.x, loaded.y, to_compute(loaded.attention)};
   }
 };
@@ -234,6 +236,7 @@ class Sampler {
  public:
   using C = compute_t<T>;
   using Units = typename Form::Units;
+  using Found = typename Form::Found;
 
   // Who does not ask for weights needs no units.
   __device__ Sampler(const Operands<T, Form>& op, const Place& place, int first, const Units* units)
@@ -262,14 +265,14 @@ class Sampler {
   // Calls `visit(unit, query, head, sample, inside)` for the units; `inside` counts the samples of the unit that are.
   template <typename Visit>
   __device__ __forceinline__ void for_each(const Operands<T, Form>& op, const Place& place, Visit visit) const {
-    in_step(op, place, [&](bool exists, int unit, const Sample<C>& sample, unsigned inside) {
+    in_step(op, place, [&](bool exists, int unit, const Sample<C>& sample, const Found&, unsigned inside) {
       if (exists) {
         visit(unit, place.query(op, unit), place.head(op, unit), sample, __popc(inside & lanes_));
       }
     });
   }
 
-  // Calls `visit(exists, unit, sample, inside)` in all threads of the warp at a time, of which some may have no sample;
+  // Calls `visit(exists, unit, sample, found, inside)` in all threads of the warp at a time, of which some may have no sample;
   // `inside` are the threads whose sample is.
   template <typename Visit>
   __device__ __forceinline__ void in_step(const Operands<T, Form>& op, const Place& place, Visit visit) const {
@@ -279,7 +282,7 @@ class Sampler {
       const int unit = before + first_unit_;
       before += op.units_at_once;
       const bool exists = unit < units_;
-      const Found<C> found = op.form.find(next, level_, units_of_warp_->softmax(exists ? unit : 0));
+      const Found found = op.form.find(next, level_, units_of_warp_->softmax(exists ? unit : 0));
       Sample<C> sample;
       sample.level = level_;
       sample.x = pixel_position(found.x, level_.width);
@@ -292,8 +295,17 @@ class Sampler {
       sample.number = number_;
       const unsigned inside = __ballot_sync(ALL_LANES, sample.inside);
       sample.rank = __popc(inside & lanes_before_);
-      visit(exists, unit, sample, inside);
+      visit(exists, unit, sample, found, inside);
     } while (before < op.units());
+  }
+
+  // In all threads of the warp at a time: the sum over those that visit samples of the same unit.
+  __device__ __forceinline__ C sum_over_unit(const Operands<T, Form>& op, C value) const {
+    for (int step = 1; step < op.samples_at_once.divisor; step *= 2) {
+      const C further = __shfl_down_sync(ALL_LANES, value, step);
+      value += number_ + step < op.samples_at_once.divisor ? further : 0;
+    }
+    return __shfl_sync(ALL_LANES, value, static_cast<int>(threadIdx.x % WARP) - number_);
   }
 
  private:

@@ -183,7 +183,7 @@ __device__ __forceinline__ void find_corners(
     Shared<C>& shared) {
 #pragma unroll
   for (int i = 0; i < SAMPLES_A_THREAD; ++i) {
-    const Found<C> sample = form.find(samples[i].loaded, level, samples[i].softmax);
+    const typename Form::Found sample = form.find(samples[i].loaded, level, samples[i].softmax);
     const int number = static_cast<int>(threadIdx.x) + i * Block<C>::THREADS;
     const C x = pixel_position(sample.x, level.width), y = pixel_position(sample.y, level.height);
     Four<C> corner_weight = {};
