@@ -18,12 +18,13 @@ from reimplementation.bench.floor import measure_floor
 from reimplementation.bench.gathers import gathers
 from reimplementation.bench.inputs import (
     AggregationInputs,
-    AggregationProblem,
     AttentionInputs,
     OpInputs,
+    UnfusedAttentionProblem,
     aggregation_inputs,
     aggregation_problem,
     attention_inputs,
+    attention_problem,
 )
 from reimplementation.bench.memory import extra_memory, kept_memory
 from reimplementation.bench.peers import PEER_PASSES, PEERS, peer_steps
@@ -137,12 +138,12 @@ class PreparedOp:
 
 @dataclass(frozen=True)
 class ModuleCase:
-    """The whole module around deformable aggregation.
+    """The whole module around an op; half precision runs under autocast.
 
     attn_drop: its attention dropout, which is at work in every pass.
     """
 
-    make_problem: Callable[[], AggregationProblem]
+    make_problem: Callable[[], modules.Timed]
     attn_drop: float = 0.0
 
     def passes(self, backend: str) -> tuple[str, ...]:
@@ -152,32 +153,34 @@ class ModuleCase:
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedModule:
         problem = self.make_problem().to(device, dtype)
-        problem.module.attn_drop = self.attn_drop
-        problem.module.train(self.attn_drop > 0)
-        return PreparedModule(problem)
+        if self.attn_drop > 0:
+            problem.module.attn_drop = self.attn_drop
+            problem.module.train()
+        return PreparedModule(problem, dtype, device)
 
 
 @dataclass(frozen=True)
 class PreparedModule:
     """One batch of inputs: what the module itself reads and writes takes their place in the caches."""
 
-    problem: AggregationProblem
+    problem: modules.Timed
+    dtype: torch.dtype
+    device: torch.device
 
     def measure(self, backend: str, passed: str, repeats: int) -> Figures:
-        features = self.problem.feature_maps[0]
         what, _, how = passed.partition(" ")
         problem = self.problem
         if how == "compiled":
             problem = replace(problem, module=torch.compile(problem.module))
         is_training = what == "training"
         with (
-            modules.running(modules.Case(str(features.device), backend, features.dtype)),
+            modules.running(modules.Case(str(self.device), backend, self.dtype)),
             torch.set_grad_enabled(is_training),
         ):
             step = modules.training_step(problem) if is_training else problem.forward
-            timing = measure([step], features.device, repeats, graph=how == "graph")
-            kept_bytes = kept_memory(problem.forward, features.device) if is_training else None
-            return Figures(timing, extra_bytes=extra_memory(step, features.device), kept_bytes=kept_bytes)
+            timing = measure([step], self.device, repeats, graph=how == "graph")
+            kept_bytes = kept_memory(problem.forward, self.device) if is_training else None
+            return Figures(timing, extra_bytes=extra_memory(step, self.device), kept_bytes=kept_bytes)
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,8 @@ CASES: dict[str, Case] = {
     "module-bs1-drop": ModuleCase(partial(aggregation_problem, batch_size=1), ATTN_DROP),
     "module-bs6": ModuleCase(partial(aggregation_problem, batch_size=6)),
     "module-bs6-drop": ModuleCase(partial(aggregation_problem, batch_size=6), ATTN_DROP),
+    "attention-layer": ModuleCase(attention_problem),
+    "attention-layer-unfused": ModuleCase(partial(attention_problem, kind=UnfusedAttentionProblem)),
     "overhead-aggregation": HostCase(
         partial(aggregation_inputs, num_queries=1, num_points=1, channels=8, strides=(32,))
     ),

@@ -47,6 +47,11 @@ GOALS: dict[tuple[str, str, str, str], float] = {  # device, case, pass, dtype
         for suffix in ("", "-drop")
         for dtype in ("float32", *HALF)  # half precision is no slower
     },
+    **{
+        ("cuda", "attention-layer", passed, dtype): goal
+        for dtype, goals in (("float32", (700, 2200)), ("bfloat16", (300, 1250)))
+        for passed, goal in zip(("forward", "training"), goals)
+    },
     ("cpu", "rig-bs1", "forward", "float32"): 35_000,
     ("cpu", "rig-bs1", "training", "float32"): 140_000,
     ("cpu", "dense-bs1", "forward", "float32"): 150_000,

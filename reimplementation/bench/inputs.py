@@ -1,7 +1,7 @@
 """Inputs of the sizes that people run, for benchmarks and tests.
 
 Deformable aggregation as in SparseDrive: its cameras, pyramid and queries; the op alone, and its whole module.
-Multi-scale deformable attention as in Deformable DETR's encoder and decoder.
+Multi-scale deformable attention as in Deformable DETR's encoder and decoder; the op alone, and its layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from reimplementation.bench.key_points import GEOMETRIES, key_points
 from reimplementation.data.rig import Rig, nuscenes_like_rig
 from reimplementation.data.scene import FIXED_KEY_POINTS, FREE_KEY_POINTS, IMAGE_HEIGHT, IMAGE_WIDTH
 from reimplementation.models.deformable import DeformableFeatureAggregation
-from reimplementation.models.ms_deform_attn import initial_offsets
+from reimplementation.models.ms_deform_attn import MSDeformAttn, initial_offsets
+from reimplementation.ops.dtypes import at_least_float32
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -299,6 +300,93 @@ def attention_inputs(
     logits = torch.randn(*samples, generator=generator)
     weights = logits.flatten(3).softmax(-1).view_as(logits)
     return AttentionInputs(value, spatial_shapes, rows.cumsum(0) - rows, locations, weights).to(device, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """The layer of multi-scale deformable attention, and one batch of inputs for it, on one device."""
+
+    module: MSDeformAttn
+    query: Tensor
+    reference_points: Tensor
+    input_flatten: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The inputs whose gradients are taken."""
+        return self.query, self.input_flatten
+
+    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Self:
+        """The same elsewhere. Half precision is for autocast, whose LayerNorms give a layer float32: so inputs stay.
+
+        Gradients of the result do not reach this problem's tensors.
+        """
+        wide = dtype if dtype == torch.float64 else None
+        return replace(
+            self,
+            module=copy.deepcopy(self.module).to(device, wide),
+            query=self.query.detach().to(device, wide),
+            reference_points=self.reference_points.to(device, wide),
+            input_flatten=self.input_flatten.detach().to(device, wide),
+            spatial_shapes=self.spatial_shapes.to(device),
+            level_start_index=self.level_start_index.to(device),
+        )
+
+    def forward(self) -> Tensor:
+        return self.module(
+            self.query, self.reference_points, self.input_flatten, self.spatial_shapes, self.level_start_index
+        )
+
+
+class UnfusedAttentionProblem(AttentionProblem):
+    """The same with locations and softmax in plain PyTorch, before the op that takes these."""
+
+    def forward(self) -> Tensor:
+        module, shapes = self.module, self.spatial_shapes
+        samples = (module.n_heads, module.n_levels, module.n_points)
+        value = module.value_proj(self.input_flatten).unflatten(-1, (module.n_heads, -1))
+        offsets = at_least_float32(module.sampling_offsets(self.query)).unflatten(-1, (*samples, 2))
+        weights = module.attention_weights(self.query).unflatten(-1, (module.n_heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, samples[1:])
+        locations = self.reference_points[:, :, None, :, None] + offsets / shapes.flip(-1)[:, None]
+        return module.output_proj(ops.ms_deform_attn(value, shapes, self.level_start_index, locations, weights))
+
+
+def attention_problem(
+    case: str = "encoder", kind: type[AttentionProblem] = AttentionProblem, seed: int = 0
+) -> AttentionProblem:
+    """`MSDeformAttn` in eval mode at a case's sizes, whose offsets and logits depend on the query; random inputs.
+
+    Args:
+        case: a name in `ATTENTION_CASES`, with a query a pixel; the reference points are the pixels' centres.
+        kind: how the layer is computed.
+        seed: of parameters and inputs; the global generator is left alone.
+
+    Returns:
+        float32, on the CPU.
+    """
+    sizes = ATTENTION_CASES[case]
+    channels = sizes.num_heads * sizes.channels
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = MSDeformAttn(channels, len(sizes.shapes), sizes.num_heads, sizes.num_points).eval()
+        for layer in (module.sampling_offsets, module.attention_weights):
+            layer.weight.normal_(std=channels**-0.5)
+    shapes = torch.tensor(sizes.shapes)
+    rows = shapes.prod(-1)
+    inputs = (sizes.batch_size, sizes.num_values, channels)
+    points = pixel_centres(sizes.shapes)[None, :, None].expand(sizes.batch_size, -1, len(sizes.shapes), -1)
+    return kind(
+        module,
+        query=torch.randn(inputs, generator=generator),
+        reference_points=points.contiguous(),
+        input_flatten=torch.randn(inputs, generator=generator),
+        spatial_shapes=shapes,
+        level_start_index=rows.cumsum(0) - rows,
+    )
 
 
 def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:

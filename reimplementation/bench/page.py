@@ -39,6 +39,8 @@ leaves out 15 % of the pairs |
 | msda-decoder | the same levels with 900 queries at random places |
 | msda-paper | batch 48, one head of 32 channels, 8 points, 15422 queries, levels of 92 x 160 to 12 x 20 pixels |
 | module | the whole `DeformableFeatureAggregation` on a rig; *drop* with attention dropout of 0.15 |
+| attention-layer | the whole `MSDeformAttn` at the sizes of *msda-encoder*, half precision under autocast; \
+*unfused* is the same layer with its locations and its softmax in PyTorch |
 | overhead | what the host does for one call, at a size at which the device has next to nothing to do |
 
 | pass | what is timed |
@@ -49,8 +51,8 @@ leaves out 15 % of the pairs |
 | backward frozen | the same without the features' gradient, as where the backbone is frozen |
 | backward deterministic | the same under `torch.use_deterministic_algorithms(True)` |
 | training | forward and backward, through autograd |
-| forward graph, training graph | of the module: the same as a replayed CUDA graph, the GPU's time alone |
-| forward compiled, training compiled | of the module: the same after `torch.compile` |
+| forward graph, training graph | of a module: the same as a replayed CUDA graph, the GPU's time alone |
+| forward compiled, training compiled | of a module: the same after `torch.compile` |
 | call … | of *overhead*: one call as PyTorch's modes ask for it |
 
 On a GPU the ops are timed as replays of CUDA graphs, on inputs that rotate through more than the L2 holds. Where a

@@ -28,7 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "bench",
         help="time the ops on every backend of this machine",
         description="Time the ops (rig, dense, map, planner; fused, the same with projection and softmax; msda), the "
-        "whole module (module; drop, with attention dropout), and what the host does for one call (overhead). "
+        "whole module (module; drop, with attention dropout; attention-layer), and what the host does for one call "
+        "(overhead). "
         "Passes of an op: forward, also warm, on one set of inputs, which L2 holds if it is large enough; "
         "backward, the kernels alone, also with frozen features and under torch.use_deterministic_algorithms; "
         "training, forward and backward through autograd. Of the module: forward and training as calls, as "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from reimplementation.bench.inputs import AttentionProblem
 from reimplementation.bench.modules import Timing, measure_all, module_document
 from reimplementation.data.rig import Camera, Rig
 from reimplementation.data.scene import IMAGE_HEIGHT, IMAGE_WIDTH, built_in_scene
@@ -17,44 +15,6 @@ from reimplementation.demo.reading import NUM_HEADS, NUM_POINTS, STRIDES, Readin
 from reimplementation.models import MSDeformAttn
 
 D_MODEL = 256
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionProblem:
-    """The module, and one batch of inputs for it: float32, on one device."""
-
-    module: MSDeformAttn
-    query: Tensor
-    reference_points: Tensor
-    input_flatten: Tensor
-    spatial_shapes: Tensor
-    level_start_index: Tensor
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """The inputs whose gradients are taken."""
-        return self.query, self.input_flatten
-
-    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> AttentionProblem:
-        """The same elsewhere. Only the features go to half precision; integers keep their dtype.
-
-        Gradients of the result do not reach this problem's tensors.
-        """
-        wide = dtype if dtype == torch.float64 else None
-        return replace(
-            self,
-            module=copy.deepcopy(self.module).to(device, wide),
-            query=self.query.detach().to(device, wide),
-            reference_points=self.reference_points.to(device, wide),
-            input_flatten=self.input_flatten.detach().to(device, dtype),
-            spatial_shapes=self.spatial_shapes.to(device),
-            level_start_index=self.level_start_index.to(device),
-        )
-
-    def forward(self) -> Tensor:
-        return self.module(
-            self.query, self.reference_points, self.input_flatten, self.spatial_shapes, self.level_start_index
-        )
 
 
 def show(rig_folder: str | None, num_queries: int, output: Path, begins: Callable[[str], None]) -> dict:

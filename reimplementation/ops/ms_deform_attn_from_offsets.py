@@ -49,8 +49,8 @@ def ms_deform_attn_from_offsets(
             size (x, y, w, h) of a box. In place of L it may have 1, for points that all levels share.
         sampling_offsets: (N, Lq, M, L, P, 2) in the value's dtype or float32, (x, y).
         attention_logits: (N, Lq, M, L, P), likewise.
-        offset_scale: (L,) float32 or float64, the scale of each level, where reference points are boxes; None for 1 / P, which
-            is Deformable DETR's. (In D-FINE and RT-DETRv2 it is 1 over the level's own number of points.)
+        offset_scale: (L,) float32 or float64, the scale of each level, where reference points are boxes; None for
+            1 / P, which is Deformable DETR's. (In D-FINE and RT-DETRv2 it is 1 over a level's own number of points.)
 
     Returns:
         (N, Lq, M*D) in the value's dtype. Locations, softmax and sums are computed in float32 (float64 for a float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reimplementation.bench.inputs import aggregation_problem
+from reimplementation.bench.inputs import UnfusedAttentionProblem, aggregation_problem, attention_problem
 from reimplementation.data.rig import nuscenes_like_rig
 
 
@@ -35,3 +35,11 @@ def test_every_image_of_a_batch_stands_for_itself(small):
     assert batch.forward().shape == (2, 12, 256)
     assert torch.equal(batch.anchor[0], small.anchor[0]) and not torch.equal(batch.anchor[0], batch.anchor[1])
     assert batch.metas["projection_mat"].shape == (2, 6, 4, 4)
+
+
+def test_the_layer_and_the_unfused_one_compute_the_same():
+    fused = attention_problem("small-encoder")
+    unfused = attention_problem("small-encoder", UnfusedAttentionProblem)
+    assert fused.query.shape == (1, 16 * 20 + 8 * 10, 64)
+    torch.testing.assert_close(fused.forward(), unfused.forward())
+    assert fused.to(dtype=torch.bfloat16).query.dtype == torch.float32

@@ -22,6 +22,7 @@ from reimplementation.bench.inputs import (
     aggregation_inputs,
     aggregation_problem,
     attention_inputs,
+    attention_problem,
 )
 from reimplementation.cli import bench, main, sweep
 from reimplementation.data.rig import nuscenes_like_rig
@@ -44,6 +45,7 @@ def tiny():
         ),
         "attention": cases.OpCase(AttentionInputs, partial(attention_inputs, "small-decoder")),
         "module": cases.ModuleCase(partial(aggregation_problem, rig, num_queries=4, batch_size=2), attn_drop=0.15),
+        "layer": cases.ModuleCase(partial(attention_problem, "small-encoder")),
         "overhead-msda": cases.HostCase(partial(attention_inputs, "one-query")),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +96,7 @@ def test_every_pass_on_cuda(tiny, tmp_path):
         assert by["aggregation", "forward", dtype] == by["module", "forward graph", dtype] == "graph"
         assert by["module", "forward", dtype] == "events" and by["overhead-msda", "call training", dtype] == "host"
     assert all(r["extra_bytes"] > 0 for r in timed if not r["passed"].startswith("call"))
-    assert all(r["kept_bytes"] > 0 for r in timed if r["case"] == "module" and r["passed"].startswith("training"))
+    assert all(r["kept_bytes"] > 0 for r in timed if r["case"] in ("module", "layer") and "training" in r["passed"])
 
 
 def test_a_warm_pass_keeps_to_one_set_of_inputs(tiny, monkeypatch):

@@ -88,7 +88,7 @@ def test_points_have_no_scale(backend_device):
 
 
 def test_a_level_that_comes_twice_has_twice_the_points(backend_device):
-    """As D-FINE's layers, whose levels have points of their own numbers: 2, 4 and 2 of them, each level with its scale."""
+    """As in D-FINE, where each level has its own number of points, here 2, 4 and 2, and a scale by that."""
     value, shapes, starts, references, offsets, logits, _ = drawn("shared boxes", backend_device, num_points=2)
     generator = torch.Generator().manual_seed(5)
 
@@ -196,7 +196,7 @@ def test_special_logits_act_as_in_the_formula(backend_device, special, num_point
 @forms
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
 def test_special_places_are_nowhere(backend_device, special, form):
-    """Samples that are not finite, or far away, contribute nothing and get no gradient, nor does their reference point."""
+    """Samples that are not finite, or far away, contribute nothing, and neither do their gradients."""
     for place, column in ((3, 0), (3, 1), (4, 0), (4, 1)):
         operands = drawn(form, backend_device, seed=11)
         operands[place][0, 1, 0, ..., column] = special

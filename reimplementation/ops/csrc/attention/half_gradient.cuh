@@ -154,8 +154,9 @@ __global__ void __launch_bounds__(THREADS) count_samples(const Operands<T, Form>
   if (place.first_query >= op.num_queries) {
     return;
   }
+  const typename Form::Units units = {};  // nobody asks for a weight
   for (int first = 0; first < op.samples; first += op.samples_at_once.divisor) {
-    const Sampler<T, Form> sampler(op, place, first, nullptr);
+    const Sampler<T, Form> sampler(op, place, first, &units);
     sampler.for_each(op, place, [&](int, int, int head, const Sample<float>& sample, int) {
       if (!sample.inside) {
         return;

@@ -238,7 +238,6 @@ class Sampler {
   using Units = typename Form::Units;
   using Found = typename Form::Found;
 
-  // Who does not ask for weights needs no units.
   __device__ Sampler(const Operands<T, Form>& op, const Place& place, int first, const Units* units)
       : units_of_warp_(units) {
     const unsigned thread = keep(threadIdx.x % WARP);
