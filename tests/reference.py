@@ -140,7 +140,7 @@ def locations_from_offsets(shapes, references, offsets, offset_scale=None) -> Te
         if references.shape[-1] == 2:
             moves = moves / torch.tensor([max(width, 1), max(height, 1)], dtype=torch.float64)
         else:
-            scale = 1 / offsets.shape[4] if offset_scale is None else offset_scale.double()[level]
+            scale = 1 / max(offsets.shape[4], 1) if offset_scale is None else offset_scale.double()[level]
             known = moves.isfinite()  # others lie nowhere, and say nothing of a box's size
             moves = torch.where(known, torch.where(known, moves, 0.0) * points[..., 2:] * (scale / 2), torch.nan)
         locations.append(points[..., :2] + moves)

@@ -108,7 +108,7 @@ def _formula(
         width_height = spatial_shapes.flip(-1).to(offsets.device, dtype, non_blocking=True).clamp(min=1)
         locations = centre + offsets / width_height[:, None]
     else:
-        scale = 1 / offsets.shape[4] if offset_scale is None else as_dtype(offset_scale, dtype)[:, None, None]
+        scale = 1 / max(offsets.shape[4], 1) if offset_scale is None else as_dtype(offset_scale, dtype)[:, None, None]
         moves = points[..., 2:] * (scale * 0.5)
         # What is not finite lies nowhere, and has no gradient.
         finite = (offsets * moves).isfinite()

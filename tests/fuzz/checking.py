@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
-from tests.fuzz import feature_aggregation, pointwise, rules
+from tests.fuzz import feature_aggregation, offsets, pointwise, rules
 from tests.fuzz.drawing import Draw
 from tests.fuzz.rules import RESULTS, Expected, rounding
-from tests.ops.table import AGGREGATION, ATTENTION, FEATURE_AGGREGATION
+from tests.ops.table import AGGREGATION, ATTENTION, ATTENTION_FROM_OFFSETS, FEATURE_AGGREGATION
 
 ACCEPTED, REFUSED = "accepted", "refused as documented"
 
@@ -38,7 +38,12 @@ def check(draw: Draw) -> str:
     for name, operand, copy in zip(draw.op.names, draw.operands, before):
         if operand is not None and not torch.equal(operand.nan_to_num(), copy.nan_to_num()):
             raise Mismatch(f"{name} was written to")
-    comparison = {AGGREGATION.name: compare, ATTENTION.name: compare, FEATURE_AGGREGATION.name: compare_formula}
+    comparison = {
+        AGGREGATION.name: compare,
+        ATTENTION.name: compare,
+        ATTENTION_FROM_OFFSETS.name: compare_offsets,
+        FEATURE_AGGREGATION.name: compare_formula,
+    }
     comparison.get(draw.op.name, compare_pointwise)(draw, output, gradients)
     return ACCEPTED
 
@@ -160,12 +165,29 @@ def compare(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
         assert_close(name, actual.cpu().double(), wanted, tolerance)
 
 
+def compare_offsets(draw: Draw, output: Tensor, gradients: list[Tensor | None]) -> None:
+    operands = [operand if operand is None else operand.detach().cpu() for operand in draw.operands]
+    compute = torch.float64 if operands[0].dtype == torch.float64 else torch.float32
+    of_results = [operands[i] for i in (0, *draw.op.differentiable)]
+    results = offsets.expected(operands, draw.grad_output.detach().cpu())
+    for i, (actual, wanted, operand) in enumerate(zip([output, *gradients], results, of_results)):
+        name = offsets.RESULTS[i]
+        if actual is None:
+            continue
+        if actual.dtype != operand.dtype or tuple(actual.shape) != tuple(wanted.value.shape):
+            raise Mismatch(f"{name}: {actual.dtype} {tuple(actual.shape)} for {tuple(wanted.value.shape)}")
+        if not draw.exact_locations:
+            continue  # a position that rounds across an edge of a pixel has another gradient
+        rounded_sums = sums_in(draw, wanted, operands[1].shape[0]) if i == 1 else 0
+        assert_close(name, actual.cpu().double(), wanted, rounding(wanted, compute, {actual.dtype}, rounded_sums))
+
+
 def sums_in(draw: Draw, expected: Expected, num_levels: int) -> int:
     """How many partial sums of the features' gradient are rounded to its own dtype."""
     if draw.backend == "grid_sample":
         return num_levels + 1  # autograd adds the gradients of slices
     most_samples = {torch.float16: 32, torch.bfloat16: 8}.get(draw.operands[0].dtype)
-    if draw.backend == "cuda" and draw.op.name == ATTENTION.name and most_samples:
+    if draw.backend == "cuda" and draw.op.name in (ATTENTION.name, ATTENTION_FROM_OFFSETS.name) and most_samples:
         footprints = 2 + 2 * num_levels  # that a row is in, of so many samples each: 4 unless levels overlap
         return min(expected.num_terms, footprints * most_samples)
     return 0

@@ -8,9 +8,10 @@ import torch
 
 from tests.fuzz.drawing import Draw, Drawing
 from tests.fuzz.feature_aggregation import FeatureAggregationDrawing
+from tests.fuzz.offsets import OffsetsDrawing
 from tests.fuzz.pointwise import PointwiseDrawing
 from tests.fuzz.sampling import SamplingDrawing
-from tests.ops.table import FEATURE_AGGREGATION, OPS, Op
+from tests.ops.table import ATTENTION_FROM_OFFSETS, FEATURE_AGGREGATION, OPS, Op
 
 KINDS = [op for op in OPS for _ in range(1 if op.is_pointwise else 2)]  # what has more to go wrong is drawn more often
 
@@ -25,4 +26,6 @@ def draw(seed: int, number: int, device: torch.device) -> Draw:
 def drawing_of(op: Op) -> type[Drawing]:
     if op is FEATURE_AGGREGATION:
         return FeatureAggregationDrawing
+    if op is ATTENTION_FROM_OFFSETS:
+        return OffsetsDrawing
     return PointwiseDrawing if op.is_pointwise else SamplingDrawing

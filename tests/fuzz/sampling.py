@@ -11,7 +11,7 @@ from reimplementation import ops
 from tests import reference
 from tests.fuzz.drawing import NOT_FINITE, Draw, Drawing
 from tests.ops.inputs import STEP
-from tests.ops.table import AGGREGATION, ATTENTION, FLOATING, INTEGER
+from tests.ops.table import AGGREGATION, FLOATING, INTEGER
 
 MOST_PRODUCTS = 1 << 13  # about as many products the float64 rules form for one draw
 # Locations are multiples of STEP: positions in levels of these sizes are exact in float32.
@@ -129,7 +129,7 @@ class SamplingDrawing(Drawing):
         num_groups = rng.choice([n for n in range(1, max(channels, 1) + 1) if channels % n == 0])
         num_heads = self.count(4, many=9)
         num_points = self.count(5, many=150)
-        num_images = num_heads * self.num_levels if self.op is ATTENTION else self.num_cams * self.num_levels
+        num_images = self.num_cams * self.num_levels * (1 if self.op is AGGREGATION else num_heads)
         most = MOST_PRODUCTS // max(1, 4 * batch * channels * num_points * num_images)
         num_queries = min(self.count(6, many=300), max(1, most))
         if self.op is AGGREGATION:

@@ -160,12 +160,12 @@ def from_offsets(
 
 
 def random_offset_inputs(
-    seed: int = 0, *, boxes: bool = True, shared: bool = False, num_points: int = 4, **sizes
+    seed: int = 0, *, boxes: bool = True, shared: bool = False, scaled: bool = True, num_points: int = 4, **sizes
 ) -> list[torch.Tensor | None]:
     """Boxes, and scales of a power of two a level, unless that is asked for otherwise."""
     inputs = random_attention_inputs(seed, num_points=num_points, **sizes)
     scale = tuple(2.0 ** -(1 + level % 3) for level in range(len(inputs.spatial_shapes)))
-    return from_offsets(inputs, boxes=boxes, shared=shared, scale=scale)
+    return from_offsets(inputs, boxes=boxes, shared=shared, scale=scale if scaled else None)
 
 
 def random_projection(

@@ -345,6 +345,7 @@ ATTENTION_FROM_OFFSETS = Op(
         "queries": {"num_queries": 0},
         "heads": {"num_heads": 0},
         "points": {"num_points": 0},
+        "points of boxes": {"num_points": 0, "scaled": False},
         "rows": {"shapes": ((0, 0), (0, 3))},
         "levels": {"shapes": (), "spare_rows": 20, "shared": True},
         "channels": {"channels": 0},
