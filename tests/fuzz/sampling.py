@@ -11,7 +11,7 @@ from reimplementation import ops
 from tests import reference
 from tests.fuzz.drawing import NOT_FINITE, Draw, Drawing
 from tests.ops.inputs import STEP
-from tests.ops.table import AGGREGATION, FLOATING, INTEGER
+from tests.ops.table import AGGREGATION, ATTENTION, ATTENTION_FROM_OFFSETS, FLOATING, INTEGER
 
 MOST_PRODUCTS = 1 << 13  # about as many products the float64 rules form for one draw
 # Locations are multiples of STEP: positions in levels of these sizes are exact in float32.
@@ -64,12 +64,16 @@ class SamplingDrawing(Drawing):
         result.story = f"{str(self.dtype).removeprefix('torch.')} {sizes['features']} {'; '.join(self.story)}"
         return result
 
+    @property
+    def has_heads(self) -> bool:
+        return self.op in (ATTENTION, ATTENTION_FROM_OFFSETS)
+
     # Levels: (num_cams, num_levels) for deformable aggregation, (num_levels) for attention.
 
     def levels(self) -> tuple[Tensor, Tensor, int, bool]:
         """Shapes, first rows, rows of the features, and whether every level fits them."""
         rng = self.rng
-        self.num_cams = 1 if self.op is ATTENTION else self.count(8)
+        self.num_cams = 1 if self.has_heads else self.count(8)
         self.num_levels = self.count(5, many=12)
         num_images = self.num_cams * self.num_levels
         sides = [0, 1, 2, 3, 4, 5, 7, 8, 16] if self.chance(0.3) else [1, 2, 3, 4, 5, 8, 13]
@@ -94,7 +98,7 @@ class SamplingDrawing(Drawing):
             if self.chance(0.5):
                 shapes[i], starts[i] = self.wild_level(kind, shapes[i], starts[i], num_rows)
         fit = all(reference.fits(*shape, start, num_rows) for shape, start in zip(shapes, starts))
-        dims = (self.num_levels,) if self.op is ATTENTION else (self.num_cams, self.num_levels)
+        dims = (self.num_levels,) if self.has_heads else (self.num_cams, self.num_levels)
         shapes = torch.tensor(shapes, dtype=torch.int64).view(*dims, 2)
         return shapes, torch.tensor(starts, dtype=torch.int64).view(dims), num_rows, fit
 
@@ -129,7 +133,7 @@ class SamplingDrawing(Drawing):
         num_groups = rng.choice([n for n in range(1, max(channels, 1) + 1) if channels % n == 0])
         num_heads = self.count(4, many=9)
         num_points = self.count(5, many=150)
-        num_images = self.num_cams * self.num_levels * (1 if self.op is AGGREGATION else num_heads)
+        num_images = self.num_cams * self.num_levels * (num_heads if self.has_heads else 1)
         most = MOST_PRODUCTS // max(1, 4 * batch * channels * num_points * num_images)
         num_queries = min(self.count(6, many=300), max(1, most))
         if self.op is AGGREGATION:
