@@ -135,7 +135,7 @@ def _check_values(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
 
 SPEC = Spec(
     name="ms_deform_attn_from_offsets",
-    title="Multi-scale deformable attention",
+    title="Multi-scale deformable attention from offsets",
     operands=(
         Operand("value", ("N", "S", "M", "D"), FEATURES, torch.contiguous_format),
         Operand("spatial_shapes", ("L", 2), LEVELS),

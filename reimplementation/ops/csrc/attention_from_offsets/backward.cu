@@ -12,9 +12,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <initializer_list>
 #include <optional>
-#include <vector>
 
 #include "attention/backward.cuh"
 #include "attention_from_offsets/samples.cuh"
@@ -245,7 +243,7 @@ struct Call {
     grad_offsets = gradient_of(arguments.offsets, needs_offsets);
     grad_logits = gradient_of(arguments.logits, needs_logits);
     if (needs_references) {
-      location_gradients = allocate_samples({2});
+      location_gradients = allocate_samples(2);
     }
   }
 
@@ -277,7 +275,7 @@ struct Call {
       gradients.logits = static_cast<L*>(grad_logits.mutable_data_ptr());
       gradients.logit_strides = Strides(grad_logits);
       if (!at_once) {
-        weight_gradients = allocate_samples({});
+        weight_gradients = allocate_samples(1);
         gradients.of_weights = static_cast<C*>(weight_gradients->mutable_data_ptr());
       }
     }
@@ -298,8 +296,8 @@ struct Call {
     op.groups = 1;
     op.unit_square = false;
     op.level_table = levels;
-    op.locations = allocate_samples({2});
-    op.weights = allocate_samples({});
+    op.locations = allocate_samples(2);
+    op.weights = allocate_samples(1);
     const int64_t level = sizes.num_points, head = level * sizes.num_levels, query = head * sizes.num_heads;
     op.location_steps = {2 * query * sizes.num_queries, 2 * head, 2 * query, 2, 0, 2 * level, 1};
     op.weight_steps = {query * sizes.num_queries, head, query, 1, 0, level, 0};
@@ -331,11 +329,11 @@ struct Call {
   }
 
  private:
-  // (batch, queries, heads, levels, points, ...) of the type that sums run in.
-  Tensor allocate_samples(std::initializer_list<int64_t> more) const {
-    std::vector<int64_t> shape = {sizes.batch, sizes.num_queries, sizes.num_heads, sizes.num_levels, sizes.num_points};
-    shape.insert(shape.end(), more);
-    return allocate(value, shape, compute_type(value));
+  // So many numbers of each sample, (batch, queries, heads, levels, points, numbers), of the type that sums run in.
+  Tensor allocate_samples(int64_t numbers) const {
+    return allocate(
+        value, {sizes.batch, sizes.num_queries, sizes.num_heads, sizes.num_levels, sizes.num_points, numbers},
+        compute_type(value));
   }
 
   template <typename T, typename L>
