@@ -1,11 +1,12 @@
 """What the attention modules of other people's models have in common: from queries and features to the output.
 
 Here alone an integration calls the op. A module hands in its linear layers and its sizes; the locations and the softmax
-are computed beside the op.
+are part of the op.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from reimplementation import ops
 from reimplementation.ops.dtypes import at_least_float32
-from reimplementation.ops.pyramid import levels_of_numbers
+from reimplementation.ops.pyramid import joined, levels_of_numbers, levels_of_tensors
 
 Shapes = Tensor | Sequence[Sequence[int]]
 
@@ -27,7 +28,7 @@ def attend_by_level(
     reference_points: Tensor,
     shapes: Shapes,
     starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention of Deformable DETR (arXiv 2010.04159, section 4.1) by the linear layers of a module.
 
     Args:
@@ -41,7 +42,7 @@ def attend_by_level(
         starts: (L,) the first row of each level, or None where they follow one another.
 
     Returns:
-        The output (N, Lq, C), and the weights (N, Lq, heads, levels, points).
+        The output (N, Lq, C), and the weights (N, Lq, heads, levels, points) where the module has hooks, else None.
     """
     heads, levels, points = sizes
     value = module.value_proj(features)
@@ -49,17 +50,16 @@ def attend_by_level(
         value = value.masked_fill(padding[..., None], 0)
     check_rows(shapes, value.shape[1])
     shapes, starts = _as_tensors(shapes, starts, value.device)
-    offsets = module.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
-    weights = module.attention_weights(query).unflatten(-1, (heads, levels * points)).softmax(-1)
-    weights = weights.unflatten(-1, (levels, points))
-    output = ops.ms_deform_attn(
+    logits = module.attention_weights(query).unflatten(-1, (heads, levels, points))
+    output = ops.ms_deform_attn_from_offsets(
         value.unflatten(-1, (heads, -1)),
         shapes,
         starts,
-        _locations_by_level(reference_points, offsets, shapes),
-        weights,
+        at_least_float32(reference_points),
+        module.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2)),
+        logits,
     )
-    return module.output_proj(output), weights
+    return module.output_proj(output), _weights(module, logits)
 
 
 def attend_in_boxes(
@@ -72,7 +72,7 @@ def attend_in_boxes(
     shapes: Shapes,
     scale: Tensor,
     method: str = "default",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention of RT-DETRv2 (arXiv 2407.17140) and D-FINE (arXiv 2410.13842): each level has its number of points.
 
     Args:
@@ -87,18 +87,29 @@ def attend_in_boxes(
         method: as `ops.ms_deform_attn` has it.
 
     Returns:
-        The output (N, Lq, C), and the weights (N, Lq, heads, sum(num_points)).
+        The output (N, Lq, C), and the weights (N, Lq, heads, points of all levels together) likewise.
     """
     if reference_points.shape[-1] != 4:
         raise ValueError(f"reference_points must be boxes (N, Lq, 1, 4); got {tuple(reference_points.shape)}")
-    if isinstance(value, Tensor):
-        check_rows(shapes, value.shape[1])
     offsets = module.sampling_offsets(query).unflatten(-1, (num_heads, sum(num_points), 2))
-    weights = module.attention_weights(query).unflatten(-1, (num_heads, sum(num_points))).softmax(-1)
-    boxes = at_least_float32(reference_points)[:, :, None]
-    locations = boxes[..., :2] + at_least_float32(offsets) * (boxes[..., 2:] * scale[:, None])
-    output = ops.ms_deform_attn(value, shapes, None, locations, weights, num_points=num_points, method=method)
-    return output, weights
+    logits = module.attention_weights(query).unflatten(-1, (num_heads, sum(num_points)))
+    if method != "default":
+        return _of_pixels(value, shapes, reference_points, offsets, logits, num_points, scale, method)
+    value = value if isinstance(value, Tensor) else joined(value)
+    check_rows(shapes, value.shape[1])
+    together = math.gcd(*num_points)
+    repeats = tuple([count // together for count in num_points])
+    shapes, starts = _as_tensors(shapes, None, value.device, repeats)
+    output = ops.ms_deform_attn_from_offsets(
+        value,
+        shapes,
+        starts,
+        at_least_float32(reference_points),
+        offsets.unflatten(-2, (-1, together)),
+        logits.unflatten(-1, (-1, together)),
+        2 * at_least_float32(scale)[::together],  # the op counts in halves of a box
+    )
+    return output, _weights(module, logits)
 
 
 def check_rows(shapes: Shapes, num_rows: int) -> None:
@@ -111,19 +122,33 @@ def check_rows(shapes: Shapes, num_rows: int) -> None:
         raise ValueError(f"the levels {list(pairs)} hold {total} pixels, but there are {num_rows} rows of features")
 
 
-def _as_tensors(shapes: Shapes, starts: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def _of_pixels(
+    value: Tensor | Sequence[Tensor],
+    shapes: Shapes,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    num_points: Sequence[int],
+    scale: Tensor,
+    method: str,
+) -> tuple[Tensor, Tensor]:
+    """One pixel for each location, which the fused op does not do."""
+    boxes, weights = at_least_float32(reference_points)[:, :, None], logits.softmax(-1)
+    locations = boxes[..., :2] + at_least_float32(offsets) * (boxes[..., 2:] * scale[:, None])
+    output = ops.ms_deform_attn(value, shapes, None, locations, weights, num_points=num_points, method=method)
+    return output, weights
+
+
+def _weights(module: nn.Module, logits: Tensor) -> Tensor | None:
+    """The attention weights, which the op does not make, if anybody may look: models collect them by hooks."""
+    return logits.flatten(3).softmax(-1).view(logits.shape) if module._forward_hooks else None
+
+
+def _as_tensors(
+    shapes: Shapes, starts: Tensor | None, device: torch.device, repeats: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Shapes and first rows of levels, each listed as often as ``repeats`` says; once where it says nothing."""
+    repeats = repeats or (1,) * len(shapes)
     if isinstance(shapes, Tensor):
-        return shapes, ops.level_start_index(shapes) if starts is None else starts
-    pairs = tuple([(height, width) for height, width in shapes])
-    return levels_of_numbers(pairs, (1,) * len(pairs), device)
-
-
-def _locations_by_level(reference_points: Tensor, offsets: Tensor, shapes: Tensor) -> Tensor:
-    """(N, Lq, heads, levels, points, 2), from offsets of that shape: pixels around points, or parts of boxes."""
-    reference, offsets = at_least_float32(reference_points)[:, :, None, :, None], at_least_float32(offsets)
-    if reference.shape[-1] == 2:
-        size = shapes.flip(-1).to(offsets.device, offsets.dtype, non_blocking=True)
-        return reference + offsets / size[:, None]
-    if reference.shape[-1] == 4:
-        return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / offsets.shape[-2]))
-    raise ValueError(f"reference_points must be (N, Lq, L, 2 or 4); got {tuple(reference_points.shape)}")
+        return levels_of_tensors(shapes, starts, repeats)
+    return levels_of_numbers(tuple([(height, width) for height, width in shapes]), repeats, device)

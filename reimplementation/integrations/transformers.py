@@ -71,7 +71,7 @@ class Detector(_ByLevel):
         spatial_shapes_list: list | None = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         query = _with_position(hidden_states, position_embeddings)
         padding = None if attention_mask is None else ~attention_mask
         shapes = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
@@ -94,7 +94,7 @@ class Mask2FormerPixelDecoder(_ByLevel):
         spatial_shapes_list: list | None = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         query = _with_position(hidden_states, position_embeddings)
         return attend_by_level(
             self, _sizes(self), query, encoder_hidden_states, attention_mask, reference_points, spatial_shapes_list
@@ -117,7 +117,7 @@ class OneFormerPixelDecoder(_ByLevel):
         spatial_shapes: Tensor | None = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         query = _with_position(hidden_states, position_embeddings)
         return attend_by_level(
             self,
@@ -148,7 +148,7 @@ class OneFormerPixelDecoderWithList(OneFormerPixelDecoder):
         level_start_index: Tensor | None = None,
         output_attentions: bool = False,
         spatial_shapes_list: list | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         query = _with_position(hidden_states, position_embeddings)
         return attend_by_level(
             self, _sizes(self), query, encoder_hidden_states, attention_mask, reference_points, spatial_shapes_list
@@ -188,7 +188,7 @@ class RTDetrV2(Accelerated):
         spatial_shapes_list: list | None = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         value = self.value_proj(encoder_hidden_states)
         if attention_mask is not None:
             value = value.masked_fill(~attention_mask[..., None], 0)
@@ -241,7 +241,7 @@ class DFine(Accelerated):
         spatial_shapes: Tensor | None = None,
         spatial_shapes_list: list | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         value = encoder_hidden_states.unflatten(-1, (self.n_heads, -1))
         if attention_mask is not None:
             value = value.masked_fill(~attention_mask[..., None], 0)

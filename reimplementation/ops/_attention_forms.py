@@ -18,25 +18,9 @@ from .checks import check_dtype, check_shape
 from .dtypes import FLOATING, INTEGER, at_least_float32
 from .pyramid import Pairs, levels_of_numbers, levels_of_tensors
 
-__all__ = ["METHODS", "in_plain_form", "joined"]
+__all__ = ["METHODS", "in_plain_form"]
 
 METHODS = ("default", "discrete", "discrete_by_height")
-
-
-def joined(levels: Any) -> Tensor:
-    """A tensor (N, M, D, rows) for each level, as one value (N, S, M, D)."""
-    if not isinstance(levels, (list, tuple)):
-        check_dtype("value", levels, FLOATING)
-    if not levels:
-        raise ValueError("value must be a tensor, or a list with one for each level; got an empty list")
-    sizes: dict[str, int] = {}
-    for i, level in enumerate(levels):
-        check_dtype(f"value[{i}]", level, (levels[0].dtype,) if i else FLOATING)
-        sizes.pop("rows", None)
-        check_shape(f"value[{i}]", level, ("N", "M", "D", "rows"), sizes)
-    # Flat rows of three dimensions: `cat` would keep the strides of four, which look like channels last.
-    rows = torch.cat([level.flatten(1, 2).transpose(1, 2) for level in levels], 1)
-    return rows.unflatten(2, (sizes["M"], sizes["D"]))
 
 
 def in_plain_form(

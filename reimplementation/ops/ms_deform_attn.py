@@ -11,13 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ._attention_forms import in_plain_form, joined
+from ._attention_forms import in_plain_form
 from ._call import call
 from ._register import define, must_be_deterministic
 from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec
 from .backends import grid_sample
 from .dtypes import FLOATING
 from .levels import check_levels_fit
+from .pyramid import joined
 
 __all__ = ["MSDeformAttnFunction", "ms_deform_attn"]
 

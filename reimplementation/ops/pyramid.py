@@ -1,4 +1,6 @@
-"""The levels of a pyramid that a caller has as Python numbers, as tensors on a device: made once, and not at each call.
+"""The levels of a pyramid as callers have them: shapes as Python numbers, and features level by level.
+
+Numbers become tensors on a device once, and not at each call.
 
 A copy from the host to a GPU at each call would cost more than a small op, and could not be captured in a CUDA graph.
 """
@@ -7,17 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import constant_in_graphs
+from .checks import check_dtype, check_shape
+from .dtypes import FLOATING
 from .levels import level_start_index
 
-__all__ = ["levels_of_numbers", "levels_of_tensors"]
+__all__ = ["joined", "levels_of_numbers", "levels_of_tensors"]
 
 Pairs = tuple[tuple[int, int], ...]
 """(height, width) of each level; symbols of a tracer count as numbers."""
+
+
+def joined(levels: Any) -> Tensor:
+    """A tensor (N, M, D, rows) for each level, as one value (N, S, M, D)."""
+    if not isinstance(levels, (list, tuple)):
+        check_dtype("value", levels, FLOATING)
+    if not levels:
+        raise ValueError("value must be a tensor, or a list with one for each level; got an empty list")
+    sizes: dict[str, int] = {}
+    for i, level in enumerate(levels):
+        check_dtype(f"value[{i}]", level, (levels[0].dtype,) if i else FLOATING)
+        sizes.pop("rows", None)
+        check_shape(f"value[{i}]", level, ("N", "M", "D", "rows"), sizes)
+    # Flat rows of three dimensions: `cat` would keep the strides of four, which look like channels last.
+    rows = torch.cat([level.flatten(1, 2).transpose(1, 2) for level in levels], 1)
+    return rows.unflatten(2, (sizes["M"], sizes["D"]))
 
 
 def levels_of_numbers(pairs: Pairs, repeats: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
