@@ -50,6 +50,11 @@ def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda nee
     """
     if not EXTENSION_AVAILABLE:
         return Op(spec, formula)
+    if not hasattr(torch.ops.reimplementation, spec.name):
+        raise ImportError(
+            f"the compiled library of reimplementation has no {spec.name}: it was built from older sources than the "
+            "package's; build it again, by `pip install .` or `python setup.py build_ext --inplace` in the source folder"
+        )
     operator = getattr(torch.ops.reimplementation, spec.name).default
     differentiate = _differentiation(spec, formula, flags)
     _register_with_torch(spec, operator, differentiate)

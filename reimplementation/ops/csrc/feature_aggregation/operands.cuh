@@ -3,11 +3,11 @@
 // A *pair* is a key point in a camera, a *sample* a pair in a level.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
 #include "cuda/corners.cuh"
 #include "cuda/divisor.cuh"
+#include "cuda/exponential.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 #include "feature_aggregation/op.h"
@@ -114,13 +114,6 @@ inline int64_t resident_blocks(int of_multiprocessor, int device) {
 
 // Flags (batch, queries, cams, points) of the pairs that a softmax over visible pairs alone leaves out.
 Tensor find_hidden(const Sizes& sizes, const ReadableOperands& readable, cudaStream_t stream);
-
-__device__ __forceinline__ float exponential(float x) {
-  return __expf(x);
-}
-__device__ __forceinline__ double exponential(double x) {
-  return exp(x);
-}
 
 // A query: where its operands begin.
 template <typename T, typename L>
