@@ -27,17 +27,16 @@ def call(op: Op, *operands: Any, settings: tuple = ()) -> Tensor:
     try:
         if torch._C._is_any_autocast_enabled():
             operands = _under_autocast(op, operands)
-        if select_backend(operands[0].device, op.spec.title) == "grid_sample" or (
-            op.spec.constants and _wants_formula(op, operands)
-        ):
+        kernels = op.kernels.get(select_backend(operands[0].device, op.spec.title))
+        if kernels is None or (op.spec.constants and _wants_formula(op, operands)):
             return op.formula(*_checked(op, operands, settings), *settings)
         if dtypes_of(operands) not in op.read_as_they_are:
             operands = _checked(op, operands, settings)
         arguments = operands + settings if settings else operands
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            return op.recorded.apply(*arguments)
+            return kernels.recorded.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            returned = op.operator(*arguments)
+            returned = kernels.operator(*arguments)
         return returned if op.spec.kept is None else returned[0]
     except _REFUSALS as error:
         _explain(error, op, operands, settings)
@@ -50,14 +49,12 @@ def _call_traced(op: Op, operands: tuple, settings: tuple) -> Tensor:
         operands = _under_autocast(op, operands)
     op.spec.check_call(operands, settings)
     operands = op.spec.as_read(operands)
-    if (
-        op.spec.is_pointwise
-        or torch.onnx.is_in_onnx_export()
-        or select_backend(operands[0].device, op.spec.title, in_graph=True) == "grid_sample"
-        or any([operands[i] is not None and operands[i].requires_grad for i in op.spec.constants])
-    ):
+    kernels = None
+    if not (op.spec.is_pointwise or torch.onnx.is_in_onnx_export()):
+        kernels = op.kernels.get(select_backend(operands[0].device, op.spec.title, in_graph=True))
+    if kernels is None or any([operands[i] is not None and operands[i].requires_grad for i in op.spec.constants]):
         return op.formula(*operands, *settings)
-    return op.spec.output_of(op.operator(*operands, *settings))
+    return op.spec.output_of(kernels.operator(*operands, *settings))
 
 
 def _under_autocast(op: Op, operands: tuple) -> tuple:

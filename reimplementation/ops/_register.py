@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 
 from ._spec import Dtype, Spec
-from .backends import EXTENSION_AVAILABLE
+from .backends import EXTENSION_AVAILABLE, triton
 from .determinism import must_be_deterministic as must_be_deterministic  # which ops import from here, too
 
 Flags = Callable[[Sequence[bool], Dtype], Sequence[bool]]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """A backend's kernels of an op.
+
+    operator: ``torch.ops.reimplementation.NAME``, or that of another namespace.
+    recorded: its autograd function for calls that nobody traces. It goes past the wrappers in Python that the
+        dispatcher has around registered formulas, which take longer than the rest of a small call.
+    """
+
+    operator: Any
+    recorded: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,21 +39,18 @@ class Op:
     """An op as `_call.call` runs it.
 
     formula: the op in plain PyTorch, of operands as `Spec.as_read` returns them, and the settings.
-    operator: ``torch.ops.reimplementation.NAME``; None without the extension.
-    recorded: its autograd function for calls that nobody traces; likewise. It goes past the wrappers in Python that the
-        dispatcher has around registered formulas, which take longer than the rest of a small call.
+    kernels: by backend. A backend without kernels of this op runs its formula.
     read_as_they_are: the operands' dtypes of earlier calls that needed no cast.
     """
 
     spec: Spec
     formula: Callable[..., Tensor]
-    operator: Any = None
-    recorded: Any = None
+    kernels: dict[str, Kernels] = field(default_factory=dict)
     read_as_they_are: set[tuple] = field(default_factory=set)
 
 
 def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda needs, dtype: ()) -> Op:
-    """The op of a spec, with its operator where the extension is there.
+    """The op of a spec, with the extension's kernels where it is there, and Triton's as soon as that is asked for.
 
     Args:
         spec: what it takes and gives.
@@ -48,17 +58,23 @@ def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda nee
         flags: from which of the `Spec.differentiable` operands need a gradient, and the dtype of the first operand, to
             what the operator's backward takes last. Where it takes any, the first ones are those needs.
     """
-    if not EXTENSION_AVAILABLE:
-        return Op(spec, formula)
-    if not hasattr(torch.ops.reimplementation, spec.name):
+    if EXTENSION_AVAILABLE and not hasattr(torch.ops.reimplementation, spec.name):
         raise ImportError(
             f"the compiled library of reimplementation has no {spec.name}: it was built from older sources than the "
             "package's; build it again, by `pip install .` or `python setup.py build_ext --inplace` in the source folder"
         )
-    operator = getattr(torch.ops.reimplementation, spec.name).default
-    differentiate = _differentiation(spec, formula, flags)
-    _register_with_torch(spec, operator, differentiate)
-    return Op(spec, formula, operator, _recorded(spec, operator, differentiate))
+    op = Op(spec, formula)
+    if EXTENSION_AVAILABLE:
+        _register_fakes(spec)
+        native = _kernels(spec, formula, flags, "reimplementation")
+        op.kernels.update(cuda=native, cpu=native)
+
+    def define_for_triton(forward: Callable, backward: Callable) -> None:
+        _define_for_triton(spec, forward, backward)
+        op.kernels[triton.TRITON.name] = _kernels(spec, formula, flags, triton.NAMESPACE)
+
+    triton.when_loaded(spec.name, define_for_triton)
+    return op
 
 
 def raise_if_out_of_memory(error: Exception, device: torch.device) -> None:
@@ -71,9 +87,17 @@ def raise_if_out_of_memory(error: Exception, device: torch.device) -> None:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
-def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags) -> Callable:
+def _kernels(spec: Spec, formula: Callable[..., Tensor], flags: Flags, namespace: str) -> Kernels:
+    """The operators of a namespace, with autograd and autocast."""
+    operator = getattr(getattr(torch.ops, namespace), spec.name).default
+    differentiate = _differentiation(spec, formula, flags, namespace)
+    _register_with_torch(spec, operator, differentiate)
+    return Kernels(operator, _recorded(spec, operator, differentiate))
+
+
+def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags, namespace: str) -> Callable:
     """The backward of the operator, as a function of autograd's context and the output's gradient."""
-    backward = getattr(torch.ops.reimplementation, f"{spec.name}_backward").default
+    backward = getattr(getattr(torch.ops, namespace), f"{spec.name}_backward").default
 
     def differentiate(ctx, grad_output: Tensor, *of_what_is_kept: None) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[i] for i in spec.differentiable]
@@ -89,8 +113,8 @@ def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags) -
     return differentiate
 
 
-def _register_with_torch(spec: Spec, operator: Callable[..., Tensor], differentiate: Callable) -> None:
-    """Fake kernels, autograd and autocast of the operator, and the fake kernel of its backward."""
+def _register_fakes(spec: Spec) -> None:
+    """Fake kernels of the extension's operator and of its backward."""
     name = f"reimplementation::{spec.name}"
     num_operands, num_gradients = len(spec.operands), len(spec.differentiable)
 
@@ -101,6 +125,32 @@ def _register_with_torch(spec: Spec, operator: Callable[..., Tensor], differenti
         operands, flags = rest[:num_operands], rest[num_operands + (spec.kept is not None) + len(spec.settings) :]
         grads = spec.fake_gradients(grad_output, operands, flags[:num_gradients] or [True] * num_gradients)
         return grads if len(grads) > 1 else grads[0]
+
+    torch.library.register_fake(name, fake)
+    torch.library.register_fake(f"{name}_backward", fake_backward)
+
+
+def _define_for_triton(spec: Spec, forward: Callable, backward: Callable) -> None:
+    """The operators of Triton's launchers, which leave all checks to the spec."""
+    from .backends.triton import operators  # not before Triton is imported
+
+    num_operands = len(spec.operands)
+
+    def check(*operands, values: bool) -> None:
+        spec.check_as_read(operands)
+        if values:
+            spec.check_values(*operands)
+
+    def check_backward(grad_output, *rest, values: bool) -> None:
+        spec.check_gradient(grad_output, rest[:num_operands])
+
+    operators.define(spec.name, forward, check)
+    operators.define(f"{spec.name}_backward", backward, check_backward)
+
+
+def _register_with_torch(spec: Spec, operator: Any, differentiate: Callable) -> None:
+    """Autograd and autocast of the operator; its backward has no derivative."""
+    name, num_operands = operator.name(), len(spec.operands)
 
     def save(ctx, inputs, output):
         _save(spec, ctx, inputs, output)
@@ -116,8 +166,6 @@ def _register_with_torch(spec: Spec, operator: Callable[..., Tensor], differenti
 
         return kernel
 
-    torch.library.register_fake(name, fake)
-    torch.library.register_fake(f"{name}_backward", fake_backward)
     torch.library.register_autograd(name, differentiate, setup_context=save)
     torch.library.register_autograd(f"{name}_backward", no_second_derivative)
     if spec.changes_under_autocast:

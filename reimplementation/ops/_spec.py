@@ -171,8 +171,8 @@ class Spec:
         roles = [operand.role for operand in self.operands]
         return all([own is None or own == role.read(own, dtypes[0]) for role, own in zip(roles, dtypes)])
 
-    def fake(self, operands: Operands) -> Any:
-        """Empty tensors like those that a kernel makes of these operands; raises where it would refuse them."""
+    def check_as_read(self, operands: Operands) -> dict[str, int]:
+        """`check`, and that the operands have the dtypes that kernels read: what an operator asks of them."""
         sizes = self.check(operands)
         dtypes = dtypes_of(operands)
         if not self.is_read(dtypes):
@@ -182,6 +182,19 @@ class Spec:
                 if own is not None
             ]
             raise TypeError(f"operands must have the dtypes {', '.join(expected)}; got {dtypes}")
+        return sizes
+
+    def check_gradient(self, grad_output: Any, operands: Operands) -> None:
+        """`check_as_read`, and that the gradient is one of the output that these operands have."""
+        shape = tuple(self.output(self.check_as_read(operands)))
+        check_dtype("grad_output", grad_output, (operands[0].dtype,))
+        check_device("grad_output", grad_output, operands[0].device)
+        if tuple(grad_output.shape) != shape:
+            raise ValueError(f"grad_output must be {shape}; got {tuple(grad_output.shape)}")
+
+    def fake(self, operands: Operands) -> Any:
+        """Empty tensors like those that a kernel makes of these operands; raises where it would refuse them."""
+        sizes = self.check_as_read(operands)
         output = operands[0].new_empty(tuple(self.output(sizes)))
         if self.kept is None:
             return output
@@ -194,15 +207,12 @@ class Spec:
 
     def fake_gradients(self, grad_output: Tensor, operands: Operands, needed: Sequence[bool]) -> tuple[Tensor, ...]:
         """Empty tensors like the gradients of the `differentiable` operands; of no element where none is needed."""
-        output = self.output_of(self.fake(operands))
-        check_dtype("grad_output", grad_output, (output.dtype,))
-        check_device("grad_output", grad_output, output.device)
-        if grad_output.shape != output.shape:
-            raise ValueError(f"grad_output must be {tuple(output.shape)}; got {tuple(grad_output.shape)}")
+        self.check_gradient(grad_output, operands)
+        first = operands[0]
         return tuple(
             torch.empty_like(operands[i], memory_format=self.operands[i].gradient)
             if needs and operands[i] is not None
-            else output.new_empty(0, dtype=output.dtype if operands[i] is None else operands[i].dtype)
+            else first.new_empty(0, dtype=first.dtype if operands[i] is None else operands[i].dtype)
             for i, needs in zip(self.differentiable, needed)
         )
 

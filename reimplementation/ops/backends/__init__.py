@@ -1,9 +1,10 @@
 """Which backend runs an op, and why.
 
-``cuda`` and ``cpu`` are the kernels of the extension; ``grid_sample`` is plain PyTorch and always there. The best one
-for the tensors' device runs, unless `use_backend` or the environment variable ``REIMPLEMENTATION_BACKEND`` (read at
-import) names another. A GPU for which the extension holds no code runs ``grid_sample`` too: it is recognised before a
-launch could fail. So do ``torch.func`` transforms, which know how to transform nothing else.
+``cuda`` and ``cpu`` are the kernels of the extension; ``triton`` has kernels for GPUs that are compiled where they run;
+``grid_sample`` is plain PyTorch and always there. The best one for the tensors' device runs, unless `use_backend` or the
+environment variable ``REIMPLEMENTATION_BACKEND`` (read at import) names another. A GPU for which the extension holds no
+code is recognised before a launch could fail, and runs the next best. ``torch.func`` transforms run ``grid_sample``:
+they know how to transform nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.autograd import forward_ad
 
 from .backend import Backend, Missing
 from .native import CPU, CUDA, CUDA_EXT_AVAILABLE, EXTENSION_AVAILABLE, build_info, constant_in_graphs
+from .triton import TRITON
 
 __all__ = [
     "BACKENDS",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 GRID_SAMPLE = Backend("grid_sample", None, lambda device: None)
-_IN_ORDER = (CUDA, CPU, GRID_SAMPLE)  # the best first
+_IN_ORDER = (CUDA, TRITON, CPU, GRID_SAMPLE)  # the best first
 _BY_NAME = {backend.name: backend for backend in _IN_ORDER}
 
 BACKENDS = tuple(_BY_NAME)
@@ -57,7 +59,7 @@ class use_backend:
     tasks of one thread take turns within such blocks, that may be another task's backend.)
 
     Args:
-        name: "cuda", "cpu" or "grid_sample".
+        name: "cuda", "triton", "cpu" or "grid_sample".
 
     Raises:
         ValueError: no backend has that name.
@@ -129,8 +131,11 @@ def select_backend(device: torch.device, op: str = "Deformable aggregation", in_
     _require(forced, op, device.index)
     if forced == GRID_SAMPLE.name:
         return forced
-    if device.type not in (_BY_NAME[forced].device_type, "meta"):
-        raise RuntimeError(f"backend {forced!r} is forced, but the tensors are on {device}: move them to {forced}")
+    backend = _BY_NAME[forced]
+    if device.type not in (backend.device_type, "meta") and not backend.may_be_forced_on(device):
+        raise RuntimeError(
+            f"backend {forced!r} is forced, but the tensors are on {device}: move them to {backend.device_type}"
+        )
     if _is_transformed():
         raise RuntimeError(
             f"backend {forced!r} is forced, but torch.func transforms and forward-mode derivatives need grid_sample"
@@ -162,10 +167,10 @@ def _best_backend(device: torch.device) -> str:
 def _choose(device: torch.device) -> str:
     if device.type == "meta":  # any kernel's operator serves tensors without memory
         return CPU.name if EXTENSION_AVAILABLE else GRID_SAMPLE.name
-    missing = _missing(device)
-    if missing is None:
-        return available_backends(device)[0]
-    message = f"running on grid_sample, which is slower: no {device.type} kernels: {missing}"
+    best = next(backend for backend in _IN_ORDER if backend.serves(device))  # none after it is asked: some take seconds
+    if best is not GRID_SAMPLE:
+        return best.name
+    message = f"running on grid_sample, which is slower: no {device.type} kernels: {_missing(device)}"
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=6)  # where the op was called
@@ -173,12 +178,13 @@ def _choose(device: torch.device) -> str:
 
 
 def _missing(device: torch.device) -> Missing | None:
-    """What keeps the kernels for this kind of device from running on it; None if nothing does."""
+    """What keeps the best kernels for this kind of device from running on it; None if there are others that do."""
     kernels = [backend for backend in _IN_ORDER if backend.device_type == device.type]
     if not kernels:
         return Missing(f"the extension is written for cpu and cuda, not for {device.type}")
-    reasons = [backend.why_not(device) for backend in kernels]
-    return None if None in reasons else reasons[0]
+    if any(backend.serves(device) for backend in kernels):
+        return None
+    return kernels[0].why_not(device)
 
 
 def _with_index(device: torch.device) -> torch.device:
@@ -193,7 +199,8 @@ def _require(name: str, op: str = "Deformable aggregation", index: int | None = 
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     missing = _why_nowhere(_BY_NAME[name]) if index is None else _BY_NAME[name].why_not(torch.device("cuda", index))
     if missing is not None:
-        raise RuntimeError(f"{op} {name.upper()} extension is not available: {missing}")
+        what = "backend" if name == TRITON.name else "extension"
+        raise RuntimeError(f"{op} {name.upper()} {what} is not available: {missing}")
 
 
 def _why_nowhere(backend: Backend) -> Missing | None:

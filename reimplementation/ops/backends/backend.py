@@ -26,11 +26,13 @@ class Backend:
     name: by which it is forced.
     device_type: whose tensors it takes, "cuda" say; None for any.
     why_not: why it cannot serve a device of its type; None where it can. A device without an index stands for any such.
+    may_be_forced_on: whether it takes tensors of a device of another type if it is forced, though it is not chosen.
     """
 
     name: str
     device_type: str | None
     why_not: Callable[[torch.device], Missing | None]
+    may_be_forced_on: Callable[[torch.device], bool] = lambda device: False
 
     def serves(self, device: torch.device) -> bool:
         return self.device_type in (None, device.type) and self.why_not(device) is None

@@ -1,0 +1,285 @@
+"""Deformable aggregation in Triton.
+
+A program owns one query and, in the forward, some of its groups. It walks through the query's pairs of camera and
+point, and passes over those outside the image: on a rig five in six. Of any other it takes all levels at once, in tiles
+
+    levels x groups x channels of a group        4 x 4 x 32 in the forward, 4 x 8 x 32 in the backward of SparseDrive
+
+so that the four loads of a footprint bring 64 KB a query on their way, lanes read neighbouring channels in vectors, and
+a weight is loaded once for the channels that share it. The forward adds up a tile without ever summing over levels
+until it has seen everything; only then do threads exchange anything.
+
+The backward reads the same rows. It multiplies them with the output's gradient, sums over the channels of a group, and
+has the gradients of weights; these, times the slopes, summed over levels and groups, are those of the location. Both are
+the program's own. The features' gradient is everybody's: it is added up with atomics, in float32 at least.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .footprint import (
+    beside,
+    check_rows,
+    corner_pixel,
+    corner_signs,
+    corner_weights,
+    empty_like,
+    first_pixel,
+    in_layout_of,
+    padded,
+    read_level,
+    refuse_determinism,
+    sums_like,
+    warps,
+)
+
+FORWARD_TILE = 512  # elements; with fewer groups a program there are more programs to share out among multiprocessors
+
+
+@triton.jit
+def load_location(locations, pair):
+    """x, y of a pair, and whether it lies in the open unit square, which NaN does not."""
+    x = tl.load(locations + 2 * pair)
+    y = tl.load(locations + 2 * pair + 1)
+    return x, y, (x > 0) & (x < 1) & (y > 0) & (y < 1)
+
+
+@triton.jit
+def pixel_positions(x, y, height, width):
+    """The pixel before a location in each level, and how far behind it the location lies: left, top, right, down."""
+    left, right = first_pixel(x * width - 0.5)
+    top, down = first_pixel(y * height - 0.5)
+    return left, top, right, down
+
+
+@triton.jit
+def forward_kernel(
+    features,
+    shapes,
+    starts,
+    locations,
+    weights,
+    output,
+    num_rows,
+    num_queries,
+    num_points,
+    num_cams,
+    num_levels,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    wide = locations.dtype.element_ty
+    group_blocks: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
+    query = (tl.program_id(0) // group_blocks).to(tl.int64)
+    group = tl.program_id(0) % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    within = tl.arange(0, BLOCK_C)
+    level = tl.arange(0, BLOCK_L)
+    channel = group[:, None] * GROUP_CHANNELS + within[None, :]
+    is_channel = (group[:, None] < GROUPS) & (within[None, :] < GROUP_CHANNELS)
+    first_row = features + query // num_queries * num_rows * (GROUPS * GROUP_CHANNELS)
+
+    total = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
+    for cam in range(num_cams):
+        height, width, start = read_level(shapes, starts, cam * num_levels + level, level < num_levels, num_rows)
+        for point in range(num_points):
+            pair = (query * num_points + point) * num_cams + cam
+            x, y, visible = load_location(locations, pair)
+            if visible:
+                weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
+                counts = (height > 0)[:, None] & (group < GROUPS)[None, :]
+                weight = tl.load(weights + weight_at, mask=counts, other=0).to(wide)
+                left, top, right, down = pixel_positions(x, y, height, width)
+                sample = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
+                for corner in tl.static_range(4):
+                    row, inside = corner_pixel(corner, left, top, height, width, start)
+                    along_x, along_y = corner_weights(corner, right, down)
+                    row_at = row.to(tl.int64)[:, None, None] * (GROUPS * GROUP_CHANNELS) + channel[None, :, :]
+                    is_read = inside[:, None, None] & is_channel[None, :, :]
+                    pixel = tl.load(first_row + row_at, mask=is_read, other=0).to(wide)
+                    sample += (along_x * along_y)[:, None, None] * pixel
+                total += weight[:, :, None] * sample
+    tl.store(output + query * (GROUPS * GROUP_CHANNELS) + channel, tl.sum(total, axis=0), mask=is_channel)
+
+
+@triton.jit
+def backward_kernel(
+    grad_output,
+    features,
+    shapes,
+    starts,
+    locations,
+    weights,
+    grad_features,
+    grad_locations,
+    grad_weights,
+    num_rows,
+    num_queries,
+    num_points,
+    num_cams,
+    num_levels,
+    GROUPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NEEDS_FEATURES: tl.constexpr,
+    NEEDS_LOCATIONS: tl.constexpr,
+    NEEDS_WEIGHTS: tl.constexpr,
+):
+    wide = locations.dtype.element_ty
+    query = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, BLOCK_G)
+    within = tl.arange(0, BLOCK_C)
+    level = tl.arange(0, BLOCK_L)
+    channel = group[:, None] * GROUP_CHANNELS + within[None, :]
+    is_channel = (group[:, None] < GROUPS) & (within[None, :] < GROUP_CHANNELS)
+    first_element = query // num_queries * num_rows * (GROUPS * GROUP_CHANNELS)
+    output_at = query * (GROUPS * GROUP_CHANNELS) + channel
+    toward = tl.load(grad_output + output_at, mask=is_channel, other=0).to(wide)[None, :, :]
+
+    for cam in range(num_cams):
+        height, width, start = read_level(shapes, starts, cam * num_levels + level, level < num_levels, num_rows)
+        for point in range(num_points):
+            pair = (query * num_points + point) * num_cams + cam
+            weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
+            is_weight = (level < num_levels)[:, None] & (group < GROUPS)[None, :]
+            x, y, visible = load_location(locations, pair)
+            if visible:
+                counts = (height > 0)[:, None] & (group < GROUPS)[None, :]
+                weight = tl.load(weights + weight_at, mask=counts, other=0).to(wide)
+                left, top, right, down = pixel_positions(x, y, height, width)
+                if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
+                    grad_weight = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
+                    slope_x = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
+                    slope_y = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
+                    for corner in tl.static_range(4):
+                        row, inside = corner_pixel(corner, left, top, height, width, start)
+                        along_x, along_y = corner_weights(corner, right, down)
+                        row_at = row.to(tl.int64)[:, None, None] * (GROUPS * GROUP_CHANNELS) + channel[None, :, :]
+                        is_read = inside[:, None, None] & is_channel[None, :, :]
+                        pixel = tl.load(features + first_element + row_at, mask=is_read, other=0).to(wide)
+                        product = tl.where(inside[:, None], tl.sum(pixel * toward, axis=2), 0)
+                        sign_x, sign_y = corner_signs(corner)
+                        grad_weight += (along_x * along_y)[:, None] * product
+                        slope_x += (sign_x * along_y)[:, None] * product
+                        slope_y += (sign_y * along_x)[:, None] * product
+                    if NEEDS_WEIGHTS:
+                        tl.store(grad_weights + weight_at, grad_weight, mask=is_weight)
+                    if NEEDS_LOCATIONS:
+                        slopes = tl.join(slope_x * weight * width[:, None], slope_y * weight * height[:, None])
+                        slopes = tl.sum(tl.reshape(slopes, [BLOCK_L * BLOCK_G, 2]), axis=0)
+                        tl.store(grad_locations + 2 * pair + tl.arange(0, 2), slopes)
+                if NEEDS_FEATURES:  # when everything has been loaded: a load does not overtake an atomic
+                    for corner in tl.static_range(4):
+                        row, inside = corner_pixel(corner, left, top, height, width, start)
+                        along_x, along_y = corner_weights(corner, right, down)
+                        row_at = row.to(tl.int64)[:, None, None] * (GROUPS * GROUP_CHANNELS) + channel[None, :, :]
+                        is_read = inside[:, None, None] & is_channel[None, :, :]
+                        added = toward * (weight * (along_x * along_y)[:, None])[:, :, None]
+                        tl.atomic_add(grad_features + first_element + row_at, added, mask=is_read, sem="relaxed")
+            else:
+                if NEEDS_WEIGHTS:
+                    tl.store(grad_weights + weight_at, tl.zeros([BLOCK_L, BLOCK_G], dtype=wide), mask=is_weight)
+                if NEEDS_LOCATIONS:
+                    tl.store(grad_locations + 2 * pair + tl.arange(0, 2), tl.zeros([2], dtype=wide))
+
+
+def forward(
+    feature_maps: Tensor,
+    spatial_shape: Tensor,
+    scale_start_index: Tensor,
+    sampling_location: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """The output, of operands that were checked."""
+    batch_size, num_rows, channels = feature_maps.shape
+    num_queries, num_points, num_cams, num_levels, num_groups = weights.shape[1:]
+    check_rows("num_feat", num_rows)
+    output = feature_maps.new_empty(batch_size, num_queries, channels)
+    if output.numel() == 0:
+        return output
+    block_l, block_g, block_c = padded(num_levels), padded(num_groups), padded(channels // num_groups)
+    while block_g > 1 and block_l * block_g * block_c > FORWARD_TILE:
+        block_g //= 2
+    wrap_triton(forward_kernel)[(batch_size * num_queries * triton.cdiv(int(num_groups), block_g),)](
+        feature_maps.contiguous(),
+        beside(spatial_shape, feature_maps),
+        beside(scale_start_index, feature_maps),
+        sampling_location.contiguous(),
+        weights.contiguous(),
+        output,
+        num_rows,
+        num_queries,
+        num_points,
+        num_cams,
+        num_levels,
+        GROUPS=int(num_groups),
+        GROUP_CHANNELS=int(channels // num_groups),
+        BLOCK_L=block_l,
+        BLOCK_G=block_g,
+        BLOCK_C=block_c,
+        num_warps=warps(block_l * block_g * block_c),
+    )
+    return output
+
+
+def backward(
+    grad_output: Tensor,
+    feature_maps: Tensor,
+    spatial_shape: Tensor,
+    scale_start_index: Tensor,
+    sampling_location: Tensor,
+    weights: Tensor,
+    needs_feature_maps: bool,
+    needs_sampling_location: bool,
+    needs_weights: bool,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of features, locations and weights, of operands that were checked."""
+    batch_size, num_rows, channels = feature_maps.shape
+    num_queries, num_points, num_cams, num_levels, num_groups = weights.shape[1:]
+    check_rows("num_feat", num_rows)
+    refuse_determinism(deterministic and needs_feature_maps, "feature_maps")
+    grad_features = sums_like(feature_maps, needs_feature_maps)
+    grad_locations = empty_like(sampling_location, needs_sampling_location)
+    grad_weights = empty_like(weights, needs_weights)
+    if grad_output.numel() == 0:
+        grad_locations, grad_weights = grad_locations.zero_(), grad_weights.zero_()
+    else:
+        block_l, block_g, block_c = padded(num_levels), padded(num_groups), padded(channels // num_groups)
+        wrap_triton(backward_kernel)[(batch_size * num_queries,)](
+            grad_output.contiguous(),
+            feature_maps.contiguous(),
+            beside(spatial_shape, feature_maps),
+            beside(scale_start_index, feature_maps),
+            sampling_location.contiguous(),
+            weights.contiguous(),
+            grad_features,
+            grad_locations,
+            grad_weights,
+            num_rows,
+            num_queries,
+            num_points,
+            num_cams,
+            num_levels,
+            GROUPS=int(num_groups),
+            GROUP_CHANNELS=int(channels // num_groups),
+            BLOCK_L=block_l,
+            BLOCK_G=block_g,
+            BLOCK_C=block_c,
+            NEEDS_FEATURES=needs_feature_maps,
+            NEEDS_LOCATIONS=needs_sampling_location,
+            NEEDS_WEIGHTS=needs_weights,
+            num_warps=warps(block_l * block_g * block_c),
+        )
+    return (
+        grad_features.to(feature_maps.dtype),
+        in_layout_of(sampling_location, grad_locations),
+        in_layout_of(weights, grad_weights),
+    )

@@ -1,0 +1,117 @@
+"""What the kernels of both ops share: levels that stay within their rows, and the four pixels of a sample.
+
+A footprint's corners are numbered 0 to 3: top left, top right, bottom left, bottom right. Triton unrolls the loop over
+them, so that whether a corner lies below or to the right is known when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = tl.constexpr(2147483520.0)  # the largest float32 below 2^31: the conversion to int32 cannot overflow
+ELEMENTS_OF_A_THREAD = 8  # of a tile: two loads of 16 bytes a corner in float32, one in half precision
+MOST_WARPS = 16
+MOST_ELEMENTS = 2**20  # of a tile: Triton has no larger tensors
+MOST_ROWS = 2**31 - 1  # rows are numbered in int32
+
+
+@triton.jit
+def read_level(shapes, starts, level, exists, num_rows):
+    """Height, width and first row of a level, or of a vector of levels; all zero where it is empty or does not fit."""
+    height = tl.load(shapes + 2 * level, mask=exists, other=0).to(tl.int64)
+    width = tl.load(shapes + 2 * level + 1, mask=exists, other=0).to(tl.int64)
+    start = tl.load(starts + level, mask=exists, other=0).to(tl.int64)
+    fits = (height > 0) & (height <= num_rows) & (width > 0) & (width <= num_rows) & (start >= 0) & (start <= num_rows)
+    fits = fits & (height * width <= num_rows - start)
+    return (
+        tl.where(fits, height, 0).to(tl.int32),
+        tl.where(fits, width, 0).to(tl.int32),
+        tl.where(fits, start, 0).to(tl.int32),
+    )
+
+
+@triton.jit
+def first_pixel(position):
+    """The pixel before a position on an axis, and how far behind it the position lies, in [0, 1)."""
+    low = tl.floor(position)
+    return tl.minimum(low, LARGEST).to(tl.int32), position - low
+
+
+@triton.jit
+def corner_pixel(corner: tl.constexpr, left, top, height, width, start):
+    """The row of a corner, and whether that pixel exists; where it does not, the row is one that must not be read."""
+    column = left + corner % 2
+    line = top + corner // 2
+    inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+    return start + line * width + column, inside
+
+
+@triton.jit
+def corner_weights(corner: tl.constexpr, right, down):
+    """What a corner weighs along x and along y, from the fractions of `first_pixel`."""
+    along_x = right if corner % 2 == 1 else 1 - right
+    along_y = down if corner // 2 == 1 else 1 - down
+    return along_x, along_y
+
+
+@triton.jit
+def corner_signs(corner: tl.constexpr):
+    """How a corner's weight along x and along y grows with the position: 1, or -1."""
+    return 2 * (corner % 2) - 1, 2 * (corner // 2) - 1
+
+
+def padded(size: int) -> int:
+    """The power of two that holds a size; a symbolic size becomes a number, for which alone the kernel is compiled."""
+    return 1 << max(int(size) - 1, 0).bit_length()
+
+
+def warps(tile: int) -> int:
+    """How many warps share a tile of that many elements."""
+    if tile > MOST_ELEMENTS:
+        raise RuntimeError(
+            f"the triton kernels hold at most {MOST_ELEMENTS} numbers of one sample at a time (levels x channels, each "
+            f"rounded up to a power of two); got {tile}: use_backend('grid_sample') takes such operands"
+        )
+    return min(max(tile // (32 * ELEMENTS_OF_A_THREAD), 1), MOST_WARPS)
+
+
+def check_rows(name: str, num_rows: int) -> None:
+    if num_rows > MOST_ROWS:
+        raise RuntimeError(f"{name} must be below 2^31 for the triton kernels; got {num_rows}")
+
+
+def beside(metadata: Tensor, features: Tensor) -> Tensor:
+    """Level metadata as kernels read it: contiguous, where the features are. From the CPU that is a copy."""
+    return metadata.to(features.device, non_blocking=True).contiguous()
+
+
+def refuse_determinism(deterministic: bool, gradient: str) -> None:
+    """Atomics add up in no certain order, and there is no other way to add in Triton."""
+    if deterministic:
+        raise RuntimeError(
+            f"the triton backend has no deterministic gradient of {gradient}, which is a sum in no certain order: "
+            "use the cuda backend, freeze the features, or "
+            "torch.use_deterministic_algorithms(True, warn_only=True)"
+        )
+
+
+def sums_like(features: Tensor, needed: bool) -> Tensor:
+    """Zeros to add up the features' gradient in: at least in float32. Without elements where it is not needed."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return features.new_zeros(features.shape if needed else (0,), dtype=dtype)
+
+
+def empty_like(operand: Tensor, needed: bool) -> Tensor:
+    """Memory for the gradient of an operand, contiguous; without elements where it is not needed."""
+    return operand.new_empty(operand.shape if needed else (0,))
+
+
+def in_layout_of(operand: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with its operand's strides, as PyTorch's accumulation likes it."""
+    if gradient.numel() == 0:
+        return gradient
+    wanted = torch.empty_like(operand)
+    return gradient if wanted.stride() == gradient.stride() else wanted.copy_(gradient)
