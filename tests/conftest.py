@@ -46,9 +46,10 @@ def kernels(device) -> torch.device:
         ("cpu", "cpu"),
         ("grid_sample", "cpu"),
         pytest.param(("cuda", "cuda"), marks=pytest.mark.cuda),
+        pytest.param(("triton", "cuda"), marks=pytest.mark.cuda),
         pytest.param(("grid_sample", "cuda"), marks=pytest.mark.cuda),
     ],
-    ids=["cpu", "grid_sample", "cuda", "grid_sample-on-cuda"],
+    ids=["cpu", "grid_sample", "cuda", "triton", "grid_sample-on-cuda"],
 )
 def forced(request):
     """While one backend is forced: its name, and the device to put tensors on."""

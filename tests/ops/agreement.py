@@ -85,7 +85,7 @@ def assert_same(op: Op, actual: Sequence[Tensor], expected: Sequence[Tensor]) ->
 
 
 class KernelCalls(TorchDispatchMode):
-    """Records the calls of our operators: their names, and the arguments of each."""
+    """Records the calls of our operators, of the extension or of Triton: their names, and the arguments of each."""
 
     def __init__(self):
         super().__init__()
@@ -93,8 +93,8 @@ class KernelCalls(TorchDispatchMode):
         self.arguments: list[tuple] = []
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        if func.namespace == "reimplementation":
-            self.names.append(func.name().removeprefix("reimplementation::"))
+        if func.namespace in ("reimplementation", "reimplementation_triton"):
+            self.names.append(func.name().partition("::")[2])
             self.arguments.append(args)
         return func(*args, **(kwargs or {}))
 

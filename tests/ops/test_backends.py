@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from contextlib import nullcontext
 
@@ -15,7 +16,7 @@ import torch
 
 from reimplementation import ops
 from reimplementation.ops import backends
-from reimplementation.ops.backends import native
+from reimplementation.ops.backends import native, triton
 from reimplementation.ops.backends.backend import Missing
 from tests.ops.inputs import random_inputs
 from tests.ops.table import OPS
@@ -30,13 +31,27 @@ def nothing_decided(monkeypatch):
     monkeypatch.setattr(backends, "_best", {})
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(native, "_gpus", {})
+    monkeypatch.setattr(triton, "_answers", dict(triton._answers))
+
+
+@pytest.fixture
+def triton_is(monkeypatch):
+    """Pretends that Triton is there, or that it is missing for a reason, beside a PyTorch with CUDA."""
+
+    def pretend(missing: str | None) -> None:
+        monkeypatch.setattr(triton, "_answers", {"triton": missing and Missing(missing)})
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    return pretend
 
 
 @pytest.fixture
 def extension(monkeypatch):
-    """Pretends that the extension is there, with kernels for some GPUs, or that it is missing for a reason."""
+    """Pretends that the extension is there, with kernels for some GPUs, or missing for a reason; and Triton is too."""
 
     def pretend(architectures: str = "", missing: str | None = None) -> None:
+        monkeypatch.setattr(triton, "_answers", {"triton": Missing("there is no Triton")})
         reason = missing and Missing(missing, native.BUILD_COMMAND)
         monkeypatch.setattr(native, "_extension_missing", reason)
         monkeypatch.setattr(native, "_architectures", architectures)
@@ -145,15 +160,15 @@ def test_a_device_without_kernels_is_not_told_to_build_them():
 
 def test_import_is_quick_and_silent():
     """The compiler, which takes a second to import, is not imported before it is used."""
-    code = "import sys, torch; import reimplementation.ops; print('torch._dynamo' in sys.modules)"
+    code = "import sys, torch; import reimplementation.ops; print({'torch._dynamo', 'triton'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_unknown_backend():
     with (
-        pytest.raises(ValueError, match="backend must be one of cuda, cpu, grid_sample; got 'triton'"),
-        ops.use_backend("triton"),
+        pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, grid_sample; got 'nonsense'"),
+        ops.use_backend("nonsense"),
     ):
         pass
 
@@ -273,6 +288,58 @@ def test_a_gpu_that_the_extension_was_not_built_for_runs_grid_sample(gpus):
     assert ops.available_backends("cuda:1") == ["cuda", "grid_sample"]
     assert ops.available_backends("cuda") == ["grid_sample"]  # the current one
     assert backends.why_missing("cuda:0") == UNFIT and backends.why_missing("cuda:1") is None
+
+
+def test_a_gpu_that_the_extension_was_not_built_for_runs_triton(gpus, triton_is):
+    """Without a word: it is not much slower."""
+    gpus("8.0", (8, 9), (9, 0), (6, 1))
+    triton_is(missing=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = [backends.select_backend(torch.device("cuda", index)) for index in (0, 1)]
+    assert chosen == ["cuda", "triton"]
+    assert ops.available_backends("cuda:1") == ["triton", "grid_sample"] and backends.why_missing("cuda:1") is None
+    assert ops.available_backends("cuda:0") == ["cuda", "triton", "grid_sample"]
+    assert ops.available_backends("cuda:2") == ["grid_sample"] and "capability 6.1" in backends.why_missing("cuda:2")
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(RuntimeError, match="has compute capability 6.1, and Triton needs 7.0"),
+    ):
+        backends.select_backend(torch.device("cuda:2"))
+
+
+def test_triton_is_not_looked_for_where_the_extension_serves(gpus, triton_is, monkeypatch):
+    gpus("9.0", (9, 0))
+    triton_is(missing=None)
+    monkeypatch.setattr(triton, "_why_not_triton", lambda: pytest.fail("it was imported"))
+    assert backends.select_backend(torch.device("cuda:0")) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(None, "Triton cannot be imported: .*pip install triton"), ("3.5.1", "Triton 3.5.1 is too old; .*'triton>=3.6'")],
+)
+def test_forcing_triton_where_it_is_missing(module, reason, triton_is, monkeypatch):
+    triton_is(missing=None)
+    monkeypatch.setattr(triton, "_answers", {})
+    monkeypatch.setitem(sys.modules, "triton", module and types.SimpleNamespace(__version__=module))
+    with pytest.raises(RuntimeError, match=f"TRITON backend is not available: {reason}"), ops.use_backend("triton"):
+        pass
+
+
+def test_triton_needs_a_gpu_unless_it_is_interpreted(triton_is, monkeypatch):
+    triton_is(missing=None)
+    with pytest.raises(RuntimeError, match="backend 'triton' is forced, but the tensors are on cpu: move them to cuda"):
+        with ops.use_backend("triton"):
+            backends.select_backend(CPU, OP)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ops.use_backend("triton"):
+        assert backends.select_backend(CPU, OP) == "triton"
+    assert "triton" not in ops.available_backends("cpu")  # it is never chosen
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match="is a build without CUDA and ROCm"), ops.use_backend("triton"):
+        pass
 
 
 def test_cuda_may_be_forced_on_the_gpus_that_it_runs_on(gpus):

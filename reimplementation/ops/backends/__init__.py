@@ -197,14 +197,16 @@ def _require(name: str, op: str = "Deformable aggregation", index: int | None = 
     """Raises unless the backend is there: on one GPU, or where ``index`` is None on any."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    missing = _why_nowhere(_BY_NAME[name]) if index is None else _BY_NAME[name].why_not(torch.device("cuda", index))
+    missing = _why_nowhere(name) if index is None else _BY_NAME[name].why_not(torch.device("cuda", index))
     if missing is not None:
         what = "backend" if name == TRITON.name else "extension"
         raise RuntimeError(f"{op} {name.upper()} {what} is not available: {missing}")
 
 
-def _why_nowhere(backend: Backend) -> Missing | None:
-    """Why no device here is served; None where one is."""
+@constant_in_graphs
+def _why_nowhere(name: str) -> Missing | None:
+    """Why no device here is served by that backend; None where one is."""
+    backend = _BY_NAME[name]
     if backend.device_type is None:
         return None
     missing = backend.why_not(torch.device(backend.device_type))

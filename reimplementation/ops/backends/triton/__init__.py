@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 
 import torch
@@ -34,6 +33,7 @@ OLDEST_CAPABILITY = (7, 0)  # of an NVIDIA GPU; below, Triton compiles nothing (
 
 _Define = Callable[[Callable, Callable], None]
 _waiting: dict[str, _Define] = {}
+_answers: dict[str | int, Missing | None] = {}  # of Triton, and of GPUs by index
 
 
 def when_loaded(name: str, define: _Define) -> None:
@@ -53,41 +53,51 @@ def is_interpreted() -> bool:
 def _why_not(device: torch.device) -> Missing | None:
     if not (torch.version.cuda or torch.version.hip or is_interpreted()):
         return Missing(f"PyTorch {torch.__version__} is a build without CUDA and ROCm")
-    return _load() or (None if device.index is None else _why_not_gpu(device.index))
+    return _why_not_triton() or (None if device.index is None else _why_not_gpu(device.index))
 
 
 @constant_in_graphs
-@cache
+def _why_not_triton() -> Missing | None:
+    """Import Triton and define the operators, once; why that was not possible."""
+    if "triton" not in _answers:
+        _answers["triton"] = _load()
+    return _answers["triton"]
+
+
+@constant_in_graphs
+def _why_not_gpu(index: int) -> Missing | None:
+    """Why not on the GPU of that index. It is asked for its compute capability once; that waits for nothing."""
+    if index not in _answers:
+        _answers[index] = _look_at_gpu(index)
+    return _answers[index]
+
+
 def _load() -> Missing | None:
-    """Import Triton and define the operators, once; why that was not possible, or None."""
     try:
         import triton
     except ImportError as error:
-        return Missing(f"Triton cannot be imported: {error}", "pip install triton")
-    found = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
-    if found < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        return Missing(f"Triton {triton.__version__} is older than {oldest}", f"pip install 'triton>={oldest}'")
+        return Missing(f"Triton cannot be imported: {error}; install it with: pip install triton")
+    oldest = ".".join(map(str, OLDEST))
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST:
+        return Missing(
+            f"Triton {triton.__version__} is too old; install a newer one with: pip install 'triton>={oldest}'"
+        )
     for name, define in _waiting.items():
         module = import_module(f"{__name__}.{name}")
         define(module.forward, module.backward)
     return None
 
 
-@constant_in_graphs
-@cache
-def _why_not_gpu(index: int) -> Missing | None:
+def _look_at_gpu(index: int) -> Missing | None:
     if is_interpreted():
         return Missing("TRITON_INTERPRET=1 has Triton interpret its kernels, on the CPU alone")
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if torch.version.cuda is None or not torch.cuda.is_available():  # ROCm, or tensors without memory
         return None
     capability = torch.cuda.get_device_capability(index)
     if capability >= OLDEST_CAPABILITY:
         return None
-    numbers = ["{}.{}".format(*each) for each in (capability, OLDEST_CAPABILITY)]
-    return Missing(f"cuda:{index} has compute capability {numbers[0]}, and Triton needs {numbers[1]}")
+    has, needs = ("{}.{}".format(*numbers) for numbers in (capability, OLDEST_CAPABILITY))
+    return Missing(f"cuda:{index} has compute capability {has}, and Triton needs {needs}")
 
 
-TRITON = Backend(
-    "triton", "cuda", _why_not, may_be_forced_on=lambda device: device.type == "cpu" and is_interpreted()
-)
+TRITON = Backend("triton", "cuda", _why_not, may_be_forced_on=lambda device: device.type == "cpu" and is_interpreted())

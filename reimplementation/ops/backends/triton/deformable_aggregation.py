@@ -207,7 +207,7 @@ def forward(
     block_l, block_g, block_c = padded(num_levels), padded(num_groups), padded(channels // num_groups)
     while block_g > 1 and block_l * block_g * block_c > FORWARD_TILE:
         block_g //= 2
-    wrap_triton(forward_kernel)[(batch_size * num_queries * triton.cdiv(int(num_groups), block_g),)](
+    wrap_triton(forward_kernel)[(batch_size * num_queries * -(-int(num_groups) // block_g),)](
         feature_maps.contiguous(),
         beside(spatial_shape, feature_maps),
         beside(scale_start_index, feature_maps),

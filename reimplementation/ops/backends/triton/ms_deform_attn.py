@@ -191,7 +191,7 @@ def forward(
         return output
     block_d = padded(channels)
     block_q = max(TILE // block_d, 1)
-    wrap_triton(forward_kernel)[(batch_size * triton.cdiv(num_queries, block_q) * num_heads,)](
+    wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         value.contiguous(),
         beside(spatial_shapes, value),
         beside(level_start_index, value),
@@ -240,7 +240,7 @@ def backward(
     else:
         block_d = padded(channels)
         block_q = max(TILE // block_d, 1)
-        wrap_triton(backward_kernel)[(batch_size * triton.cdiv(num_queries, block_q) * num_heads,)](
+        wrap_triton(backward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
             grad_output.contiguous(),
             value.contiguous(),
             beside(spatial_shapes, value),
