@@ -7,11 +7,12 @@ VENV ?= .venv
 N ?= 10000
 SEED ?= 0
 DEVICE ?= cpu
+BACKEND ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-FUZZ := --draws $(N) --seed $(SEED) --device $(DEVICE)
+FUZZ := --draws $(N) --seed $(SEED) --device $(DEVICE) $(if $(BACKEND),--backend $(BACKEND))
 SOURCES := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find reimplementation/ops/csrc -type f)
 SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_HOME) $(CUDA_PATH) \
 	$(REIMPLEMENTATION_NO_CUDA) $(REIMPLEMENTATION_NO_EXT)
@@ -66,7 +67,7 @@ soak: build  ## train for half an hour at changing sizes, and watch the memory
 install-matrix: build  ## install in every way and in every surroundings that this machine has; takes long
 	$(BIN)/python -m tests.install.matrix
 
-fuzz: build  ## check the answers of N random calls of the ops (10000), drawn from SEED, on DEVICE (cpu or cuda)
+fuzz: build  ## check the answers of N random calls of the ops (10000), drawn from SEED, on DEVICE (cpu or cuda), of one BACKEND or all
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 # In a copy of its own: a library with sanitizers in it loads only after theirs. The C++ library comes with them, because

@@ -162,8 +162,8 @@ def render(folder: Path) -> str:
 def _gains(comparison: Comparison) -> str:
     versions = ", ".join(f"{name} ({version})" for name, version in comparison.versions.items())
     return GAINS.format(
-        where=_paragraph(f"Measured on {comparison.machine}, on {comparison.date}, with {versions}."),
-        how=_paragraph(f"How it was measured: {comparison.how}."),
+        where=paragraph(f"Measured on {comparison.machine}, on {comparison.date}, with {versions}."),
+        how=paragraph(f"How it was measured: {comparison.how}."),
         events_date=comparison.events_date,
         ops=_op_gains(comparison),
         modules=_modules(comparison),
@@ -269,7 +269,7 @@ def _determinism(documents: list[Document]) -> str:
             worst, r = max(ratios, key=lambda pair: pair[0])
             machine = document.machine["device"]
             said += f" A backward then takes up to {worst:.1f} times as long ({r.case} in {r.dtype}, {machine})."
-    return _paragraph(said) + "\n"
+    return paragraph(said) + "\n"
 
 
 def _sweep(path: Path) -> str:
@@ -278,7 +278,7 @@ def _sweep(path: Path) -> str:
     found, count = sweep.outliers(document.results), len(document.results)
     picture = f"../benchmarks/sweep/{path.stem.rpartition('-')[0]}.png"
     return (
-        _paragraph(
+        paragraph(
             "`python -m reimplementation sweep` goes through a grid of shapes and looks for those that take more than "
             f"{sweep.TIMES_WORSE:g} times as long for the bytes that they gather as their neighbours do. Of {count} on "
             f"the {document.machine['device']} in {dtypes} it found {len(found) or 'none'} ({document.date}; "
@@ -288,5 +288,5 @@ def _sweep(path: Path) -> str:
     )
 
 
-def _paragraph(prose: str) -> str:
+def paragraph(prose: str) -> str:
     return textwrap.fill(prose, LINE, break_long_words=False, break_on_hyphens=False)

@@ -19,6 +19,7 @@ from .tables import three_digits
 SHADES = {"float64": 0.95, "float32": 0.8, "float16": 0.55, "bfloat16": 0.35}  # of a backend's colour
 COLOR_MAPS = {
     "cuda": "Greens",
+    "triton": "PuBu",
     "cpu": "Blues",
     "grid_sample": "Greys",
     FLOOR: "Oranges",

@@ -8,8 +8,8 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -17,9 +17,9 @@ import reimplementation
 from reimplementation.bench.timing import Timing
 from reimplementation.data import documents
 from reimplementation.data.documents import entries_of, numbers, require_keys, shown, text
-from reimplementation.ops.backends import BACKENDS
 
 FLOOR = "floor"
+OF_THE_EXTENSION = ("cuda", "cpu")  # backends
 MAX_RESULTS = 10_000
 MAX_WORDS = 200  # characters of a machine's name or a version
 MAX_NUMBER = 1e15  # bytes, microseconds
@@ -50,8 +50,8 @@ class Result:
 
     @property
     def is_ours(self) -> bool:
-        """Whether kernels of ours ran, not plain PyTorch, a peer, or the floor."""
-        return self.backend in BACKENDS and self.backend != "grid_sample"
+        """Whether kernels of the extension ran, with which Triton's, plain PyTorch and peers are compared."""
+        return self.backend in OF_THE_EXTENSION
 
     @property
     def gather_bandwidth(self) -> float | None:
@@ -147,9 +147,17 @@ def _value(kind: type, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return read_entry(kind, value, where)
     if kind is str:
-        return text(value, where)
-    if value is None and kind == int | None:
-        return None
+        return text(value, where, MAX_WORDS)
+    if isinstance(kind, UnionType):  # such as int | None
+        if value is None and NoneType in get_args(kind):
+            return None
+        (kind,) = (member for member in get_args(kind) if member is not NoneType)
+        return _value(kind, value, where)
+    if get_origin(kind) is list:
+        (member,) = get_args(kind)
+        if not isinstance(value, list) or len(value) > MAX_RESULTS:
+            raise ValueError(f"{where} must be a list of at most {MAX_RESULTS} entries; got {shown(value)}")
+        return [_value(member, entry, f"{where}[{i}]") for i, entry in enumerate(value)]
     number = float(numbers(value, where, (), MAX_NUMBER))
     if number < 0 or (number == 0 and where.endswith("median_us")):  # others are compared with the median
         raise ValueError(f"{where} must be positive; got {number:g}")

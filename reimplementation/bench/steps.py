@@ -12,6 +12,7 @@ from torch import Tensor
 from reimplementation import ops
 from reimplementation.bench.feature_aggregation import FeatureAggregationInputs
 from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
+from reimplementation.ops.backends.triton import NAMESPACE as TRITON_NAMESPACE
 
 OP_PASSES = ("forward", "forward warm", "backward", "backward frozen", "backward deterministic", "training")
 
@@ -25,7 +26,8 @@ class Op:
     """An op that the benchmark knows.
 
     function: takes the operands in their order.
-    name: of the operator of its kernels in ``torch.ops.reimplementation``; that of their backward is ``NAME_backward``.
+    name: of the operator of its kernels in a backend's namespace of ``torch.ops``; that of their backward is
+        ``NAME_backward``.
     leaves: the places of the operands that the backward has gradients of.
     settings: what the operators take behind the operands.
     keeps: whether the operator returns something for its backward beside its output.
@@ -37,9 +39,9 @@ class Op:
     settings: tuple = ()
     keeps: bool = False
 
-    def backward_step(self, inputs: OpInputs, passed: str) -> Callable[[], object]:
+    def backward_step(self, inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]:
         """The kernels of the backward alone."""
-        operators = torch.ops.reimplementation
+        operators = getattr(torch.ops, TRITON_NAMESPACE if backend == "triton" else "reimplementation")
         with torch.no_grad():
             returned = getattr(operators, self.name)(*inputs, *self.settings)
         output, *kept = returned if self.keeps else (returned,)
@@ -77,7 +79,7 @@ def op_step(inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]
         shapes, starts = (field.name for field in fields(inputs)[1:3])
         inputs = replace(inputs, **{name: getattr(inputs, name).cpu() for name in (shapes, starts)})
     return (
-        op.backward_step(inputs, passed)
+        op.backward_step(inputs, backend, passed)
         if passed.startswith("backward")
         else autograd_step(op.function, inputs, passed)
     )

@@ -65,7 +65,6 @@ def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda nee
         )
     op = Op(spec, formula)
     if EXTENSION_AVAILABLE:
-        _register_fakes(spec)
         native = _kernels(spec, formula, flags, "reimplementation")
         op.kernels.update(cuda=native, cpu=native)
 
@@ -88,10 +87,12 @@ def raise_if_out_of_memory(error: Exception, device: torch.device) -> None:
 
 
 def _kernels(spec: Spec, formula: Callable[..., Tensor], flags: Flags, namespace: str) -> Kernels:
-    """The operators of a namespace, with autograd and autocast."""
+    """The operators of a namespace, with fake kernels, autograd and autocast."""
     operator = getattr(getattr(torch.ops, namespace), spec.name).default
     differentiate = _differentiation(spec, formula, flags, namespace)
-    _register_with_torch(spec, operator, differentiate)
+    _register_fakes(spec, operator.name())
+    _register_derivatives(spec, operator, differentiate)
+    _register_autocast(spec, operator)
     return Kernels(operator, _recorded(spec, operator, differentiate))
 
 
@@ -113,9 +114,8 @@ def _differentiation(spec: Spec, formula: Callable[..., Tensor], flags: Flags, n
     return differentiate
 
 
-def _register_fakes(spec: Spec) -> None:
-    """Fake kernels of the extension's operator and of its backward."""
-    name = f"reimplementation::{spec.name}"
+def _register_fakes(spec: Spec, name: str) -> None:
+    """Fake kernels of the operator of that name, and of its backward."""
     num_operands, num_gradients = len(spec.operands), len(spec.differentiable)
 
     def fake(*arguments):
@@ -148,15 +148,21 @@ def _define_for_triton(spec: Spec, forward: Callable, backward: Callable) -> Non
     operators.define(f"{spec.name}_backward", backward, check_backward)
 
 
-def _register_with_torch(spec: Spec, operator: Any, differentiate: Callable) -> None:
-    """Autograd and autocast of the operator; its backward has no derivative."""
-    name, num_operands = operator.name(), len(spec.operands)
+def _register_derivatives(spec: Spec, operator: Any, differentiate: Callable) -> None:
+    """Autograd of the operator; its backward has no derivative."""
 
     def save(ctx, inputs, output):
         _save(spec, ctx, inputs, output)
 
     def no_second_derivative(ctx, *grads):
         raise RuntimeError(f"{spec.name} has no second derivative: call backward without create_graph=True")
+
+    torch.library.register_autograd(operator.name(), differentiate, setup_context=save)
+    torch.library.register_autograd(f"{operator.name()}_backward", no_second_derivative)
+
+
+def _register_autocast(spec: Spec, operator: Any) -> None:
+    num_operands = len(spec.operands)
 
     def autocast(device_type: str) -> Callable[..., Tensor]:
         def kernel(*arguments):
@@ -166,11 +172,9 @@ def _register_with_torch(spec: Spec, operator: Any, differentiate: Callable) -> 
 
         return kernel
 
-    torch.library.register_autograd(name, differentiate, setup_context=save)
-    torch.library.register_autograd(f"{name}_backward", no_second_derivative)
     if spec.changes_under_autocast:
-        torch.library.impl(name, "AutocastCUDA", autocast("cuda"))
-        torch.library.impl(name, "AutocastCPU", autocast("cpu"))
+        torch.library.impl(operator.name(), "AutocastCUDA", autocast("cuda"))
+        torch.library.impl(operator.name(), "AutocastCPU", autocast("cpu"))
 
 
 def _recorded(spec: Spec, operator: Callable[..., Tensor], differentiate: Callable) -> type[torch.autograd.Function]:

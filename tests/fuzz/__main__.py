@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--ops", nargs="+", choices=[op.name for op in OPS], help="the draws of these alone")
+    parser.add_argument("--backend", choices=ops.backends.BACKENDS, help="default: any of the device's")
     parser.add_argument("--only", type=int, metavar="K", help="draw number K alone")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -32,7 +33,7 @@ def main() -> int:
     for number in numbers:
         # Should the process die, this line names the draw that it died of.
         print(f"\rdraw {number} ", end="", file=sys.stderr, flush=True)
-        drawn = draw(arguments.seed, number, device)
+        drawn = draw(arguments.seed, number, device, arguments.backend)
         if arguments.ops and drawn.op.name not in arguments.ops:
             continue
         what = f"{drawn.op.name} on {drawn.backend}"
@@ -40,7 +41,8 @@ def main() -> int:
             totals[what, check(drawn)] += 1
         except Mismatch as mismatch:
             mismatches += 1
-            print(f"\n{reproducer(arguments.seed, number, device)}  # {what}: {mismatch} [{drawn.story}]", flush=True)
+            again = reproducer(arguments.seed, number, device, arguments.backend)
+            print(f"\n{again}  # {what}: {mismatch} [{drawn.story}]", flush=True)
             if mismatches == ENOUGH:
                 print("stopped: that is enough")
                 break
@@ -54,8 +56,9 @@ def main() -> int:
     return 1 if mismatches else 0
 
 
-def reproducer(seed: int, number: int, device: torch.device) -> str:
-    return f"python -m tests.fuzz --seed {seed} --device {device.type} --only {number}"
+def reproducer(seed: int, number: int, device: torch.device, backend: str | None) -> str:
+    chosen = f" --backend {backend}" if backend else ""
+    return f"python -m tests.fuzz --seed {seed} --device {device.type}{chosen} --only {number}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tests.ops.table import FLOATING, INTEGER, Op
 
+OF_THE_EXTENSION = ("cuda", "cpu")  # the backends whose operators are called directly
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -34,11 +36,12 @@ class Draw:
 class Drawing:
     """What draws of every op share: random numbers, where they lie in memory, and what must be refused."""
 
-    def __init__(self, op: Op, rng: random.Random, device: torch.device):
+    def __init__(self, op: Op, rng: random.Random, device: torch.device, backends: Sequence[str]):
         self.op = op
         self.rng = rng
         self.generator = torch.Generator().manual_seed(rng.getrandbits(60))
         self.device = device
+        self.backends = backends
         self.story: list[str] = []
 
     def draw(self) -> Draw:

@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from reimplementation import ops
 from tests.fuzz.drawing import Draw, Drawing
 from tests.fuzz.feature_aggregation import FeatureAggregationDrawing
 from tests.fuzz.offsets import OffsetsDrawing
@@ -16,11 +17,12 @@ from tests.ops.table import ATTENTION_FROM_OFFSETS, FEATURE_AGGREGATION, OPS, Op
 KINDS = [op for op in OPS for _ in range(1 if op.is_pointwise else 2)]  # what has more to go wrong is drawn more often
 
 
-def draw(seed: int, number: int, device: torch.device) -> Draw:
-    """The same for every run on the same kind of device."""
+def draw(seed: int, number: int, device: torch.device, backend: str | None = None) -> Draw:
+    """The same for every run on the same kind of device; of one backend, or of any that serves there."""
+    backends = [backend] if backend else ops.available_backends(device)
     rng = random.Random(f"{seed}/{number}")
     op = rng.choice(KINDS)
-    return drawing_of(op)(op, rng, device).draw()
+    return drawing_of(op)(op, rng, device, backends).draw()
 
 
 def drawing_of(op: Op) -> type[Drawing]:

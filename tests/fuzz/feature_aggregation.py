@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reimplementation import ops
 from tests import reference
-from tests.fuzz.drawing import Draw
+from tests.fuzz.drawing import OF_THE_EXTENSION, Draw
 from tests.fuzz.sampling import MOST_PRODUCTS, SamplingDrawing
 from tests.ops.agreement import run
 from tests.ops.feature_aggregation_inputs import feature_aggregation_inputs
@@ -30,8 +30,8 @@ class FeatureAggregationDrawing(SamplingDrawing):
     def draw(self) -> Draw:
         rng = self.rng
         self.dtype = rng.choice(FLOATING)
-        result = Draw(self.with_settings(), rng.choice(ops.available_backends(self.device)), [], ())
-        result.direct = result.backend != "grid_sample" and self.chance(0.2)
+        result = Draw(self.with_settings(), rng.choice(self.backends), [], ())
+        result.direct = result.backend in OF_THE_EXTENSION and self.chance(0.2)
         numbers, levels_fit = self.numbers(result.op.settings[0])
         result.operands = [
             operand if operand is None else self.in_some_dtype(i, operand, result.direct)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
-from tests.fuzz.drawing import Draw, Drawing
+from tests.fuzz.drawing import OF_THE_EXTENSION, Draw, Drawing
 from tests.ops.agreement import run
 from tests.ops.table import FLOATING, Op
 
@@ -16,8 +16,8 @@ PERTURBATIONS = 4
 class PointwiseDrawing(Drawing):
     def draw(self) -> Draw:
         rng = self.rng
-        result = Draw(self.op, rng.choice(ops.available_backends(self.device)), [], ())
-        result.direct = self.direct = result.backend != "grid_sample" and self.chance(0.2)
+        result = Draw(self.op, rng.choice(self.backends), [], ())
+        result.direct = self.direct = result.backend in OF_THE_EXTENSION and self.chance(0.2)
         self.dtype = rng.choice(self.op.kernel_dtypes if result.direct else FLOATING)
         sizes = {name: self.count(4, many=40) for name in self.op.sizes}
         numbers = list(self.op.random(rng.getrandbits(30), **sizes))

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from reimplementation import ops
 from tests import reference
-from tests.fuzz.drawing import NOT_FINITE, Draw, Drawing
+from tests.fuzz.drawing import NOT_FINITE, OF_THE_EXTENSION, Draw, Drawing
 from tests.ops.inputs import STEP
 from tests.ops.table import AGGREGATION, ATTENTION, ATTENTION_FROM_OFFSETS, FLOATING, INTEGER
 
@@ -22,7 +21,7 @@ class SamplingDrawing(Drawing):
     def draw(self) -> Draw:
         rng = self.rng
         self.dtype = rng.choice(FLOATING)
-        result = Draw(self.op, rng.choice(ops.available_backends(self.device)), [], (False,) * 3)
+        result = Draw(self.op, rng.choice(self.backends), [], (False,) * 3)
         shapes, starts, num_rows, levels_fit = self.levels()
         sizes = self.sizes(shapes, num_rows)
         location, result.exact_locations = self.location(sizes["location"])
@@ -30,7 +29,7 @@ class SamplingDrawing(Drawing):
         # 0 * inf is one thing where a position is exact, another where it is not.
         if result.exact_locations and self.chance(0.15):
             self.poison(rng.choice([features, weights]))
-        result.direct = result.backend != "grid_sample" and self.chance(0.2)
+        result.direct = result.backend in OF_THE_EXTENSION and self.chance(0.2)
         autocast = not result.direct and self.chance(0.05)
         metadata = [self.lay_out(t, "metadata") for t in self.narrow(shapes, starts)]
         weight_dtype = rng.choice([self.dtype, torch.float32])

@@ -33,6 +33,7 @@ __all__ = [
     "select_backend",
     "use_backend",
     "why_missing",
+    "why_not",
 ]
 
 GRID_SAMPLE = Backend("grid_sample", None, lambda device: None)
@@ -108,6 +109,15 @@ def available_backends(device: torch.device | str) -> list[str]:
     """The backends that can run tensors of ``device``, best first. ``"cuda"`` stands for the current GPU."""
     device = _with_index(torch.device(device))
     return [backend.name for backend in _IN_ORDER if backend.serves(device)]
+
+
+def why_not(name: str, device: torch.device | str) -> str | None:
+    """Why the backend of that name cannot run tensors of ``device``; None where it can."""
+    device, backend = _with_index(torch.device(device)), _BY_NAME[name]
+    if backend.device_type not in (None, device.type):
+        return f"{name} is for {backend.device_type}, not for {device.type}"
+    missing = backend.why_not(device)
+    return None if missing is None else str(missing)
 
 
 def why_missing(device: torch.device | str) -> str | None:

@@ -19,10 +19,9 @@ def define(name: str, launch: Callable, check: Callable[..., None]) -> None:
 
     Args:
         name: of the operator.
-        launch: allocates the results and launches the kernels; its annotations, types and no text, are the schema. With tensors that have
-            no memory it launches nothing that runs, and so says what the results look like.
-        check: raises where the arguments are not what ``launch`` takes. It is told by ``values=False`` that there are
-            no values to look at.
+        launch: allocates the results and launches the kernels; its annotations, types and no text, are the schema.
+        check: raises where the arguments are not what ``launch`` takes. ``values=False`` tells it that a compiler is at
+            work, and that there are no values to look at.
     """
 
     @wraps(launch)

@@ -1,0 +1,84 @@
+"""The levels as a picture: where the time of each goes, kernel by kernel, and the memory that it takes beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from reimplementation.bench.results import Document
+from reimplementation.bench.tables import machine_line, three_digits
+
+from .measure import PASSES, REST, Figure, Pass
+from .tables import by_op
+
+COLORS = colormaps["tab20"].colors
+REST_COLOR = "lightgrey"
+MOST_NAMES = 19  # in a legend; kernels beyond are drawn as the rest
+NAME_LENGTH = 40
+
+
+def draw(path: Path, document: Document) -> None:
+    """Write the picture: a row an op and pass, times on the left and memory on the right.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    timed = {op: kept for op, figures in by_op(document).items() if (kept := [f for f in figures if f.passes])}
+    if not timed:
+        raise ValueError("--picture has nothing to draw: no level was timed")
+    panels = [(op, i, name) for op in timed for i, name in enumerate(PASSES)]
+    picture = Picture(figsize=(14, 1 + 2.9 * len(panels)), layout="constrained")
+    all_axes = picture.subplots(len(panels), 2, squeeze=False, width_ratios=(3, 1))
+    for (op, i, name), (times, memory) in zip(panels, all_axes):
+        figures = timed[op]
+        _draw_times(times, figures, [figure.passes[i] for figure in figures])
+        _draw_memory(memory, [figure.passes[i] for figure in figures])
+        times.set_title(f"{op}, {name}", loc="left", fontsize=10)
+    picture.suptitle(machine_line(document), fontsize=11)
+    picture.savefig(path, dpi=110)
+
+
+def _draw_times(axes: Axes, figures: list[Figure], passes: list[Pass]) -> None:
+    """Bars as long as the pass takes, divided in proportion to what the profiler saw of each kernel."""
+    totals: dict[str, float] = {}
+    for passed in passes:
+        for kernel in passed.kernels:
+            totals[kernel.name] = totals.get(kernel.name, 0) + kernel.us
+    named = sorted(totals.keys() - {REST}, key=lambda name: -totals[name])[:MOST_NAMES]
+    colors = dict(zip(named, COLORS))
+    left = [0.0] * len(passes)
+    for name in [*named, REST]:
+        widths = [_share(passed, name, colors) for passed in passes]
+        if any(widths):
+            label = name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
+            axes.barh(range(len(passes)), widths, left=left, color=colors.get(name, REST_COLOR), label=label)
+            left = [start + width for start, width in zip(left, widths)]
+    for place, passed in enumerate(passes):
+        axes.text(passed.us / 1e3, place, f" {three_digits(passed.us / 1e3)} ms", va="center", fontsize=8)
+    axes.set_yticks(range(len(figures)), [f"{figure.level} {figure.name}" for figure in figures])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _share(passed: Pass, name: str, colors: dict) -> float:
+    """Milliseconds of a pass that are one kernel's, or those of all that have no colour."""
+    whole = sum(kernel.us for kernel in passed.kernels)
+    found = sum(k.us for k in passed.kernels if k.name == name or (name == REST and k.name not in colors))
+    return found / whole * passed.us / 1e3 if whole else 0.0
+
+
+def _draw_memory(axes: Axes, passes: list[Pass]) -> None:
+    megabytes = [(passed.extra_bytes or 0) / 1e6 for passed in passes]
+    bars = axes.barh(range(len(passes)), megabytes, color="slategrey")
+    axes.bar_label(bars, [three_digits(value) for value in megabytes], fontsize=8, padding=2)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.set_xlabel("MB beyond the inputs")
+    axes.margins(x=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
