@@ -22,8 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "levels",
         help="time one op at five levels, from eager PyTorch to CUDA",
-        description="Time the same function on the same inputs as eager PyTorch, TorchScript, torch.compile, Triton and "
-        "kernels of the extension, forward and backward, and say what each level costs and how exact it is. "
+        description="Time the same function on the same inputs as eager PyTorch, TorchScript, torch.compile, Triton "
+        "and kernels of the extension, forward and backward, and say what each level costs and how exact it is. "
         "docs/levels.md explains what comes out.",
     )
     parser.add_argument("--op", choices=OPS, help="default: both")

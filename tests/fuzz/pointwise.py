@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reimplementation import ops
 from tests.fuzz.drawing import OF_THE_EXTENSION, Draw, Drawing
 from tests.ops.agreement import run
 from tests.ops.table import FLOATING, Op

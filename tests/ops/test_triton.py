@@ -1,4 +1,4 @@
-"""The Triton kernels where no GPU is: interpreted in NumPy, at sizes that this can do. On a GPU every op's tests run."""
+"""The Triton kernels where no GPU is: interpreted in NumPy, on few samples. On a GPU every op's tests run them."""
 
 from __future__ import annotations
 

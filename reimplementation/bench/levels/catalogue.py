@@ -93,9 +93,9 @@ OPS = tuple(_CASES)
 def inputs_of(op: str, device: torch.device) -> OpInputs:
     """Of the sizes of a detector on a GPU; smaller on a CPU, where plain PyTorch would take seconds a call.
 
-    Locations are multiples of 2^-12, so that pixel positions are exact in float32: one that rounds across the edge of a
-    pixel has another gradient in float64, and errors would tell how often that happens.
+    Locations are odd multiples of 2^-13, so that pixel positions are exact in float32, and none lies on the edge of a
+    pixel: there the gradient jumps, and errors would tell how often that happens.
     """
     inputs = _CASES[op][device.type](device=device)
     features, shapes, starts, locations, weights = inputs
-    return type(inputs)(features, shapes, starts, (locations * 2**12).round() / 2**12, weights)
+    return type(inputs)(features, shapes, starts, ((locations * 2**12).floor() + 0.5) / 2**12, weights)

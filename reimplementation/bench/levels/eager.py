@@ -1,9 +1,9 @@
-"""Level 1: eager PyTorch. Every line is an operator, every operator reads its operands from memory and writes its result.
+"""Level 1: eager PyTorch. A line is an operator, which reads its operands from memory and writes its result there.
 
-`grid_sample` wants images, channels first, so the rows of each level are transposed into one; and it returns all samples
-before anybody weighs them. The loop over levels and the sum run in Python.
+`grid_sample` wants images, channels first, so the rows of each level are transposed into one; and it returns all
+samples before anybody weighs them. The loop over levels and the sum run in Python.
 
-All cameras have the same levels here, as on a car, and levels follow one another. `TorchScript` and `torch.compile` take
+All cameras have the same levels here, as on a car, and levels follow one another. TorchScript and torch.compile take
 these two functions as they are.
 """
 

@@ -1,4 +1,4 @@
-"""Time one level: its first call, then each pass as a call and as a replayed graph, and where the time and memory go."""
+"""Time a level: its first call, then each pass as a call and as a replayed graph; and where time and memory go."""
 
 from __future__ import annotations
 
@@ -188,14 +188,17 @@ def _kernels(step: Callable[[], object], device: torch.device) -> tuple[list[Ker
         for event in profiled.key_averages()
     ]
     found = sorted(((name, us, count) for name, us, count in found if us > 0), key=lambda each: -each[1])
-    kernels = [Kernel(_printable(_without_arguments(name), MOST_LETTERS), us) for name, us, _ in found[:MOST_KERNELS]]
+    kernels = [Kernel(_printable(_short(name), MOST_LETTERS), us) for name, us, _ in found[:MOST_KERNELS]]
     if rest := sum(us for _, us, _ in found[MOST_KERNELS:]):
         kernels.append(Kernel(REST, rest))
     return kernels, sum(count for _, _, count in found) if on_gpu else None
 
 
-def _without_arguments(name: str) -> str:
-    """The name of a C++ kernel without those of its template and of the function."""
+def _short(name: str) -> str:
+    """The name of a C++ kernel without the arguments of its template and of the function; what Inductor calls its code
+    on a CPU is a number."""
+    if "CompiledFxGraph" in name:
+        return "code of Inductor"
     return name.removeprefix("void ").partition("<")[0].partition("(")[0] or name
 
 

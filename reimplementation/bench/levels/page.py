@@ -17,17 +17,18 @@ PAGE = """\
 
 `python -m reimplementation levels` runs one function on the same inputs five times: written in eager PyTorch, compiled
 by TorchScript, compiled by `torch.compile`, written in Triton, and written in C++ and CUDA. This page says what each
-level can do and what it cannot, and why. Who has never written a kernel should be able to read our CUDA files after it.
+level can do and what it cannot, and why. Who has never written a kernel should be able to read our CUDA files after
+it.
 
 The command `python -m reimplementation levels --page benchmarks/levels > docs/levels.md` writes this page, with the
 figures of the files in [benchmarks/levels](../benchmarks/levels); whatever is edited here by hand is lost.
 
 ## The function
 
-Deformable aggregation and multi-scale deformable attention do the same to different tensors. For every query there is a
-list of *samples*. A sample is a place in a feature map and a weight. The four pixels around the place, its *corners*,
-are read, each a row of channels; they are averaged according to how near they are, the average is multiplied with the
-weight, and the products of all samples are added up:
+Deformable aggregation and multi-scale deformable attention do the same to different tensors. For every query there is
+a list of *samples*. A sample is a place in a feature map and a weight. The four pixels around the place, its
+*corners*, are read, each a row of channels; they are averaged according to how near they are, the average is
+multiplied with the weight, and the products of all samples are added up:
 
 ```
 query 17   sample 0: level 2, x 0.31, y 0.70, weight 0.08  ->  4 rows of 256 channels  ->  * 0.08  ---+
@@ -35,14 +36,14 @@ query 17   sample 0: level 2, x 0.31, y 0.70, weight 0.08  ->  4 rows of 256 cha
            ...                                                                                        |
 ```
 
-There is next to no arithmetic in it: a multiplication and an addition for each number that is read. What has to be done
-is to *read rows from places that are known only when the program runs*. The least that anybody can do is to read each
-row once and to write the output once. The levels differ in what they read and write beyond that, in who decides what
-happens next, and in how often somebody has to start something on the GPU.
+There is next to no arithmetic in it: a multiplication and an addition for each number that is read. What has to be
+done is to *read rows from places that are known only when the program runs*. The least that anybody can do is to read
+each row once and to write the output once. The levels differ in what they read and write beyond that, in who decides
+what happens next, and in how often somebody has to start something on the GPU.
 
 The backward has three results. The gradients of a sample's weight and place come from the same rows, multiplied with
-the output's gradient: they belong to that sample alone. The gradient of the features is the opposite of a gather: every
-sample *adds* to four rows, and many samples may want to add to one row at a time.
+the output's gradient: they belong to that sample alone. The gradient of the features is the opposite of a gather:
+every sample *adds* to four rows, and many samples may want to add to one row at a time.
 
 ## Level 1: eager
 
@@ -88,13 +89,14 @@ Two forms of the function are compiled, because what Inductor can fuse depends o
 - **grid_sample**, from level 1. In the forward Inductor replaces `grid_sample` by its definition: floor, four loads,
   four products. These can be fused with the weights and the sum. The backward of `grid_sample` has no such definition
   in PyTorch 2.13: Inductor calls the eager kernel, before and after which everything is written to memory.
-- **gathers**, [gather.py](../reimplementation/ops/backends/gather.py). The corners are written out with `gather`, whose
-  backward is a scatter with addition, and that Inductor can write. It is what our package runs where a compiler traces
-  the call and there are no kernels.
+- **gathers**, [gather.py](../reimplementation/ops/backends/gather.py). The corners are written out with `gather`,
+  whose backward is a scatter with addition, and that Inductor can write. It is what our package runs where a compiler
+  traces the call and there are no kernels.
 
-Inductor decides number by number: a kernel is a formula for one element of its result. It does not know that the samples
-of one query have coordinates in common, so each channel computes them again; it does not skip what a condition makes
-zero; and a sum over samples that lie apart in memory is split into passes. The first call takes as long as a compiler.
+Inductor decides number by number: a kernel is a formula for one element of its result. It does not know that the
+samples of one query have coordinates in common, so each channel computes them again; it does not skip what a condition
+makes zero; and a sum over samples that lie apart in memory is split into passes. The first call takes as long as a
+compiler.
 
 - What it can do: most of the fusion, for no work. New shapes compile again, or come with symbols for sizes.
 - What it costs: seconds at the first call, and what a formula an element cannot say.
@@ -102,9 +104,10 @@ zero; and a sum over samples that lie apart in memory is split into passes. The 
 ## Level 4: Triton
 
 [deformable_aggregation.py](../reimplementation/ops/backends/triton/deformable_aggregation.py) and
-[ms_deform_attn.py](../reimplementation/ops/backends/triton/ms_deform_attn.py). Now we decide who does what. The work is
-cut into *programs*, and a program handles *tiles*: blocks of numbers with a shape, on which every operation works at
-once. Triton decides which thread holds which number of a tile, and how threads exchange numbers where a sum needs it.
+[ms_deform_attn.py](../reimplementation/ops/backends/triton/ms_deform_attn.py). Now we decide who does what. The work
+is cut into *programs*, and a program handles *tiles*: blocks of numbers with a shape, on which every operation works
+at once. Triton decides which thread holds which number of a tile, and how threads exchange numbers where a sum needs
+it.
 
 ```
 aggregation   program = one query, four of its groups of channels
@@ -122,15 +125,15 @@ aggregation   program = one query, four of its groups of channels
 ```
 
 The whole forward is one kernel. Nothing is written but the output, and what no camera sees costs two loads and a
-comparison. In the backward the program has its rows once more, multiplies them with the output's gradient, and owns the
-gradients of its weights and places. The features' gradient it adds to memory with *atomic* additions, which the GPU's L2
-cache carries out one after the other where they meet. They come in any order, so the last bits of the result differ
-from run to run; and each sample sends four rows to the cache, as many as it reads.
+comparison. In the backward the program has its rows once more, multiplies them with the output's gradient, and owns
+the gradients of its weights and places. The features' gradient it adds to memory with *atomic* additions, which the
+GPU's L2 cache carries out one after the other where they meet. They come in any order, so the last bits of the result
+differ from run to run; and each sample sends four rows to the cache, as many as it reads.
 
 - What it can do: fuse everything, skip what is not needed, choose what is kept in registers. It runs on every GPU that
   Triton knows, with no compiler installed, and `torch.compile`, `torch.export` and AOTInductor see its kernels.
-- What it costs: which thread has what is not ours to say. The coordinates of a sample are computed by every thread that
-  shares the sample's row. Sizes of tiles are powers of two, so that 3 levels take as long as 4. A tile cannot be
+- What it costs: which thread has what is not ours to say. The coordinates of a sample are computed by every thread
+  that shares the sample's row. Sizes of tiles are powers of two, so that 3 levels take as long as 4. A tile cannot be
   addressed at a place that is computed, so threads cannot hand each other lists of what is left to do; the order of
   atomic additions cannot be chosen; and Python launches the kernel, which takes the host longer than the launch of a
   kernel in C++.
@@ -155,15 +158,15 @@ aggregation   block of 128 threads = one query; shared memory = a desk at which 
 
 - **A list on the desk** is what Triton cannot express. In step 1 every thread looks at another pair, so that 78 pairs
   take one round and not 78, and step 3 has a list without holes.
-- **Arithmetic once a sample**, not once a thread: step 2 works a sample's coordinates out in one thread, and step 3 only
-  reads them.
+- **Arithmetic once a sample**, not once a thread: step 2 works a sample's coordinates out in one thread, and step 3
+  only reads them.
 - **Loads in flight.** A row takes hundreds of cycles to arrive. What counts is how many loads a multiprocessor has on
   their way meanwhile, and that depends on how many registers a thread needs. In CUDA that number can be watched and
   bounded.
 - **No atomics.** The features' gradient is summed where it belongs: samples are put in order by the pixels that they
   touch, a team takes a tile of 4 x 4 pixels, and adds up whatever touches it in shared memory
-  ([features-gradient.md](kernels/features-gradient.md)). A row of the output's gradient is read once a sample instead of
-  four rows being sent, and the same bits can be had every time.
+  ([features-gradient.md](kernels/features-gradient.md)). A row of the output's gradient is read once a sample instead
+  of four rows being sent, and the same bits can be had every time.
 
 On a CPU the level is C++: threads share out the queries, vector instructions take eight or sixteen channels at a time,
 and the rows of what is not seen are not read there either.
@@ -176,16 +179,19 @@ and the rows of what is not seen are not read there either.
 
 | | control | fused | in memory between the operators | who pays at a launch |
 | --- | --- | --- | --- | --- |
-| 1 eager | Python, an operator a line | nothing | every sample, several times | Python and the dispatcher, for each operator |
-| 2 TorchScript | PyTorch's interpreter | arithmetic | every sample, several times | the interpreter, for each operator |
-| 3 torch.compile | generated code | what is a formula an element | what the forward's sums and grid_sample's backward need | generated code, for each kernel |
-| 4 Triton | our program, by tiles | everything | nothing; half-precision gradients are summed in a float32 copy | Python, once |
+| 1 eager | Python, an operator a line | nothing | every sample, several times | \
+Python and the dispatcher, for each operator |
+| 2 TorchScript | PyTorch's interpreter | arithmetic | every sample, several times | \
+the interpreter, for each operator |
+| 3 torch.compile | generated code | what is a formula an element | \
+what the forward's sums and grid_sample's backward need | generated code, for each kernel |
+| 4 Triton | our program, by tiles | everything | \
+nothing; half-precision gradients are summed in a float32 copy | Python, once |
 | 5 C++ and CUDA | our program, by threads | everything | nothing but lists of numbers in the backward | C++, once |
 
 ## Figures
 
-{figures}
-{formulas}
+{figures} {formulas}
 
 ## Measure again
 
@@ -200,14 +206,12 @@ python -m reimplementation levels --page benchmarks/levels > docs/levels.md
 ```
 
 What an earlier run left in PyTorch's cache of compiled code makes the first call of level 3 shorter; the committed
-figures were taken with an empty one, `TORCHINDUCTOR_CACHE_DIR` naming a new folder.
-"""
-
+figures were taken with an empty one, `TORCHINDUCTOR_CACHE_DIR` naming a new folder. """
 SIZES = {
-    "cuda": "Aggregation is SparseDrive's: 900 queries of 13 points, six cameras of four levels, 256 channels in 8 groups. "
-    "Attention is a layer of Deformable DETR's encoder, batch 2.",
-    "cpu": "Aggregation has 300 queries of 13 points, six cameras of two levels, 128 channels in 8 groups; attention is a "
-    "layer of Deformable DETR's decoder, 900 queries, batch 1.",
+    "cuda": "Aggregation is SparseDrive's: 900 queries of 13 points, six cameras of four levels, 256 channels in 8 "
+    "groups. Attention is a layer of Deformable DETR's encoder, batch 2.",
+    "cpu": "Aggregation has 300 queries of 13 points, six cameras of two levels, 128 channels in 8 groups; attention "
+    "is a layer of Deformable DETR's decoder, 900 queries, batch 1.",
 }
 
 

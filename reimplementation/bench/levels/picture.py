@@ -61,7 +61,7 @@ def _draw_times(axes: Axes, figures: list[Figure], passes: list[Pass]) -> None:
     axes.set_yticks(range(len(figures)), [f"{figure.level} {figure.name}" for figure in figures])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.15 * max(passed.us for passed in passes) / 1e3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
@@ -80,5 +80,5 @@ def _draw_memory(axes: Axes, passes: list[Pass]) -> None:
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set_xlabel("MB beyond the inputs")
-    axes.margins(x=0.2)
+    axes.set_xlim(0, 1.25 * max(megabytes) or 1)
     axes.spines[["top", "right"]].set_visible(False)

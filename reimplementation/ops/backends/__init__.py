@@ -1,10 +1,10 @@
 """Which backend runs an op, and why.
 
 ``cuda`` and ``cpu`` are the kernels of the extension; ``triton`` has kernels for GPUs that are compiled where they run;
-``grid_sample`` is plain PyTorch and always there. The best one for the tensors' device runs, unless `use_backend` or the
-environment variable ``REIMPLEMENTATION_BACKEND`` (read at import) names another. A GPU for which the extension holds no
-code is recognised before a launch could fail, and runs the next best. ``torch.func`` transforms run ``grid_sample``:
-they know how to transform nothing else.
+``grid_sample`` is plain PyTorch and always there. The best one for the tensors' device runs, unless `use_backend` or
+the environment variable ``REIMPLEMENTATION_BACKEND`` (read at import) names another. A GPU for which the extension
+holds no code is recognised before a launch could fail, and runs the next best. ``torch.func`` transforms run
+``grid_sample``: they know how to transform nothing else.
 """
 
 from __future__ import annotations

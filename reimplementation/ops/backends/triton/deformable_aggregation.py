@@ -10,11 +10,10 @@ a weight is loaded once for the channels that share it. The forward adds up a ti
 until it has seen everything; only then do threads exchange anything.
 
 The backward reads the same rows. It multiplies them with the output's gradient, sums over the channels of a group, and
-has the gradients of weights; these, times the slopes, summed over levels and groups, are those of the location. Both are
-the program's own. The features' gradient is everybody's: it is added up with atomics, in float32 at least.
+has the gradients of weights; these, times the slopes, summed over levels and groups, are those of the location. Both
+are the program's own. The features' gradient is everybody's: it is added up with atomics, in float32 at least.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

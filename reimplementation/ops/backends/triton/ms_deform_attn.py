@@ -5,16 +5,15 @@ every query at a time, in a tile
 
     queries x channels of a head                 8 x 32 in Deformable DETR
 
-so that a lane reads neighbouring channels in vectors, and neighbouring queries, which an encoder has sample neighbouring
-pixels, find each other's rows in the L1 cache. Programs of all heads of a block follow one another: together they read
-and write whole rows.
+so that a lane reads neighbouring channels in vectors, and neighbouring queries, whose samples in an encoder are
+neighbouring pixels, find each other's rows in the L1 cache. Programs of all heads of a block follow one another:
+together they read and write whole rows.
 
 The backward reads the same rows, multiplies them with the output's gradient and sums over the channels, which is all
 that the gradients of weights and locations need; they are the program's own. The value's gradient is everybody's: it is
 added up with atomics, in float32 at least.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
