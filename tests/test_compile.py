@@ -130,7 +130,7 @@ def test_inductor(op, backend_device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("backend", ["cuda", "grid_sample"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "grid_sample"])
 def test_compiled_calls_with_maps_let_pytorch_wait_for_nothing(backend):
     """PyTorch's own waits alone are seen so; that there is none in a kernel, `test_cuda_graphs` shows.
 

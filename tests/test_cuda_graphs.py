@@ -76,7 +76,7 @@ def test_op(op, dtype, training):
     assert_replays(lambda: forward_and_gradients(call, leaves) if training else (call(),), static, batches)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "grid_sample"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "grid_sample"])
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("training", [False, True])
 def test_module(case, training, way, backend):
