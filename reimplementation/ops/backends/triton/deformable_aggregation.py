@@ -55,6 +55,14 @@ def pixel_positions(x, y, height, width):
 
 
 @triton.jit
+def corner_channels(corner: tl.constexpr, left, top, height, width, start, channel, is_channel, CHANNELS: tl.constexpr):
+    """Of a corner in each level: where its channels lie behind the first row, which of them exist, and the pixel."""
+    row, inside = corner_pixel(corner, left, top, height, width, start)
+    place = row.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
+    return place, inside[:, None, None] & is_channel[None, :, :], inside
+
+
+@triton.jit
 def forward_kernel(
     features,
     shapes,
@@ -74,6 +82,7 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
+    CHANNELS: tl.constexpr = GROUPS * GROUP_CHANNELS
     group_blocks: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G
     query = (tl.program_id(0) // group_blocks).to(tl.int64)
     group = tl.program_id(0) % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -81,7 +90,7 @@ def forward_kernel(
     level = tl.arange(0, BLOCK_L)
     channel = group[:, None] * GROUP_CHANNELS + within[None, :]
     is_channel = (group[:, None] < GROUPS) & (within[None, :] < GROUP_CHANNELS)
-    first_row = features + query // num_queries * num_rows * (GROUPS * GROUP_CHANNELS)
+    first_row = features + query // num_queries * num_rows * CHANNELS
 
     total = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
     for cam in range(num_cams):
@@ -96,14 +105,46 @@ def forward_kernel(
                 left, top, right, down = pixel_positions(x, y, height, width)
                 sample = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
                 for corner in tl.static_range(4):
-                    row, inside = corner_pixel(corner, left, top, height, width, start)
+                    place, is_read, _ = corner_channels(
+                        corner, left, top, height, width, start, channel, is_channel, CHANNELS
+                    )
                     along_x, along_y = corner_weights(corner, right, down)
-                    row_at = row.to(tl.int64)[:, None, None] * (GROUPS * GROUP_CHANNELS) + channel[None, :, :]
-                    is_read = inside[:, None, None] & is_channel[None, :, :]
-                    pixel = tl.load(first_row + row_at, mask=is_read, other=0).to(wide)
+                    pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
                     sample += (along_x * along_y)[:, None, None] * pixel
                 total += weight[:, :, None] * sample
-    tl.store(output + query * (GROUPS * GROUP_CHANNELS) + channel, tl.sum(total, axis=0), mask=is_channel)
+    tl.store(output + query * CHANNELS + channel, tl.sum(total, axis=0), mask=is_channel)
+
+
+@triton.jit
+def differentiate(
+    first_row, toward, left, top, right, down, height, width, start, channel, is_channel, CHANNELS: tl.constexpr
+):
+    """Of the samples of a pair, each (levels, groups): what the output's gradient has in common with the average of
+    the four pixels, and with its slopes along x and along y."""
+    average = tl.zeros([toward.shape[0], toward.shape[1]], dtype=toward.dtype)
+    slope_x = average
+    slope_y = average
+    for corner in tl.static_range(4):
+        place, is_read, inside = corner_channels(corner, left, top, height, width, start, channel, is_channel, CHANNELS)
+        along_x, along_y = corner_weights(corner, right, down)
+        pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
+        product = tl.where(inside[:, None], tl.sum(pixel * toward, axis=2), 0)
+        sign_x, sign_y = corner_signs(corner)
+        average += (along_x * along_y)[:, None] * product
+        slope_x += (sign_x * along_y)[:, None] * product
+        slope_y += (sign_y * along_x)[:, None] * product
+    return average, slope_x * width[:, None], slope_y * height[:, None]
+
+
+@triton.jit
+def add_to_corners(
+    first_row, added, left, top, right, down, height, width, start, channel, is_channel, CHANNELS: tl.constexpr
+):
+    """Add a tile to the four corners' rows, times what each weighs."""
+    for corner in tl.static_range(4):
+        place, is_read, _ = corner_channels(corner, left, top, height, width, start, channel, is_channel, CHANNELS)
+        along_x, along_y = corner_weights(corner, right, down)
+        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")
 
 
 @triton.jit
@@ -132,61 +173,68 @@ def backward_kernel(
     NEEDS_WEIGHTS: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
+    CHANNELS: tl.constexpr = GROUPS * GROUP_CHANNELS
     query = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, BLOCK_G)
     within = tl.arange(0, BLOCK_C)
     level = tl.arange(0, BLOCK_L)
+    axis = tl.arange(0, 2)
     channel = group[:, None] * GROUP_CHANNELS + within[None, :]
     is_channel = (group[:, None] < GROUPS) & (within[None, :] < GROUP_CHANNELS)
-    first_element = query // num_queries * num_rows * (GROUPS * GROUP_CHANNELS)
-    output_at = query * (GROUPS * GROUP_CHANNELS) + channel
-    toward = tl.load(grad_output + output_at, mask=is_channel, other=0).to(wide)[None, :, :]
+    is_weight = (level < num_levels)[:, None] & (group < GROUPS)[None, :]
+    first_element = query // num_queries * num_rows * CHANNELS
+    toward = tl.load(grad_output + query * CHANNELS + channel, mask=is_channel, other=0).to(wide)
+    toward = tl.broadcast_to(toward[None, :, :], [BLOCK_L, BLOCK_G, BLOCK_C])
 
     for cam in range(num_cams):
         height, width, start = read_level(shapes, starts, cam * num_levels + level, level < num_levels, num_rows)
         for point in range(num_points):
             pair = (query * num_points + point) * num_cams + cam
             weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
-            is_weight = (level < num_levels)[:, None] & (group < GROUPS)[None, :]
             x, y, visible = load_location(locations, pair)
             if visible:
-                counts = (height > 0)[:, None] & (group < GROUPS)[None, :]
-                weight = tl.load(weights + weight_at, mask=counts, other=0).to(wide)
+                weight = tl.load(weights + weight_at, mask=is_weight & (height > 0)[:, None], other=0).to(wide)
                 left, top, right, down = pixel_positions(x, y, height, width)
                 if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
-                    grad_weight = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
-                    slope_x = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
-                    slope_y = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
-                    for corner in tl.static_range(4):
-                        row, inside = corner_pixel(corner, left, top, height, width, start)
-                        along_x, along_y = corner_weights(corner, right, down)
-                        row_at = row.to(tl.int64)[:, None, None] * (GROUPS * GROUP_CHANNELS) + channel[None, :, :]
-                        is_read = inside[:, None, None] & is_channel[None, :, :]
-                        pixel = tl.load(features + first_element + row_at, mask=is_read, other=0).to(wide)
-                        product = tl.where(inside[:, None], tl.sum(pixel * toward, axis=2), 0)
-                        sign_x, sign_y = corner_signs(corner)
-                        grad_weight += (along_x * along_y)[:, None] * product
-                        slope_x += (sign_x * along_y)[:, None] * product
-                        slope_y += (sign_y * along_x)[:, None] * product
+                    average, slope_x, slope_y = differentiate(
+                        features + first_element,
+                        toward,
+                        left,
+                        top,
+                        right,
+                        down,
+                        height,
+                        width,
+                        start,
+                        channel,
+                        is_channel,
+                        CHANNELS,
+                    )
                     if NEEDS_WEIGHTS:
-                        tl.store(grad_weights + weight_at, grad_weight, mask=is_weight)
+                        tl.store(grad_weights + weight_at, average, mask=is_weight)
                     if NEEDS_LOCATIONS:
-                        slopes = tl.join(slope_x * weight * width[:, None], slope_y * weight * height[:, None])
-                        slopes = tl.sum(tl.reshape(slopes, [BLOCK_L * BLOCK_G, 2]), axis=0)
-                        tl.store(grad_locations + 2 * pair + tl.arange(0, 2), slopes)
-                if NEEDS_FEATURES:  # when everything has been loaded: a load does not overtake an atomic
-                    for corner in tl.static_range(4):
-                        row, inside = corner_pixel(corner, left, top, height, width, start)
-                        along_x, along_y = corner_weights(corner, right, down)
-                        row_at = row.to(tl.int64)[:, None, None] * (GROUPS * GROUP_CHANNELS) + channel[None, :, :]
-                        is_read = inside[:, None, None] & is_channel[None, :, :]
-                        added = toward * (weight * (along_x * along_y)[:, None])[:, :, None]
-                        tl.atomic_add(grad_features + first_element + row_at, added, mask=is_read, sem="relaxed")
+                        slopes = tl.reshape(tl.join(weight * slope_x, weight * slope_y), [BLOCK_L * BLOCK_G, 2])
+                        tl.store(grad_locations + 2 * pair + axis, tl.sum(slopes, axis=0))
+                if NEEDS_FEATURES:  # when everything has been loaded: no load is moved ahead of an atomic
+                    add_to_corners(
+                        grad_features + first_element,
+                        toward * weight[:, :, None],
+                        left,
+                        top,
+                        right,
+                        down,
+                        height,
+                        width,
+                        start,
+                        channel,
+                        is_channel,
+                        CHANNELS,
+                    )
             else:
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + weight_at, tl.zeros([BLOCK_L, BLOCK_G], dtype=wide), mask=is_weight)
                 if NEEDS_LOCATIONS:
-                    tl.store(grad_locations + 2 * pair + tl.arange(0, 2), tl.zeros([2], dtype=wide))
+                    tl.store(grad_locations + 2 * pair + axis, tl.zeros([2], dtype=wide))
 
 
 def forward(

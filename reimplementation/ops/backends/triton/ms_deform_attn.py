@@ -39,7 +39,7 @@ TILE = 256  # elements, queries x channels: one warp, which has nobody to wait f
 
 
 @triton.jit
-def place(num_queries, num_heads, BLOCK_Q: tl.constexpr):
+def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
     """What a program owns: the batch element, the head, and the queries, of which the last block may have too many."""
     block = tl.program_id(0) // num_heads
     num_blocks = tl.cdiv(num_queries, BLOCK_Q)
@@ -54,6 +54,17 @@ def load_position(locations, sample, height, width, exists):
     y = tl.load(locations + 2 * sample + 1, mask=exists, other=0) * height - 0.5
     touches = exists & (height > 0) & (x > -1) & (x < width) & (y > -1) & (y < height)
     return tl.where(touches, x, 0), tl.where(touches, y, 0), touches
+
+
+@triton.jit
+def corner_channels(
+    corner: tl.constexpr, left, top, height, width, start, touches, row_length, channel, CHANNELS: tl.constexpr
+):
+    """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
+    row, inside = corner_pixel(corner, left, top, height, width, start)
+    inside = inside & touches
+    place = row.to(tl.int64)[:, None] * row_length + channel[None, :]
+    return place, inside[:, None] & (channel < CHANNELS)[None, :], inside
 
 
 @triton.jit
@@ -74,7 +85,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
-    batch, head, query = place(num_queries, num_heads, BLOCK_Q)
+    batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
@@ -91,14 +102,74 @@ def forward_kernel(
             left, right = first_pixel(x)
             top, down = first_pixel(y)
             for corner in tl.static_range(4):
-                row, inside = corner_pixel(corner, left, top, height, width, start)
+                place, is_read, _ = corner_channels(
+                    corner, left, top, height, width, start, touches, num_heads * CHANNELS, channel, CHANNELS
+                )
                 along_x, along_y = corner_weights(corner, right, down)
-                row_at = row.to(tl.int64)[:, None] * (num_heads * CHANNELS) + channel[None, :]
-                is_read = (touches & inside)[:, None] & (channel < CHANNELS)[None, :]
-                pixel = tl.load(first_row + row_at, mask=is_read, other=0).to(wide)
+                pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
                 total += (weight * along_x * along_y)[:, None] * pixel
     output_at = item[:, None] * CHANNELS + channel[None, :]
     tl.store(output + output_at, total, mask=exists[:, None] & (channel < CHANNELS)[None, :])
+
+
+@triton.jit
+def differentiate(
+    first_row,
+    toward,
+    left,
+    top,
+    right,
+    down,
+    height,
+    width,
+    start,
+    touches,
+    row_length,
+    channel,
+    CHANNELS: tl.constexpr,
+):
+    """Of a sample of each query: what the output's gradient has in common with the average of the four pixels, and with
+    its slopes along x and along y."""
+    average = tl.zeros([toward.shape[0]], dtype=toward.dtype)
+    slope_x = average
+    slope_y = average
+    for corner in tl.static_range(4):
+        place, is_read, inside = corner_channels(
+            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+        )
+        along_x, along_y = corner_weights(corner, right, down)
+        pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
+        product = tl.where(inside, tl.sum(pixel * toward, axis=1), 0)
+        sign_x, sign_y = corner_signs(corner)
+        average += along_x * along_y * product
+        slope_x += sign_x * along_y * product
+        slope_y += sign_y * along_x * product
+    return average, slope_x * width, slope_y * height
+
+
+@triton.jit
+def add_to_corners(
+    first_row,
+    added,
+    left,
+    top,
+    right,
+    down,
+    height,
+    width,
+    start,
+    touches,
+    row_length,
+    channel,
+    CHANNELS: tl.constexpr,
+):
+    """Add a tile to the four corners' rows, times what each weighs."""
+    for corner in tl.static_range(4):
+        place, is_read, _ = corner_channels(
+            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+        )
+        along_x, along_y = corner_weights(corner, right, down)
+        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None], mask=is_read, sem="relaxed")
 
 
 @triton.jit
@@ -125,7 +196,7 @@ def backward_kernel(
     NEEDS_WEIGHTS: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
-    batch, head, query = place(num_queries, num_heads, BLOCK_Q)
+    batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
@@ -144,34 +215,42 @@ def backward_kernel(
             left, right = first_pixel(x)
             top, down = first_pixel(y)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
-                grad_weight = tl.zeros([BLOCK_Q], dtype=wide)
-                slope_x = tl.zeros([BLOCK_Q], dtype=wide)
-                slope_y = tl.zeros([BLOCK_Q], dtype=wide)
-                for corner in tl.static_range(4):
-                    row, inside = corner_pixel(corner, left, top, height, width, start)
-                    inside = inside & touches
-                    along_x, along_y = corner_weights(corner, right, down)
-                    row_at = row.to(tl.int64)[:, None] * (num_heads * CHANNELS) + channel[None, :]
-                    is_read = inside[:, None] & (channel < CHANNELS)[None, :]
-                    pixel = tl.load(value + first_element + row_at, mask=is_read, other=0).to(wide)
-                    product = tl.where(inside, tl.sum(pixel * toward, axis=1), 0)
-                    sign_x, sign_y = corner_signs(corner)
-                    grad_weight += along_x * along_y * product
-                    slope_x += sign_x * along_y * product
-                    slope_y += sign_y * along_x * product
+                average, slope_x, slope_y = differentiate(
+                    value + first_element,
+                    toward,
+                    left,
+                    top,
+                    right,
+                    down,
+                    height,
+                    width,
+                    start,
+                    touches,
+                    num_heads * CHANNELS,
+                    channel,
+                    CHANNELS,
+                )
                 if NEEDS_WEIGHTS:
-                    tl.store(grad_weights + sample, grad_weight, mask=exists)
+                    tl.store(grad_weights + sample, average, mask=exists)
                 if NEEDS_LOCATIONS:
-                    tl.store(grad_locations + 2 * sample, slope_x * weight * width, mask=exists)
-                    tl.store(grad_locations + 2 * sample + 1, slope_y * weight * height, mask=exists)
-            if NEEDS_VALUE:  # when everything has been loaded: a load does not overtake an atomic
-                for corner in tl.static_range(4):
-                    row, inside = corner_pixel(corner, left, top, height, width, start)
-                    along_x, along_y = corner_weights(corner, right, down)
-                    row_at = row.to(tl.int64)[:, None] * (num_heads * CHANNELS) + channel[None, :]
-                    is_read = (touches & inside)[:, None] & (channel < CHANNELS)[None, :]
-                    added = toward * (weight * along_x * along_y)[:, None]
-                    tl.atomic_add(grad_value + first_element + row_at, added, mask=is_read, sem="relaxed")
+                    tl.store(grad_locations + 2 * sample, weight * slope_x, mask=exists)
+                    tl.store(grad_locations + 2 * sample + 1, weight * slope_y, mask=exists)
+            if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
+                add_to_corners(
+                    grad_value + first_element,
+                    toward * weight[:, None],
+                    left,
+                    top,
+                    right,
+                    down,
+                    height,
+                    width,
+                    start,
+                    touches,
+                    num_heads * CHANNELS,
+                    channel,
+                    CHANNELS,
+                )
 
 
 def forward(
