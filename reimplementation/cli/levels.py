@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--op", choices=OPS, help="default: both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--repeats", type=arguments.positive, default=10, help="timed runs (default: %(default)s)")
+    parser.add_argument("--repeats", type=arguments.positive, default=5, help="timed runs (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures, with the machine's name")
     parser.add_argument("--picture", metavar="FILE", help="draw where time and memory go, as PNG, SVG, …")
     parser.add_argument("--read", metavar="FILE", type=Path, help="measure nothing: show the figures in FILE")
