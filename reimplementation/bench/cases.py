@@ -29,7 +29,7 @@ from reimplementation.bench.inputs import (
 from reimplementation.bench.memory import extra_memory, kept_memory
 from reimplementation.bench.peers import PEER_PASSES, PEERS, peer_steps
 from reimplementation.bench.results import FLOOR
-from reimplementation.bench.steps import ATTN_DROP, OP_PASSES, call, op_of, op_step
+from reimplementation.bench.steps import ATTN_DROP, OP_PASSES, OPS, call, op_of, op_step
 from reimplementation.bench.timing import Timing, measure, measure_host
 
 DTYPES = {
@@ -95,7 +95,7 @@ class OpCase:
             return ("forward",)
         if backend in PEERS:
             return PEER_PASSES if PEERS[backend].inputs is self.inputs else ()
-        if backend == "grid_sample":  # it has no backward of its own: autograd runs it after a forward
+        if not OPS[self.inputs].has_kernels(backend):  # it has no backward of its own
             return ("forward", "training")
         return tuple(p for p in OP_PASSES if backend == "cuda" or p not in OF_CUDA_ALONE)
 

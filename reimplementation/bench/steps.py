@@ -13,6 +13,7 @@ from reimplementation import ops
 from reimplementation.bench.feature_aggregation import FeatureAggregationInputs
 from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
 from reimplementation.ops.backends.triton import NAMESPACE as TRITON_NAMESPACE
+from reimplementation.ops.backends.triton import OPS as TRITON_OPS
 
 OP_PASSES = ("forward", "forward warm", "backward", "backward frozen", "backward deterministic", "training")
 
@@ -38,6 +39,10 @@ class Op:
     leaves: tuple[int, ...] = (0, 3, 4)
     settings: tuple = ()
     keeps: bool = False
+
+    def has_kernels(self, backend: str) -> bool:
+        """Whether a backend has kernels of this op; where not, its formula runs, whose backward is autograd's."""
+        return backend in ("cuda", "cpu") or (backend == "triton" and self.name in TRITON_OPS)
 
     def backward_step(self, inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]:
         """The kernels of the backward alone."""

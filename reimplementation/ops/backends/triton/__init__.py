@@ -22,12 +22,14 @@ import torch
 from ..backend import Backend, Missing
 from ..native import constant_in_graphs
 
-__all__ = ["NAMESPACE", "TRITON", "when_loaded"]
+__all__ = ["NAMESPACE", "OPS", "TRITON", "when_loaded"]
 
 NAMESPACE = "reimplementation_triton"
 """Of the operators: ``torch.ops.reimplementation_triton.deformable_aggregation``, say."""
 
 OPS = ("deformable_aggregation", "ms_deform_attn")
+"""The ops that have kernels here, a module each."""
+
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (7, 0)  # of an NVIDIA GPU; below, Triton compiles nothing (torch._inductor refuses it likewise)
 
