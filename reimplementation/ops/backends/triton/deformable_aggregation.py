@@ -35,6 +35,8 @@ from .footprint import (
     warps,
 )
 
+SIZES = ["num_rows", "num_queries", "num_points", "num_cams", "num_levels"]
+"""Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
 FORWARD_TILE = 512  # elements; with fewer groups a program there are more programs to share out among multiprocessors
 
 
@@ -62,7 +64,7 @@ def corner_channels(corner: tl.constexpr, left, top, height, width, start, chann
     return place, inside[:, None, None] & is_channel[None, :, :], inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     features,
     shapes,
@@ -147,7 +149,7 @@ def add_to_corners(
         tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     grad_output,
     features,

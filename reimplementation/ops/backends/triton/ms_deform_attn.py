@@ -35,6 +35,8 @@ from .footprint import (
     warps,
 )
 
+SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
+"""Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
 TILE = 256  # elements, queries x channels: one warp, which has nobody to wait for
 
 
@@ -67,7 +69,7 @@ def corner_channels(
     return place, inside[:, None] & (channel < CHANNELS)[None, :], inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     value,
     shapes,
@@ -172,7 +174,7 @@ def add_to_corners(
         tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None], mask=is_read, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     grad_output,
     value,
