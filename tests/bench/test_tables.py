@@ -40,6 +40,13 @@ def test_a_peer_stands_beside_ours_and_not_among_them():
     assert "| msda-encoder | forward | bfloat16 | 20 | 30 (1.50x) |" in table and table.count("30") == 1
 
 
+def test_triton_stands_beside_the_extension():
+    """Its row is not taken for the extension's of the same case, pass and dtype."""
+    found = document(result(us=20), result(us=25, backend="triton"))
+    assert "| rig-bs1 | forward | 20 / 24 |" in tables.markdown(found)
+    assert "| rig-bs1 | forward | float32 | 20 | 25 (1.25x) |" in tables.markdown(found)
+
+
 def test_every_goal_belongs_to_a_case():
     for device, case, passed, dtype in goals.GOALS:
         assert device in goals.MACHINES and dtype in cases.DTYPES
