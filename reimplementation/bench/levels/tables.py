@@ -17,9 +17,9 @@ TEXTS = 2  # columns of words
 FORMULAS = (
     "Time: on a GPU that of a replayed CUDA graph, on a CPU that of a call. Call: until the result is there. "
     "Host: what of a call the host is busy for. Memory: the most held beyond the inputs. Of a copy: the bytes of the "
-    "rows that a forward gathers, over its time, as a share of what a copy of memory reads and writes. First call: "
-    "forward and backward, with whatever compiles. Lines: of the op's own code. Errors: of output and gradients "
-    "against float64, as a share of the largest number."
+    "rows that a forward gathers, over its time, as a share of what a copy of memory reads and writes; what lies in "
+    "caches is read faster than that. First call: forward and backward, with whatever compiles. Lines: of the op's own "
+    "code. Errors: of output and gradients against float64, as a share of the largest number."
 )
 
 
