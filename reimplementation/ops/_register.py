@@ -61,7 +61,8 @@ def define(spec: Spec, formula: Callable[..., Tensor], flags: Flags = lambda nee
     if EXTENSION_AVAILABLE and not hasattr(torch.ops.reimplementation, spec.name):
         raise ImportError(
             f"the compiled library of reimplementation has no {spec.name}: it was built from older sources than the "
-            "package's; build it again, by `pip install .` or `python setup.py build_ext --inplace` in the source folder"
+            "package's; build it again, by `pip install .` or `python setup.py build_ext --inplace` in the source "
+            "folder"
         )
     op = Op(spec, formula)
     if EXTENSION_AVAILABLE:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reimplementation import ops
 from tests import reference
 from tests.fuzz import rules
-from tests.fuzz.drawing import Draw
+from tests.fuzz.drawing import OF_THE_EXTENSION, Draw
 from tests.fuzz.rules import Expected, reshaped
 from tests.fuzz.sampling import SamplingDrawing
 from tests.ops.inputs import STEP, AttentionInputs, from_offsets, quantized
@@ -29,7 +28,7 @@ class OffsetsDrawing(SamplingDrawing):
     def draw(self) -> Draw:
         rng = self.rng
         self.dtype = rng.choice(FLOATING)
-        result = Draw(self.op, rng.choice(ops.available_backends(self.device)), [], ())
+        result = Draw(self.op, rng.choice(self.backends), [], ())
         shapes, starts, num_rows, levels_fit = self.levels()
         sizes = self.sizes(shapes, num_rows)
         locations, _ = self.location(sizes["location"])
@@ -43,7 +42,7 @@ class OffsetsDrawing(SamplingDrawing):
             scale=scale,
         )
         numbers[4] = numbers[4].nan_to_num(0, 1e3, -1e3).clamp(-1e5, 1e5)  # of sides that are no sides
-        result.direct = result.backend != "grid_sample" and self.chance(0.2)
+        result.direct = result.backend in OF_THE_EXTENSION and self.chance(0.2)
         predicted = rng.choice([self.dtype, torch.float32]) if self.dtype != torch.float64 else torch.float64
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         metadata = self.place([self.lay_out(t, "metadata") for t in self.narrow(shapes, starts)])
