@@ -82,9 +82,12 @@ class TestModules:
             case.call(module, operands).sum().backward()
         backward = f"{case.op}_backward"
         [arguments] = [args for name, args in zip(calls.names, calls.arguments) if name == backward]
-        settings = {"ms_deform_attn": [], "deformable_feature_aggregation": [False]}[case.op]  # before what is needed
+        before = {  # of a backward's flags: settings, and what has no gradient
+            "ms_deform_attn_from_offsets": [False, False],  # value and reference points
+            "deformable_feature_aggregation": [False, False],  # a setting, and the features
+        }[case.op]
         flags = [argument for argument in arguments if isinstance(argument, bool)]
-        assert flags[: len(settings) + 3] == [*settings, False, True, True]
+        assert flags[: len(before) + 2] == [*before, True, True]
         assert all(parameter.grad is not None for parameter in trainable(module))
 
     def test_functional_call(self, case, backend_device):
