@@ -54,7 +54,8 @@ def load_position(locations, sample, height, width, exists):
     """Positions in pixels, x and y, and which of the samples' footprints touch the level, NaN's do not."""
     x = tl.load(locations + 2 * sample, mask=exists, other=0) * width - 0.5
     y = tl.load(locations + 2 * sample + 1, mask=exists, other=0) * height - 0.5
-    touches = exists & (height > 0) & (x > -1) & (x < width) & (y > -1) & (y < height)
+    bottom = tl.where(height > 0, height, -1)  # nothing touches an empty level
+    touches = exists & (x > -1) & (x < width) & (y > -1) & (y < bottom)
     return tl.where(touches, x, 0), tl.where(touches, y, 0), touches
 
 
