@@ -144,9 +144,9 @@ struct ReadableOperands {
 };
 
 // One implementation per device; the CPU's backward gives the same bits every time, asked for or not. Beside the output
-// the forward returns statistics (batch, num_queries, num_groups, 2) for the backward: the largest logit, and the sum
-// of the exponentials of how much smaller the logits are. The backward returns the gradients of features, key points,
-// logits and camera logits; one that is not needed has no elements.
+// the forward returns statistics (batch, num_queries, num_groups, 2) for the backward: a number that no logit exceeds,
+// such as the largest, and the sum of the exponentials of the logits less that number. The backward returns the
+// gradients of features, key points, logits and camera logits; one that is not needed has no elements.
 std::tuple<Tensor, Tensor> forward_cpu(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,

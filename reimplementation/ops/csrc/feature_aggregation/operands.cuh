@@ -31,7 +31,7 @@ struct Inputs {
   const L* logits;              // (batch, queries, one row or one for each camera)
   const L* camera_logits;       // (batch, cams, row), or null: each camera has a row of each query
   const C* combined;            // (batch, row), or null: softmax.cuh says what
-  const C* statistics;          // (batch, queries, groups, 2): the largest logit, and the sum of exponentials
+  const C* statistics;          // (batch, queries, groups, 2): see op.h
   const bool* keep;             // (batch, queries, cams, points), or null
   const unsigned char* hidden;  // likewise: pairs that the softmax leaves out
   LevelTable levels;
