@@ -178,9 +178,7 @@ def test_arguments_are_checked():
 def test_the_devkit_says_the_same():
     for seed in range(3):
         truth, found = random_boxes(seed, num_samples=8)
-        found = found[
-            np.argsort(found.sample, kind="stable")
-        ]  # of equal scores the devkit takes the last sample's first
+        found = found[np.argsort(found.sample, kind="stable")]  # as the devkit orders equal scores
         document = {"num_samples": 8, "classes": CLASSES, "distances": DISTANCES}
         document |= {"truth": as_json(truth), "detections": as_json(found)}
         said = subprocess.run(
