@@ -1,0 +1,124 @@
+"""What a training is: dataclasses with SparseDrive's values as defaults, and their YAML form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reimplementation.data.synthetic import FRAMES_PER_DRIVE
+from reimplementation.models.checks import check_positive
+from reimplementation.models.sparsedrive.config import SparseDriveConfig
+from reimplementation.models.sparsedrive.mappings import read_dataclass, write_dataclass
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Synthetic drives.
+
+    image_wh               pixels of the images that the network sees
+    seed                   of the town; drives that are held out are another town's
+    num_drives             how many are driven, over and over; None: always new ones
+    frames_per_drive       at two a second
+    num_validation_drives  held out, to evaluate on
+    """
+
+    image_wh: tuple[int, ...] = (704, 256)
+    seed: int = 0
+    num_drives: int | None = None
+    frames_per_drive: int = FRAMES_PER_DRIVE
+    num_validation_drives: int = 8
+
+    def __post_init__(self) -> None:
+        if len(self.image_wh) != 2 or min(self.image_wh) < 32:
+            raise ValueError(f"image_wh must be a width and a height of at least 32 pixels; got {self.image_wh}")
+        check_positive(frames_per_drive=self.frames_per_drive, num_validation_drives=self.num_validation_drives)
+        if self.num_drives is not None:
+            check_positive(num_drives=self.num_drives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, a linear warm-up and a cosine after it; the defaults are those of SparseDrive's first stage, batch 64.
+
+    lr               learning rate; a smaller batch wants a lower one
+    backbone_factor  what the backbone's rate is times that
+    max_norm         gradients that are longer are cut to it
+    warmup_steps     steps in which the rate grows from ``warmup_factor`` times its value
+    final_factor     what is left of the rate after the last step
+    """
+
+    lr: float = 4e-4
+    weight_decay: float = 1e-3
+    backbone_factor: float = 0.5
+    max_norm: float = 25.0
+    warmup_steps: int = 500
+    warmup_factor: float = 1 / 3
+    final_factor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or not self.max_norm > 0:
+            raise ValueError(f"lr and max_norm must be positive; got {self.lr} and {self.max_norm}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative; got {self.warmup_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A whole training.
+
+    num_steps         how often the parameters move
+    batch_size        frames a step, of all processes together
+    precision         "float32", or "bfloat16": the network runs under autocast, and parameters stay float32
+    checkpoint_every  steps
+    keep_checkpoints  how many stay on the disk, the newest ones
+    """
+
+    num_steps: int
+    batch_size: int = 8
+    seed: int = 0
+    precision: str = "float32"
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    model: SparseDriveConfig = field(default_factory=SparseDriveConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            checkpoint_every=self.checkpoint_every,
+            keep_checkpoints=self.keep_checkpoints,
+        )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+
+    @classmethod
+    def from_dict(cls, values: object) -> TrainingConfig:
+        """The training that a mapping describes; what it leaves out has its default.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value out of range.
+            TypeError: a value has the wrong type.
+        """
+        return read_dataclass(cls, values)
+
+    def to_dict(self) -> dict:
+        """Plain dicts, lists, numbers and text."""
+        return write_dataclass(self)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainingConfig:
+        """Read a YAML file. Needs PyYAML.
+
+        Raises:
+            ValueError: the file is no such YAML, or as `from_dict`; a wrong type too, as it is the file that is wrong.
+        """
+        import yaml
+
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,138 @@
+"""A detector on drives that no training saw: what is there, what it finds, and how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from reimplementation.models.sparsedrive import SparseDrive
+
+from .batches import Batch, SyntheticFrames
+from .config import DataConfig
+from .evaluate import DetectionMetrics, EvalBoxes, evaluate_detections, within_class_range
+from .map_metrics import EvalLines, MapMetrics, evaluate_lines
+
+ATTRIBUTES = (
+    "vehicle.moving",
+    "vehicle.parked",
+    "vehicle.stopped",
+    "cycle.with_rider",
+    "cycle.without_rider",
+    "pedestrian.moving",
+    "pedestrian.standing",
+)
+MOVING = 0.2  # metres a second
+_ATTRIBUTES_OF = {  # of what moves, and of what stands
+    **dict.fromkeys(("car", "truck", "trailer", "construction_vehicle"), ("vehicle.moving", "vehicle.parked")),
+    "bus": ("vehicle.moving", "vehicle.stopped"),
+    **dict.fromkeys(("motorcycle", "bicycle"), ("cycle.with_rider", "cycle.without_rider")),
+    "pedestrian": ("pedestrian.moving", "pedestrian.standing"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of boxes, and of map lines where the detector finds such."""
+
+    boxes: DetectionMetrics
+    lines: MapMetrics | None
+
+    def to_dict(self) -> dict:
+        """What a JSON file holds."""
+        return {"boxes": self.boxes.to_dict(), "lines": None if self.lines is None else self.lines.to_dict()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: SparseDrive,
+    data: DataConfig,
+    device: torch.device,
+    precision: str = "float32",
+    on_frame: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Drive the held-out drives of a configuration, all side by side, frame by frame, and judge what is found.
+
+    Args:
+        model: on the device; it is put into evaluation.
+        data: the drives.
+        device: where.
+        precision: "float32", or "bfloat16" for autocast.
+        on_frame: is told how many moments are done, of how many.
+    """
+    model.eval()
+    frames = SyntheticFrames(data, model.config, device, held_out=True)
+    num_drives, num_frames = data.num_validation_drives, data.frames_per_drive
+    state = model.initial_state(num_drives)
+    truth, found = [], []
+    for frame in range(num_frames):
+        batch = frames.batch([(drive, frame) for drive in range(num_drives)])
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            outputs, state = model(batch.images, batch.metas, state, every_layer=False)
+        truth += _truth(batch)
+        found += [{name: x.float().cpu().numpy() for name, x in sample.items()} for sample in model.decode(outputs)]
+        on_frame((frame + 1) * num_drives, num_frames * num_drives)
+    classes = model.config.det.classes
+    boxes = (within_class_range(to_boxes(samples, classes), classes) for samples in (truth, found))
+    metrics = evaluate_detections(*boxes, classes)
+    if model.config.map is None:
+        return Evaluation(metrics, None)
+    return Evaluation(metrics, evaluate_lines(to_lines(truth), to_lines(found), model.config.map.classes))
+
+
+def attributes(label: np.ndarray, velocity: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """The attribute (n,) that a box's class and speed suggest, a place in `ATTRIBUTES`; -1: its class has none."""
+    kinds = [_ATTRIBUTES_OF.get(name) for name in classes]
+    table = np.array([[-1, -1] if kind is None else [ATTRIBUTES.index(name) for name in kind] for kind in kinds])
+    stands = np.linalg.norm(velocity, axis=1) <= MOVING
+    return table[label, stands.astype(int)]
+
+
+def to_boxes(samples: Sequence[Mapping[str, np.ndarray]], classes: Sequence[str]) -> EvalBoxes:
+    """Boxes of samples 0, 1, … as `SparseDrive.decode` gives them, in the lidar's frames."""
+    parts = []
+    for index, sample in enumerate(samples):
+        boxes, label = sample["boxes_3d"].astype(np.float64), sample["labels_3d"].astype(np.int64)
+        parts.append(
+            EvalBoxes(
+                sample=np.full(len(boxes), index),
+                label=label,
+                center=boxes[:, :3],
+                size=boxes[:, 3:6],
+                yaw=boxes[:, 6],
+                velocity=boxes[:, 7:],
+                attribute=attributes(label, boxes[:, 7:], classes),
+                ego_distance=np.linalg.norm(boxes[:, :2], axis=1),
+                score=sample["scores_3d"].astype(np.float64),
+            )
+        )
+    return EvalBoxes.concatenate(parts)
+
+
+def to_lines(samples: Sequence[Mapping[str, np.ndarray]]) -> EvalLines:
+    """Map lines of samples 0, 1, … as `SparseDrive.decode` gives them."""
+    return EvalLines.concatenate(
+        [
+            EvalLines(
+                np.full(len(sample["map_lines"]), index),
+                sample["map_labels"].astype(np.int64),
+                sample["map_lines"].astype(np.float64),
+                sample["map_scores"].astype(np.float64),
+            )
+            for index, sample in enumerate(samples)
+        ]
+    )
+
+
+def _truth(batch: Batch) -> list[dict[str, np.ndarray]]:
+    """The targets of each sample in the form of detections, with the score 1."""
+    targets = {name: values for name, values in batch.targets.items() if name not in ("depth", "instance_id")}
+    samples = [dict(zip(targets, values)) for values in zip(*targets.values())]
+    arrays = [{name: value.cpu().numpy() for name, value in sample.items()} for sample in samples]
+    for sample in arrays:
+        sample["scores_3d"] = np.ones(len(sample["labels_3d"]))
+        if "map_labels" in sample:
+            sample["map_scores"] = np.ones(len(sample["map_labels"]))
+    return arrays

@@ -1,0 +1,186 @@
+"""The training: step after step, from the last checkpoint on.
+
+All that is drawn at random in a step follows from the seed and the step's number, and all that one step hands to the
+next is in the checkpoint. So a training that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from reimplementation.models.sparsedrive import SparseDrive, TemporalState
+from reimplementation.models.sparsedrive.denoising import DenoisingState
+from reimplementation.models.sparsedrive.detector import State
+
+from . import checkpoint
+from .batches import Batch, SyntheticFrames, places_at, slots_of
+from .config import TrainingConfig
+from .journal import Journal
+from .optimization import make_optimizer, rate_factor, set_rate
+from .processes import Process
+
+STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
+MAY_CHANGE = ("checkpoint_every", "keep_checkpoints")  # of a configuration, when a training goes on
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after how many steps, whether these were all, and the checkpoint of it."""
+
+    step: int
+    is_finished: bool
+    checkpoint: Path
+
+
+class Training:
+    """A training in a folder, new or gone on with.
+
+    Args:
+        config: what to train; of the folder's training, if there is one.
+        folder: for checkpoints and metrics.
+        process: of one, or of several that share each batch.
+
+    Raises:
+        ValueError: the folder holds a training of another configuration.
+    """
+
+    def __init__(self, config: TrainingConfig, folder: Path, process: Process):
+        self.config, self.folder, self.process = config, folder, process
+        self.slots = slots_of(process.rank, process.world_size, config.batch_size)
+        self.frames = SyntheticFrames(config.data, config.model, process.device)
+        torch.manual_seed(config.seed)
+        self.model = SparseDrive(config.model).train().to(process.device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.state: State = self.model.initial_state(len(self.slots))
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._go_on_from(checkpoint.load_newest(folder))
+        self.network = _distributed(self.model, process)
+
+    def run(self, on_step: Callable[[dict], None], is_stopped: Callable[[], bool]) -> Outcome:
+        """Train until the last step, or until ``is_stopped`` says so; what was done is in a checkpoint then.
+
+        Args:
+            on_step: is told the numbers of every step, in the first process.
+            is_stopped: is asked after every step.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written.
+            RuntimeError: the loss is no finite number.
+        """
+        journal = Journal(self.folder, self.step) if self.process.is_first else None
+        stopped, saved = False, None
+        try:
+            while self.step < self.config.num_steps and not stopped:
+                row, stopped = self._one_step(is_stopped)
+                if journal is not None:
+                    journal.write(row)
+                    on_step(row)
+                self.step += 1
+                ends = stopped or self.step == self.config.num_steps
+                saved = self.save() if ends or self.step % self.config.checkpoint_every == 0 else None
+        finally:
+            if journal is not None:
+                journal.close()
+        if saved is None and (saved := checkpoint.newest(self.folder)) is None:
+            saved = self.save()
+        return Outcome(self.step, self.step == self.config.num_steps, saved)
+
+    def save(self) -> Path:
+        """Write a checkpoint, in the first process; the others wait."""
+        state = {name: _fields(remembered, self.process) for name, remembered in self.state.items()}
+        path = self.folder
+        if self.process.is_first:
+            document = {
+                "step": self.step,
+                "config": self.config.to_dict(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "state": state,
+            }
+            path = checkpoint.save(self.folder, self.step, document, self.config.keep_checkpoints)
+        self.process.wait()
+        return path
+
+    def _one_step(self, is_stopped: Callable[[], bool]) -> tuple[dict, bool]:
+        began = time.perf_counter()
+        config = self.config
+        torch.manual_seed((config.seed * 1_000_003 + self.step) * 1009 + self.process.rank)
+        places, passes = places_at(self.step, self.slots, config.batch_size, config.data)
+        batch = self.frames.batch(places, passes)
+        factor = rate_factor(self.step, config.num_steps, config.optimizer)
+        set_rate(self.optimizer, factor)
+        terms = self._losses(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_norm)
+        shared = torch.stack([*terms.values(), norm, norm.new_tensor(float(is_stopped()))]).detach()
+        *values, norm_value, stops = self.process.mean(shared).tolist()
+        self._check(dict(zip(terms, values)), norm_value)
+        self.optimizer.step()
+        seconds = time.perf_counter() - began
+        row = {"step": self.step, "loss": sum(values), **dict(zip(terms, values)), "grad_norm": norm_value}
+        row |= {"lr": config.optimizer.lr * factor, "seconds": seconds}
+        return row, stops > 0
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        is_half = self.config.precision == "bfloat16"
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=is_half):
+            outputs, self.state = self.network(batch.images, batch.metas, self.state, batch.targets)
+        return self.model.loss(outputs, batch.targets)
+
+    def _check(self, terms: dict[str, float], norm: float) -> None:
+        """Raise where the step would spoil the parameters; every process sees the same numbers, and raises."""
+        wrong = [name for name, value in {**terms, "the gradient's norm": norm}.items() if not abs(value) < float("inf")]
+        if wrong:
+            last = checkpoint.newest(self.folder)
+            raise RuntimeError(
+                f"step {self.step}: not a finite number: {', '.join(wrong[:5])}. The parameters are as they were before "
+                f"it, and the last good checkpoint is {last or 'none yet'}; a lower learning rate or a longer warm-up "
+                "may help"
+            )
+
+    def _go_on_from(self, found: tuple[Path, dict] | None) -> None:
+        if found is None:
+            return
+        path, document = found
+        ours, theirs = (
+            {k: v for k, v in values.items() if k not in MAY_CHANGE}
+            for values in (self.config.to_dict(), document["config"])
+        )
+        if ours != theirs:
+            different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            raise ValueError(
+                f"{path} is of a training with other settings ({', '.join(different)}); choose another folder, or the "
+                "configuration that it began with"
+            )
+        self.model.load_state_dict(document["model"])
+        self.optimizer.load_state_dict(document["optimizer"])
+        self.step = document["step"]
+        own = slice(self.slots.start, self.slots.stop)
+        self.state = {
+            name: STATES[name](**{key: value[own].to(self.process.device) for key, value in remembered.items()})
+            for name, remembered in document["state"].items()
+        }
+
+
+def _distributed(model: SparseDrive, process: Process) -> nn.Module:
+    """The model whose gradients are the mean over all processes, and whose norms see all of the batch on GPUs."""
+    if process.world_size == 1:
+        return model
+    if process.device.type == "cuda":
+        model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
+        return DistributedDataParallel(model, device_ids=[process.device.index], gradient_as_bucket_view=True)
+    return DistributedDataParallel(model)
+
+
+def _fields(state: TemporalState | DenoisingState, process: Process) -> dict[str, Tensor]:
+    """A state's tensors by name, of all samples of the batch."""
+    return {name: process.joined(value) for name, value in state._asdict().items()}

@@ -1,0 +1,40 @@
+"""How parameters move: AdamW in SparseDrive's groups, and its learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from reimplementation.models.sparsedrive import SparseDrive
+
+from .config import OptimizerConfig
+
+
+def make_optimizer(model: SparseDrive, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with two groups, of which the backbone's learns more slowly; ``initial_lr`` is what the schedule scales."""
+    groups: dict[bool, list] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("img_backbone.")].append(parameter)
+    rates = {False: config.lr, True: config.lr * config.backbone_factor}
+    return torch.optim.AdamW(
+        [{"params": groups[kind], "lr": rates[kind], "initial_lr": rates[kind]} for kind in groups],
+        weight_decay=config.weight_decay,
+        fused=next(model.parameters()).is_cuda,
+    )
+
+
+def rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """What the learning rate of a step, from 0 on, is times its full value: half a cosine, times a linear warm-up."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    factor = config.final_factor + (1 - config.final_factor) * cosine
+    if step < config.warmup_steps:
+        factor *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
+    return factor
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its own rate times the factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
