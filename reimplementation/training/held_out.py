@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from reimplementation.models.sparsedrive import SparseDrive
+from reimplementation.models.sparsedrive import SparseDrive, SparseDriveConfig
 
 from .batches import Batch, SyntheticFrames
 from .config import DataConfig
@@ -24,6 +24,7 @@ ATTRIBUTES = (
     "pedestrian.moving",
     "pedestrian.standing",
 )
+Sample = Mapping[str, np.ndarray]
 MOVING = 0.2  # metres a second
 _ATTRIBUTES_OF = {  # of what moves, and of what stands
     **dict.fromkeys(("car", "truck", "trailer", "construction_vehicle"), ("vehicle.moving", "vehicle.parked")),
@@ -46,40 +47,40 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: SparseDrive,
-    data: DataConfig,
-    device: torch.device,
-    precision: str = "float32",
-    on_frame: Callable[[int, int], None] = lambda done, of: None,
-) -> Evaluation:
-    """Drive the held-out drives of a configuration, all side by side, frame by frame, and judge what is found.
+def moments(
+    model: SparseDrive, data: DataConfig, device: torch.device, precision: str = "float32"
+) -> Iterator[tuple[list[Sample], list[Sample]]]:
+    """Drive the held-out drives of a configuration, all side by side.
 
     Args:
         model: on the device; it is put into evaluation.
         data: the drives.
         device: where.
         precision: "float32", or "bfloat16" for autocast.
-        on_frame: is told how many moments are done, of how many.
+
+    Yields:
+        Frame by frame what is there and what is found, both with an entry a drive, as `SparseDrive.decode` gives it.
     """
     model.eval()
     frames = SyntheticFrames(data, model.config, device, held_out=True)
-    num_drives, num_frames = data.num_validation_drives, data.frames_per_drive
-    state = model.initial_state(num_drives)
-    truth, found = [], []
-    for frame in range(num_frames):
-        batch = frames.batch([(drive, frame) for drive in range(num_drives)])
+    state = model.initial_state(data.num_validation_drives)
+    for frame in range(data.frames_per_drive):
+        batch = frames.batch([(drive, frame) for drive in range(data.num_validation_drives)])
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs, state = model(batch.images, batch.metas, state, every_layer=False)
-        truth += _truth(batch)
-        found += [{name: x.float().cpu().numpy() for name, x in sample.items()} for sample in model.decode(outputs)]
-        on_frame((frame + 1) * num_drives, num_frames * num_drives)
-    classes = model.config.det.classes
+        found = [{name: x.float().cpu().numpy() for name, x in sample.items()} for sample in model.decode(outputs)]
+        yield _truth(batch), found
+
+
+def judge(frames: Sequence[tuple[list[Sample], list[Sample]]], config: SparseDriveConfig) -> Evaluation:
+    """The metrics of what `moments` yielded."""
+    truth, found = ([sample for frame in frames for sample in frame[which]] for which in range(2))
+    classes = config.det.classes
     boxes = (within_class_range(to_boxes(samples, classes), classes) for samples in (truth, found))
     metrics = evaluate_detections(*boxes, classes)
-    if model.config.map is None:
+    if config.map is None:
         return Evaluation(metrics, None)
-    return Evaluation(metrics, evaluate_lines(to_lines(truth), to_lines(found), model.config.map.classes))
+    return Evaluation(metrics, evaluate_lines(to_lines(truth), to_lines(found), config.map.classes))
 
 
 def attributes(label: np.ndarray, velocity: np.ndarray, classes: Sequence[str]) -> np.ndarray:
@@ -90,7 +91,7 @@ def attributes(label: np.ndarray, velocity: np.ndarray, classes: Sequence[str]) 
     return table[label, stands.astype(int)]
 
 
-def to_boxes(samples: Sequence[Mapping[str, np.ndarray]], classes: Sequence[str]) -> EvalBoxes:
+def to_boxes(samples: Sequence[Sample], classes: Sequence[str]) -> EvalBoxes:
     """Boxes of samples 0, 1, … as `SparseDrive.decode` gives them, in the lidar's frames."""
     parts = []
     for index, sample in enumerate(samples):
@@ -111,7 +112,7 @@ def to_boxes(samples: Sequence[Mapping[str, np.ndarray]], classes: Sequence[str]
     return EvalBoxes.concatenate(parts)
 
 
-def to_lines(samples: Sequence[Mapping[str, np.ndarray]]) -> EvalLines:
+def to_lines(samples: Sequence[Sample]) -> EvalLines:
     """Map lines of samples 0, 1, … as `SparseDrive.decode` gives them."""
     return EvalLines.concatenate(
         [
@@ -126,7 +127,7 @@ def to_lines(samples: Sequence[Mapping[str, np.ndarray]]) -> EvalLines:
     )
 
 
-def _truth(batch: Batch) -> list[dict[str, np.ndarray]]:
+def _truth(batch: Batch) -> list[Sample]:
     """The targets of each sample in the form of detections, with the score 1."""
     targets = {name: values for name, values in batch.targets.items() if name not in ("depth", "instance_id")}
     samples = [dict(zip(targets, values)) for values in zip(*targets.values())]

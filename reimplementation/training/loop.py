@@ -138,7 +138,9 @@ class Training:
 
     def _check(self, terms: dict[str, float], norm: float) -> None:
         """Raise where the step would spoil the parameters; every process sees the same numbers, and raises."""
-        wrong = [name for name, value in {**terms, "the gradient's norm": norm}.items() if not abs(value) < float("inf")]
+        wrong = [
+            name for name, value in {**terms, "the gradient's norm": norm}.items() if not abs(value) < float("inf")
+        ]
         if wrong:
             last = checkpoint.newest(self.folder)
             raise RuntimeError(

@@ -1,0 +1,100 @@
+"""`python -m reimplementation evaluate`: nuScenes' metrics of a trained detector on drives that it has not seen."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from reimplementation.training import checkpoint
+from reimplementation.training.config import TrainingConfig
+from reimplementation.training.evaluate import DISTANCES, ERRORS
+from reimplementation.training.held_out import Evaluation
+
+from . import arguments
+
+ERROR_NAMES = dict(zip(ERRORS, ("mATE", "mASE", "mAOE", "mAVE", "mAAE")))
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="judge a trained detector by nuScenes' metrics",
+        description="Run the newest checkpoint of a training on drives that are held out, and say mAP, NDS and the "
+        "five errors of boxes, and the mAP of map lines.",
+    )
+    parser.add_argument("--work-dir", metavar="DIR", required=True, help="of the training")
+    parser.add_argument("--checkpoint", metavar="FILE", help="another than the newest one")
+    parser.add_argument("--drives", metavar="N", type=arguments.positive, help="how many (default: the training's)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    parser.add_argument("--picture", metavar="FILE", help="draw the curves of precision over recall there")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    picture = arguments.picture("--picture", options.picture)
+    output = arguments.file("--json", options.json)
+    device = arguments.device(options.device)
+    path, document = _read(options.work_dir, options.checkpoint)
+    config = TrainingConfig.from_dict(document["config"])
+    data = config.data
+    if options.drives is not None:
+        data = dataclasses.replace(data, num_validation_drives=options.drives)
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from reimplementation.models.sparsedrive import SparseDrive
+    from reimplementation.training.held_out import judge, moments
+
+    model = SparseDrive(config.model)
+    model.load_state_dict(document["model"])
+    model = model.to(device)
+    steps = track(
+        moments(model, data, device, config.precision),
+        "driving",
+        total=data.frames_per_drive,
+        console=Console(stderr=True),
+        transient=True,
+    )
+    evaluation = judge(list(steps), model.config)
+    _print_tables(evaluation, f"{path}, {data.num_validation_drives} drives")
+    if output is not None:
+        output.write_text(json.dumps({"step": document["step"], **evaluation.to_dict()}, indent=1) + "\n")
+        print(f"numbers: {output}")
+    if picture is not None:
+        from reimplementation.training.drawing import draw_curves
+
+        draw_curves(picture, evaluation.boxes)
+        print(f"picture: {picture}")
+
+
+def _read(folder: str, file: str | None) -> tuple[Path, dict]:
+    if file is not None:
+        return Path(file), checkpoint.load(Path(file))
+    found = checkpoint.load_newest(Path(folder))
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint of a training")
+    return found
+
+
+def _print_tables(evaluation: Evaluation, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    boxes = evaluation.boxes
+    table = Table("class", *(f"AP {distance:g} m" for distance in DISTANCES), *ERRORS, title=title)
+    for name, by_distance in boxes.average_precision.items():
+        table.add_row(name, *map(_shown, by_distance.values()), *map(_shown, boxes.errors[name].values()))
+    console = Console()
+    console.print(table)
+    errors = ", ".join(f"{ERROR_NAMES[name]} {_shown(value)}" for name, value in boxes.mean_errors.items())
+    console.print(f"mAP {_shown(boxes.mean_average_precision)}, NDS {_shown(boxes.nd_score)}, {errors}")
+    if evaluation.lines is not None:
+        console.print(f"map lines: mAP {_shown(evaluation.lines.mean_average_precision)}")
+
+
+def _shown(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}"

@@ -1,0 +1,51 @@
+"""Held-out drives are driven and judged."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from reimplementation.models.sparsedrive import SparseDrive
+from reimplementation.training.held_out import ATTRIBUTES, attributes, judge, moments
+from tests.training.tiny import MODEL, TINY
+
+
+@pytest.fixture(scope="module")
+def driven():
+    torch.manual_seed(0)
+    data = dataclasses.replace(TINY.data, num_validation_drives=2)
+    return list(moments(SparseDrive(MODEL), data, torch.device("cpu")))
+
+
+def test_the_truth_is_perfect(driven):
+    evaluation = judge([(truth, truth) for truth, _ in driven], MODEL)
+    labels = {MODEL.det.classes[label] for truth, _ in driven for sample in truth for label in sample["labels_3d"]}
+    for name, by_distance in evaluation.boxes.average_precision.items():
+        expected = [0.0, 1.0] if name not in labels else [1.0]  # a class may be out of its range
+        assert all(min(abs(value - e) for e in expected) < 1e-9 for value in by_distance.values())
+    assert evaluation.boxes.average_precision["car"][0.5] == pytest.approx(1)
+    assert evaluation.boxes.errors["car"]["attr"] == 0
+    assert evaluation.lines.average_precision["divider"][0.5] == 1
+
+
+def test_an_untrained_detector_is_not(driven):
+    assert len(driven) == 3 and all(len(truth) == len(found) == 2 for truth, found in driven)
+    evaluation = judge(driven, MODEL)
+    assert evaluation.boxes.mean_average_precision < 0.05
+    assert set(evaluation.to_dict()) == {"boxes", "lines"}
+
+
+def test_attributes():
+    classes = ("car", "bicycle", "bus", "pedestrian", "barrier")
+    label = np.array([0, 0, 1, 2, 3, 4])
+    velocity = np.array([[3.0, 0], [0.1, 0], [0, 2], [0, 0], [0, 0], [5, 5]])
+    names = [ATTRIBUTES[a] if a >= 0 else None for a in attributes(label, velocity, classes)]
+    assert names == [
+        "vehicle.moving",
+        "vehicle.parked",
+        "cycle.with_rider",
+        "vehicle.stopped",
+        "pedestrian.standing",
+        None,
+    ]

@@ -1,0 +1,153 @@
+"""A training goes on as if nothing had happened, and stops with a word where it must."""
+
+import dataclasses
+import math
+import os
+import socket
+
+import pytest
+import torch
+
+from reimplementation.training import checkpoint, journal
+from reimplementation.training.loop import Training
+from reimplementation.training.optimization import make_optimizer, rate_factor
+from reimplementation.training.processes import join
+from tests.training.tiny import ALONE, TINY
+
+pytest.importorskip("scipy")
+
+
+def never() -> bool:
+    return False
+
+
+def quietly(row: dict) -> None:
+    pass
+
+
+def numbers(folder) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in journal.read(folder)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    outcome = Training(TINY, folder, ALONE).run(quietly, never)
+    assert (outcome.step, outcome.is_finished) == (4, True)
+    return folder
+
+
+def test_stopped_and_gone_on_with(uninterrupted, tmp_path):
+    """The same numbers to the last bit, and the same parameters."""
+    first = Training(TINY, tmp_path, ALONE)
+    outcome = first.run(quietly, lambda: first.step == 1)
+    assert (outcome.step, outcome.is_finished) == (2, False) and outcome.checkpoint.is_file()
+    Training(TINY, tmp_path, ALONE).run(quietly, never)
+    assert len(numbers(tmp_path)) == 4 and numbers(tmp_path) == numbers(uninterrupted)
+    (_, ours), (_, theirs) = (checkpoint.load_newest(folder) for folder in (tmp_path, uninterrupted))
+    for name, value in theirs["model"].items():
+        assert torch.equal(ours["model"][name], value), name
+
+
+def test_killed_and_gone_on_with(uninterrupted, tmp_path):
+    """What was done after the last checkpoint is done again, and written down once."""
+    config = dataclasses.replace(TINY, checkpoint_every=2)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(row):
+        if row["step"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Training(config, tmp_path, ALONE).run(kill, never)
+    (tmp_path / journal.METRICS).open("a").write('{"step": 3, "lo')  # a line that was cut off
+    again = Training(config, tmp_path, ALONE)
+    assert again.step == 2
+    again.run(quietly, never)
+    assert numbers(tmp_path) == numbers(uninterrupted)
+
+
+def test_a_finished_training_stays_as_it_is(uninterrupted):
+    before = numbers(uninterrupted)
+    outcome = Training(TINY, uninterrupted, ALONE).run(quietly, never)
+    assert outcome.is_finished and numbers(uninterrupted) == before
+
+
+def test_another_configuration_is_refused(uninterrupted):
+    with pytest.raises(ValueError, match=r"with other settings \(optimizer, seed\); choose another folder"):
+        other = dataclasses.replace(TINY.optimizer, lr=1.0)
+        Training(dataclasses.replace(TINY, seed=1, optimizer=other), uninterrupted, ALONE)
+
+
+def test_no_number(tmp_path):
+    """The step that would spoil the parameters is not made."""
+    training = Training(dataclasses.replace(TINY, checkpoint_every=2), tmp_path, ALONE)
+    before = {}
+
+    def spoil(row):
+        if row["step"] == 2:
+            training.model.head.det_head.layers[0].output_proj.bias.data.fill_(math.nan)
+            before.update({name: value.clone() for name, value in training.model.named_parameters()})
+
+    with pytest.raises(RuntimeError, match="step 3: not a finite number: .*last good checkpoint is .*step-00000002.pt"):
+        training.run(spoil, never)
+    for name, value in training.model.named_parameters():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_bfloat16(tmp_path):
+    config = dataclasses.replace(TINY, num_steps=2, precision="bfloat16")
+    assert Training(config, tmp_path, ALONE).run(quietly, never).is_finished
+    assert all(math.isfinite(row["loss"]) for row in numbers(tmp_path))
+
+
+def test_groups(uninterrupted):
+    model = Training(TINY, uninterrupted, ALONE).model
+    head, backbone = make_optimizer(model, TINY.optimizer).param_groups
+    assert (head["lr"], backbone["lr"]) == (1e-3, 5e-4)
+    assert len(backbone["params"]) == len(list(model.img_backbone.parameters()))
+    grouped = {id(p) for group in (head, backbone) for p in group["params"]}
+    assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_rate():
+    config = dataclasses.replace(TINY.optimizer, warmup_steps=10)
+    factors = [rate_factor(step, 100, config) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 3) and factors[100] == pytest.approx(1e-3)
+    assert factors[50] == pytest.approx(1e-3 + 0.999 / 2)
+    assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def in_a_process(rank: int, world_size: int, port: int, folder) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    with join(torch.device("cpu")) as process:
+        for stops_after in (1, math.inf):
+            training = Training(ALIKE, folder, process)
+            training.run(quietly, lambda training=training, last=stops_after: training.step >= last)
+
+
+ALIKE = dataclasses.replace(  # both halves of a batch are the same frame, so that norms see the same in half of it
+    TINY,
+    num_steps=3,
+    data=dataclasses.replace(TINY.data, num_drives=1, frames_per_drive=1),
+    model=dataclasses.replace(TINY.model, dropout=0.0, attn_drop=0.0),
+)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Two processes, stopped and gone on with, see the losses of one, to rounding."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(in_a_process, (2, port, tmp_path / "two"), nprocs=2)
+    Training(ALIKE, tmp_path / "one", ALONE).run(quietly, never)
+    ours, theirs = numbers(tmp_path / "two"), numbers(tmp_path / "one")
+    assert len(ours) == len(theirs) == 3
+    for row, expected in zip(ours, theirs):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)

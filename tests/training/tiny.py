@@ -1,0 +1,35 @@
+"""A training that takes a tenth of a second a step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from reimplementation.models.sparsedrive.config import BankConfig
+from reimplementation.training.config import DataConfig, OptimizerConfig, TrainingConfig
+from reimplementation.training.processes import Process
+from tests.models.sparsedrive.small import BOX_HEAD, CONFIG, MAP_HEAD
+
+MODEL = dataclasses.replace(
+    CONFIG,
+    num_cams=6,
+    embed_dims=16,
+    num_heads=2,
+    num_groups=2,
+    feedforward_dims=16,
+    num_levels=2,
+    num_depth_levels=2,
+    det=dataclasses.replace(BOX_HEAD, num_decoders=2, min_score_for_boxes=0.0),
+    map=dataclasses.replace(MAP_HEAD, num_decoders=1, bank=BankConfig(num_anchors=4, num_temp_instances=2)),
+)
+TINY = TrainingConfig(
+    num_steps=4,
+    batch_size=2,
+    checkpoint_every=100,
+    keep_checkpoints=2,
+    data=DataConfig(image_wh=(64, 32), num_drives=3, frames_per_drive=3, num_validation_drives=1),
+    optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+    model=MODEL,
+)
+ALONE = Process(0, 1, torch.device("cpu"))
