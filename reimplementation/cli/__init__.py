@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from reimplementation import __version__
 
-from . import bench, demo, detect, evaluate, export, info, integrations, levels, sweep, train, vit
+from . import bench, demo, detect, evaluate, export, info, integrations, levels, make_dataset, sweep, train, vit
 
-COMMANDS = (bench, levels, sweep, demo, detect, train, evaluate, vit, export, integrations, info)
+COMMANDS = (bench, levels, sweep, demo, detect, train, evaluate, make_dataset, vit, export, integrations, info)
 EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("PIL", "matplotlib", "rich"), "demo"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),

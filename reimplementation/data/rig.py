@@ -82,6 +82,10 @@ class Camera:
         """(3,) float64: the optical centre in the world frame, metres."""
         return -self.world_to_camera[:3, :3].T @ self.world_to_camera[:3, 3]
 
+    def with_image(self, path: Path) -> Camera:
+        """This camera with the image of a file, of the camera's size; ValueError where it cannot be read."""
+        return replace(self, image=_read_image(path, self.width, self.height))
+
     def scaled_to(self, width: int, height: int) -> Camera:
         """This camera resized to `width`, then cropped from the top to `height`; intrinsics and image follow.
 
@@ -274,7 +278,7 @@ def _with_image(camera: Camera, name: Any, folder: Path, where: str) -> Camera:
     try:
         if not isinstance(name, str):
             raise ValueError(f"image must be a file name; got {shown(name)}")
-        return replace(camera, image=_read_image(file_below(folder, name), camera.width, camera.height))
+        return camera.with_image(file_below(folder, name))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

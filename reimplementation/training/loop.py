@@ -144,7 +144,7 @@ class Training:
         if wrong:
             last = checkpoint.newest(self.folder)
             raise RuntimeError(
-                f"step {self.step}: not a finite number: {', '.join(wrong[:5])}. The parameters are as they were before "
+                f"step {self.step}: not a finite number: {', '.join(wrong[:5])}. The parameters are as before "
                 f"it, and the last good checkpoint is {last or 'none yet'}; a lower learning rate or a longer warm-up "
                 "may help"
             )

@@ -36,7 +36,7 @@ def test_the_page_as_it_is_typed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     written(TINY, tmp_path / "examples" / "train" / "tiny.yaml")
-    train, evaluate, _torchrun = (words[3:] for words in commands(ROOT / "docs" / "training.md"))
+    train, evaluate, _torchrun, _make_dataset = (words[3:] for words in commands(ROOT / "docs" / "training.md"))
     assert main(train) == 0
     assert "step 4 of 4: finished" in capsys.readouterr().out
     assert main(train) == 0
