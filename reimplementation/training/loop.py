@@ -177,10 +177,12 @@ def _distributed(model: SparseDrive, process: Process) -> nn.Module:
     """The model whose gradients are the mean over all processes, and whose norms see all of the batch on GPUs."""
     if process.world_size == 1:
         return model
+    # A detector of fewer levels than the backbone has stages leaves the last stages without gradients.
+    settings: dict = {"find_unused_parameters": model.config.num_levels < len(model.img_backbone.out_channels)}
     if process.device.type == "cuda":
         model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
-        return DistributedDataParallel(model, device_ids=[process.device.index], gradient_as_bucket_view=True)
-    return DistributedDataParallel(model)
+        settings["device_ids"] = [process.device.index]
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
 
 
 def _fields(state: TemporalState | DenoisingState, process: Process) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def test_the_example_is_a_training():
 def test_the_example_learns(tmp_path):
     assert main(["train", "--config", str(EXAMPLE), "--work-dir", str(tmp_path)]) == 0
     losses = [row["loss"] for row in journal.read(tmp_path)]
-    assert sum(losses[-24:]) < 0.5 * sum(losses[:24])
+    assert sum(losses[-24:]) < 0.7 * sum(losses[:24])  # every drive is seen anew in each of these
 
 
 @pytest.mark.slow
