@@ -81,13 +81,17 @@ def _read(folder: str, file: str | None) -> tuple[Path, dict]:
 
 
 def _print_tables(evaluation: Evaluation, title: str) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     boxes = evaluation.boxes
-    table = Table("class", *(f"AP {distance:g} m" for distance in DISTANCES), *ERRORS, title=title)
+    columns = ("AP at", *(f"{distance:g} m" for distance in DISTANCES), *ERRORS)
+    table = Table(*columns, title=title, box=SIMPLE, pad_edge=False)
     for name, by_distance in boxes.average_precision.items():
-        table.add_row(name, *map(_shown, by_distance.values()), *map(_shown, boxes.errors[name].values()))
+        table.add_row(
+            name.replace("_", " "), *map(_shown, by_distance.values()), *map(_shown, boxes.errors[name].values())
+        )
     console = Console()
     console.print(table)
     errors = ", ".join(f"{ERROR_NAMES[name]} {_shown(value)}" for name, value in boxes.mean_errors.items())
