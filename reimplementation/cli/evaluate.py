@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from reimplementation.training import checkpoint
@@ -86,12 +87,13 @@ def _print_tables(evaluation: Evaluation, title: str) -> None:
     from rich.table import Table
 
     boxes = evaluation.boxes
-    columns = ("AP at", *(f"{distance:g} m" for distance in DISTANCES), *ERRORS)
-    table = Table(*columns, title=title, box=SIMPLE, pad_edge=False)
+    table = Table("AP at", title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
+    for column in (*(f"{distance:g}m" for distance in DISTANCES), *ERRORS):
+        table.add_column(column, justify="right")
     for name, by_distance in boxes.average_precision.items():
-        table.add_row(
-            name.replace("_", " "), *map(_shown, by_distance.values()), *map(_shown, boxes.errors[name].values())
-        )
+        values = (*by_distance.values(), *boxes.errors[name].values())
+        table.add_row(name.replace("_", " "), *(_shown(value, 2) for value in values))
     console = Console()
     console.print(table)
     errors = ", ".join(f"{ERROR_NAMES[name]} {_shown(value)}" for name, value in boxes.mean_errors.items())
@@ -100,5 +102,5 @@ def _print_tables(evaluation: Evaluation, title: str) -> None:
         console.print(f"map lines: mAP {_shown(evaluation.lines.mean_average_precision)}")
 
 
-def _shown(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}"
+def _shown(value: float, digits: int = 3) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
