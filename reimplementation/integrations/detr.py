@@ -82,17 +82,7 @@ class RFDetr(DeformableDetr):
         shapes, starts = input_spatial_shapes, input_level_start_index
         if input_spatial_shapes_hw is not None:
             shapes, starts = input_spatial_shapes_hw, None
-        output, _ = attend_by_level(
-            self,
-            (self.n_heads, self.n_levels, self.n_points),
-            query,
-            input_flatten,
-            input_padding_mask,
-            reference_points,
-            shapes,
-            starts,
-        )
-        return output
+        return super().forward(query, reference_points, input_flatten, shapes, starts, input_padding_mask)
 
 
 class Ultralytics(DeformableDetr):

@@ -60,6 +60,24 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(plain(value.unflatten(-1, (HEADS, -1)), input_spatial_shapes, locations, weights))
 
 
+class WithNumbers(MSDeformAttn):
+    """Of RF-DETR's form, which gets the shapes as numbers too."""
+
+    def forward(
+        self,
+        query,
+        reference_points,
+        input_flatten,
+        input_spatial_shapes,
+        input_level_start_index,
+        input_padding_mask=None,
+        input_spatial_shapes_hw=None,
+    ):
+        return super().forward(
+            query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index, input_padding_mask
+        )
+
+
 class CudaAlone(MSDeformAttn):
     """As its own repository has it: its op has no kernel for a CPU."""
 
@@ -184,6 +202,16 @@ def test_results_are_as_before(name, dtype):
     assert "replaced 1 x" in str(report) and "same results as before" in str(report)
     for one, other in zip(results_of(model[0], dtype), expected, strict=True):
         assert relative_error(one, other) <= 10 * TOLERANCE[dtype]
+
+
+def test_shapes_as_numbers_too():
+    torch.manual_seed(0)
+    module = WithNumbers().double()
+    call, mask = call_of(module), torch.rand(2, 30) < 0.3
+    expected = module(*call, mask)
+    with accelerated(nn.Sequential(module)):
+        for shapes in (None, SHAPES):
+            assert relative_error(module(*call, mask, shapes), expected) <= TOLERANCE[torch.float64]
 
 
 class TestInPlace:
