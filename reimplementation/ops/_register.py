@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ._spec import Dtype, Spec
 from .backends import EXTENSION_AVAILABLE, triton
-from .determinism import must_be_deterministic as must_be_deterministic  # which ops import from here, too
 
 Flags = Callable[[Sequence[bool], Dtype], Sequence[bool]]
 

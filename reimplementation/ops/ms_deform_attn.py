@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ._attention_forms import in_plain_form
 from ._call import call
-from ._register import define, must_be_deterministic
+from ._register import define
 from ._spec import FEATURES, LEVELS, LOCATIONS, WEIGHTS, Operand, Spec
 from .backends import grid_sample
+from .determinism import must_be_deterministic
 from .dtypes import FLOATING
 from .levels import check_levels_fit
 from .pyramid import joined

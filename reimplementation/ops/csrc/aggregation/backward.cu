@@ -297,7 +297,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(
         gradients.weights = static_cast<W*>(grad_weights.mutable_data_ptr());
         copy_strides(grad_weights, gradients.weight_strides);
       }
-      const Shares shares = shares_of<THREADS>(sizes, MIN_BLOCKS, features.get_device_index());
+      const Shares shares = Shares::of<THREADS>(
+          count_queries(sizes), sizes.num_points, sizes.num_cams, MIN_BLOCKS, features.get_device_index());
       const auto op = operands<T, W>(sizes, shares, features, levels.table(), sampling_location, weights);
       constexpr int VEC = 16 / sizeof(T);
       if (can_vectorize<T>(sizes, features, VEC) && can_vectorize<T>(sizes, grad, VEC)) {

@@ -145,7 +145,8 @@ Tensor forward_cuda(
   const Tensor output = allocate(features, output_shape);
   const cudaStream_t stream = current_stream(features.get_device_index());
   const DeviceLevels levels(spatial_shape, scale_start_index, features, sizes.num_rows, stream);
-  const Shares shares = shares_of<THREADS>(sizes, MIN_BLOCKS, features.get_device_index());
+  const Shares shares = Shares::of<THREADS>(
+      count_queries(sizes), sizes.num_points, sizes.num_cams, MIN_BLOCKS, features.get_device_index());
   const SharedOutputs outputs(output, shares);
 
   dispatch_types(features, weights, [&](auto* t, auto* w) {

@@ -79,14 +79,14 @@ inline void check_gradient(const Tensor& grad_output, const Tensor& feature_maps
 // One implementation per device; the CPU's backward gives the same bits every time, asked for or not. A gradient
 // that is not needed comes back with no elements; the gradients of locations and weights have their operand's
 // strides where those are dense.
-Tensor forward_cpu(
+using ForwardFunction = Tensor(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
     const Tensor& sampling_location,
     const Tensor& weights);
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(
+using BackwardFunction = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& grad_output,
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
@@ -98,23 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     bool needs_weights,
     bool deterministic);
 
-Tensor forward_cuda(
-    const Tensor& feature_maps,
-    const Tensor& spatial_shape,
-    const Tensor& scale_start_index,
-    const Tensor& sampling_location,
-    const Tensor& weights);
-
-std::tuple<Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_output,
-    const Tensor& feature_maps,
-    const Tensor& spatial_shape,
-    const Tensor& scale_start_index,
-    const Tensor& sampling_location,
-    const Tensor& weights,
-    bool needs_feature_maps,
-    bool needs_sampling_location,
-    bool needs_weights,
-    bool deterministic);
+ForwardFunction forward_cpu, forward_cuda;
+BackwardFunction backward_cpu, backward_cuda;
 
 }  // namespace reimplementation::aggregation

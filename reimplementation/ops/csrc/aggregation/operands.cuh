@@ -74,18 +74,7 @@ bool can_vectorize(const Sizes& sizes, const Tensor& features, int vec) {
 }
 
 inline int64_t count_queries(const Sizes& sizes) {
-  STD_TORCH_CHECK(
-      sizes.batch * sizes.num_queries <= INT_MAX, "bs * num_queries must be below 2^31; got ", sizes.batch, " * ",
-      sizes.num_queries);
-  return sizes.batch * sizes.num_queries;
-}
-
-// How blocks of THREADS, of which a multiprocessor holds `blocks`, share out the key points.
-template <int THREADS>
-Shares shares_of(const Sizes& sizes, int blocks, int device) {
-  return Shares::of<THREADS>(count_queries(sizes), sizes.num_points, sizes.num_cams, [&] {
-    return int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount, device);
-  });
+  return sampling::count_queries(sizes.batch, sizes.num_queries);
 }
 
 // Fills `found` with the visible ones of THREADS of a block's pairs, of which a thread brings one if it `exists`; returns

@@ -87,14 +87,14 @@ inline void check_gradient(const Tensor& grad_output, const Tensor& value, const
 // dense. Where `half_sums`, the value's gradient may be summed in the value's own dtype, where few samples meet in a row; else
 // all sums are float32, or float64. The CPU's backward gives the same bits every time, asked for or not, and never sums in half
 // precision.
-Tensor forward_cpu(
+using ForwardFunction = Tensor(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
     const Tensor& sampling_locations,
     const Tensor& attention_weights);
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(
+using BackwardFunction = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& grad_output,
     const Tensor& value,
     const Tensor& spatial_shapes,
@@ -107,24 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     bool deterministic,
     bool half_sums);
 
-Tensor forward_cuda(
-    const Tensor& value,
-    const Tensor& spatial_shapes,
-    const Tensor& level_start_index,
-    const Tensor& sampling_locations,
-    const Tensor& attention_weights);
-
-std::tuple<Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    const Tensor& spatial_shapes,
-    const Tensor& level_start_index,
-    const Tensor& sampling_locations,
-    const Tensor& attention_weights,
-    bool needs_value,
-    bool needs_sampling_locations,
-    bool needs_attention_weights,
-    bool deterministic,
-    bool half_sums);
+ForwardFunction forward_cpu, forward_cuda;
+BackwardFunction backward_cpu, backward_cuda;
 
 }  // namespace reimplementation::attention

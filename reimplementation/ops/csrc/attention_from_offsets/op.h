@@ -90,7 +90,7 @@ inline Sizes check(const Arguments& arguments) {
 // reference points, the offsets and the logits. One that is not needed comes back with no elements; those of value and
 // reference points are contiguous, the others have their operand's strides where those are dense. `deterministic` and
 // `half_sums` are what they are for attention's backward.
-Tensor forward_cpu(
+using ForwardFunction = Tensor(
     const Tensor& value,
     const Tensor& spatial_shapes,
     const Tensor& level_start_index,
@@ -99,7 +99,7 @@ Tensor forward_cpu(
     const Tensor& attention_logits,
     const std::optional<Tensor>& offset_scale);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
+using BackwardFunction = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor& grad_output,
     const Tensor& value,
     const Tensor& spatial_shapes,
@@ -115,29 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     bool deterministic,
     bool half_sums);
 
-Tensor forward_cuda(
-    const Tensor& value,
-    const Tensor& spatial_shapes,
-    const Tensor& level_start_index,
-    const Tensor& reference_points,
-    const Tensor& sampling_offsets,
-    const Tensor& attention_logits,
-    const std::optional<Tensor>& offset_scale);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    const Tensor& spatial_shapes,
-    const Tensor& level_start_index,
-    const Tensor& reference_points,
-    const Tensor& sampling_offsets,
-    const Tensor& attention_logits,
-    const std::optional<Tensor>& offset_scale,
-    bool needs_value,
-    bool needs_reference_points,
-    bool needs_sampling_offsets,
-    bool needs_attention_logits,
-    bool deterministic,
-    bool half_sums);
+ForwardFunction forward_cpu, forward_cuda;
+BackwardFunction backward_cpu, backward_cuda;
 
 }  // namespace reimplementation::attention_from_offsets

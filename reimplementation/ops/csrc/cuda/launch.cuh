@@ -51,6 +51,11 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// How many blocks keep a GPU busy of which each multiprocessor holds so many.
+inline int64_t resident_blocks(int of_multiprocessor, int device) {
+  return int64_t{of_multiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount, device);
+}
+
 // Calls `body` with a null T* and a null W* of the features' and the weights' types.
 template <typename Body>
 void dispatch_types(const Tensor& features, const Tensor& weights, Body body) {

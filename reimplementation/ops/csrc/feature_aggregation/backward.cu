@@ -538,8 +538,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   const cudaStream_t stream = current_stream(feature_maps.get_device_index());
   const DeviceLevels levels(spatial_shape, scale_start_index, readable.features, sizes.num_rows, stream);
   const Shares shares = Shares::of<THREADS>(
-      count_queries(sizes), sizes.num_points, sizes.num_cams,
-      [&] { return resident_blocks(MIN_BLOCKS, feature_maps.get_device_index()); }, most_shared_points(sizes));
+      count_queries(sizes), sizes.num_points, sizes.num_cams, MIN_BLOCKS, feature_maps.get_device_index(),
+      most_shared_points(sizes));
   std::optional<Tensor> hidden;
   if (visible_only) {
     hidden = find_hidden(sizes, readable, stream);

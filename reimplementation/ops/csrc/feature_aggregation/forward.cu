@@ -241,9 +241,8 @@ std::tuple<Tensor, Tensor> forward_cuda(
   const Tensor output = allocate(feature_maps, output_shape), statistics = allocate(key_points, statistics_shape);
   const cudaStream_t stream = current_stream(feature_maps.get_device_index());
   const DeviceLevels levels(spatial_shape, scale_start_index, readable.features, sizes.num_rows, stream);
-  const int device = feature_maps.get_device_index();
   const Shares shares = Shares::of<THREADS>(
-      count_queries(sizes), sizes.num_points, sizes.num_cams, [&] { return resident_blocks(MIN_BLOCKS, device); });
+      count_queries(sizes), sizes.num_points, sizes.num_cams, MIN_BLOCKS, feature_maps.get_device_index());
   const SharedOutputs outputs(output, shares);
   std::optional<Tensor> hidden;
   if (visible_only) {

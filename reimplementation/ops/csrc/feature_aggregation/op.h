@@ -147,7 +147,7 @@ struct ReadableOperands {
 // the forward returns statistics (batch, num_queries, num_groups, 2) for the backward: a number that no logit exceeds,
 // such as the largest, and the sum of the exponentials of the logits less that number. The backward returns the
 // gradients of features, key points, logits and camera logits; one that is not needed has no elements.
-std::tuple<Tensor, Tensor> forward_cpu(
+using ForwardFunction = std::tuple<Tensor, Tensor>(
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
     const Tensor& scale_start_index,
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> forward_cpu(
     double attn_drop,
     bool visible_only);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
+using BackwardFunction = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor& grad_output,
     const Tensor& feature_maps,
     const Tensor& spatial_shape,
@@ -180,37 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     bool needs_camera_logits,
     bool deterministic);
 
-std::tuple<Tensor, Tensor> forward_cuda(
-    const Tensor& feature_maps,
-    const Tensor& spatial_shape,
-    const Tensor& scale_start_index,
-    const Tensor& key_points,
-    const Tensor& projection_mat,
-    const std::optional<Tensor>& image_wh,
-    const Tensor& logits,
-    const std::optional<Tensor>& camera_logits,
-    const std::optional<Tensor>& keep,
-    double attn_drop,
-    bool visible_only);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& grad_output,
-    const Tensor& feature_maps,
-    const Tensor& spatial_shape,
-    const Tensor& scale_start_index,
-    const Tensor& key_points,
-    const Tensor& projection_mat,
-    const std::optional<Tensor>& image_wh,
-    const Tensor& logits,
-    const std::optional<Tensor>& camera_logits,
-    const std::optional<Tensor>& keep,
-    const Tensor& statistics,
-    double attn_drop,
-    bool visible_only,
-    bool needs_feature_maps,
-    bool needs_key_points,
-    bool needs_logits,
-    bool needs_camera_logits,
-    bool deterministic);
+ForwardFunction forward_cpu, forward_cuda;
+BackwardFunction backward_cpu, backward_cuda;
 
 }  // namespace reimplementation::feature_aggregation

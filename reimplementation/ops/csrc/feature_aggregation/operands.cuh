@@ -101,15 +101,7 @@ bool can_vectorize(const Sizes& sizes, const Tensor& features, int vec) {
 }
 
 inline int64_t count_queries(const Sizes& sizes) {
-  STD_TORCH_CHECK(
-      sizes.batch * sizes.num_queries <= INT_MAX, "bs * num_queries must be below 2^31; got ", sizes.batch, " * ",
-      sizes.num_queries);
-  return sizes.batch * sizes.num_queries;
-}
-
-// How many blocks keep a GPU busy of which each multiprocessor holds so many.
-inline int64_t resident_blocks(int of_multiprocessor, int device) {
-  return int64_t{of_multiprocessor} * device_attribute(cudaDevAttrMultiProcessorCount, device);
+  return sampling::count_queries(sizes.batch, sizes.num_queries);
 }
 
 // Flags (batch, queries, cams, points) of the pairs that a softmax over visible pairs alone leaves out.

@@ -33,16 +33,17 @@ struct Shares {
   Divisor points;  // of a block; the last may have fewer
   int of_query;
 
-  // `resident` says how many blocks keep the GPU busy. Where it takes several to a query, there are that many
-  // `rounds` of them, so that none waits long for the last; one with fewer pairs than THREADS would not be worth it.
-  // No block takes more than `most_points`.
-  template <int THREADS, typename Resident>
+  // For blocks of THREADS, of which a multiprocessor holds `of_multiprocessor`. Where it takes several of them to a query
+  // to keep the GPU busy, there are that many `rounds` of them, so that none waits long for the last; one with fewer
+  // pairs than THREADS would not be worth it. No block takes more than `most_points`.
+  template <int THREADS>
   static Shares of(
-      int64_t queries, int64_t points, int64_t cams, const Resident& resident, int64_t most_points = INT_MAX) {
+      int64_t queries, int64_t points, int64_t cams, int of_multiprocessor, int device, int64_t most_points = INT_MAX) {
     int64_t blocks = 1;
     if (points * cams > THREADS) {
       constexpr int64_t rounds = 2;
-      blocks = std::clamp<int64_t>(rounds * resident() / queries, 1, (points * cams + THREADS - 1) / THREADS);
+      const int64_t of_query = rounds * resident_blocks(of_multiprocessor, device) / queries;
+      blocks = std::clamp<int64_t>(of_query, 1, (points * cams + THREADS - 1) / THREADS);
     }
     blocks = std::max(blocks, (points + most_points - 1) / most_points);
     const int64_t points_of_block = (points + blocks - 1) / blocks;
@@ -65,6 +66,13 @@ struct Shares {
     return {static_cast<int>(number), point};
   }
 };
+
+// Of a batch, each a block or some.
+inline int64_t count_queries(int64_t batch, int64_t num_queries) {
+  STD_TORCH_CHECK(
+      batch * num_queries <= INT_MAX, "bs * num_queries must be below 2^31; got ", batch, " * ", num_queries);
+  return batch * num_queries;
+}
 
 // The visible ones among THREADS of a query's pairs.
 template <typename C, int THREADS>
