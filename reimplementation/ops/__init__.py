@@ -6,6 +6,7 @@ from .deformable_aggregation import deformable_aggregation_function
 from .deformable_feature_aggregation import deformable_feature_aggregation
 from .feature_maps import feature_maps_format
 from .levels import level_start_index
+from .linear_relu_norm import linear_relu_norm
 from .ms_deform_attn import MSDeformAttnFunction, ms_deform_attn
 from .ms_deform_attn_from_offsets import ms_deform_attn_from_offsets
 from .project_points import project_points
@@ -20,6 +21,7 @@ __all__ = [
     "deformable_feature_aggregation",
     "feature_maps_format",
     "level_start_index",
+    "linear_relu_norm",
     "ms_deform_attn",
     "ms_deform_attn_from_offsets",
     "project_points",

@@ -175,11 +175,11 @@ def test_both_forms_of_maps_and_both_paths_agree(dtype, device):
 
 
 def test_both_paths_call_what_they_promise(device):
-    """One kernel for key points and one for all between the linear layers; or none at all."""
+    """One operator for all of it, or none at all."""
     if device.type not in ops.available_backends(device):
         pytest.skip(f"the {device.type} kernels are not built")
     arguments = scene(device=device)
-    for fused, names in ((True, ["box_key_points", "deformable_feature_aggregation"]), (False, [])):
+    for fused, names in ((True, ["aggregation_module"]), (False, [])):
         with KernelCalls() as calls, torch.no_grad():
             build(use_deformable_func=fused).to(device)(*arguments)
         assert calls.names == names

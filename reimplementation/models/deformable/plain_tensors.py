@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 _OF_BOXES = (SparseBox3DKeyPointsGenerator, Sparse4DBox3DKeyPointsGenerator)
 _ENCODER = [nn.Linear, nn.ReLU, nn.LayerNorm, nn.Linear, nn.ReLU, nn.LayerNorm]
+_NO_ENCODER = [None] * 8  # parameters
+_MOST_CHANNELS = 3072  # that the encoder's kernels take in every dtype, see `ops.linear_relu_norm`
 
 
 def settings_of(module: DeformableFeatureAggregation) -> Settings:
-    encoder: Any = module.camera_encoder
-    epsilons = () if encoder is None else (encoder[2].eps, encoder[5].eps)
-    return Settings(module.residual_mode, module.attn_drop, epsilons)
+    encoder: Any = module._modules.get("camera_encoder")
+    norms = [] if encoder is None else [layer for layer in encoder._modules.values() if type(layer) is nn.LayerNorm]
+    return Settings([norm.eps for norm in norms], module.attn_drop, module.residual_mode or "none")
 
 
 def plain_tensors(
@@ -70,13 +72,16 @@ def _parameters(module: DeformableFeatureAggregation) -> list[Tensor | None] | N
         return None
     layers: list[tuple[Any, type[nn.Module]]] = [(parts["weights_fc"], nn.Linear), (parts["output_proj"], nn.Linear)]
     if encoder is not None:
-        if not is_plain(encoder, nn.Sequential) or len(encoder) != len(_ENCODER):
+        is_known = is_plain(encoder, nn.Sequential) and len(encoder) == len(_ENCODER)
+        if not is_known or module.embed_dims > _MOST_CHANNELS:
             return None
         layers += zip(encoder._modules.values(), _ENCODER)
     if not all([is_plain(layer, kind) for layer, kind in layers]):
         return None
     found = [tensor for layer, kind in layers if kind is not nn.ReLU for tensor in weight_and_bias(layer)]
-    return None if any([tensor is None for tensor in found]) else found
+    if any([tensor is None for tensor in found]):
+        return None
+    return found if encoder is not None else [*found, *_NO_ENCODER]
 
 
 def _places(

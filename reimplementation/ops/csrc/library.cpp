@@ -9,6 +9,8 @@
 #include "attention/op.h"
 #include "attention_from_offsets/op.h"
 #include "feature_aggregation/op.h"
+#include "linear_relu_norm/op.h"
+#include "module/op.h"
 #include "points/project_points.h"
 
 namespace reimplementation {
@@ -54,6 +56,35 @@ void define_schemas(StableLibrary& m) {
   m.def(
       "box_key_points_backward(Tensor grad_output, Tensor anchor, Tensor fix_scale, Tensor? logits) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "linear_relu_norm(Tensor feature, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) "
+      "-> "
+      "Tensor");
+  m.def(
+      "linear_relu_norm_backward(Tensor grad_output, Tensor feature, Tensor weight, Tensor bias, Tensor norm_weight, "
+      "Tensor norm_bias, float eps, bool needs_feature=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "aggregation_module(Tensor instance_feature, Tensor places, Tensor anchor_embed, Tensor feature_maps, "
+      "Tensor spatial_shape, Tensor scale_start_index, Tensor projection_mat, Tensor? image_wh, Tensor? keep, "
+      "Tensor? fix_scale, Tensor? points_weight, Tensor? points_bias, Tensor weights_weight, Tensor weights_bias, "
+      "Tensor output_weight, Tensor output_bias, Tensor? first_weight, Tensor? first_bias, Tensor? first_norm_weight, "
+      "Tensor? first_norm_bias, Tensor? second_weight, Tensor? second_bias, Tensor? second_norm_weight, Tensor? "
+      "second_norm_bias, float[] epsilons, float attn_drop, str residual, "
+      "int large) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "aggregation_module_backward(Tensor grad_output, Tensor instance_feature, Tensor places, Tensor anchor_embed, "
+      "Tensor feature_maps, "
+      "Tensor spatial_shape, Tensor scale_start_index, Tensor projection_mat, Tensor? image_wh, Tensor? keep, "
+      "Tensor? fix_scale, Tensor? points_weight, Tensor? points_bias, Tensor weights_weight, Tensor weights_bias, "
+      "Tensor output_weight, Tensor output_bias, Tensor? first_weight, Tensor? first_bias, Tensor? first_norm_weight, "
+      "Tensor? first_norm_bias, Tensor? second_weight, Tensor? second_bias, Tensor? second_norm_weight, Tensor? "
+      "second_norm_bias, "
+      "Tensor learned, Tensor key_points, Tensor query, Tensor logits, Tensor camera_logits, Tensor features, "
+      "Tensor statistics, Tensor first_camera_embed, Tensor camera_embed, float[] epsilons, float attn_drop, "
+      "str residual, bool needs_feature_maps, bool needs_points, bool needs_encoder, bool deterministic) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("project_points(Tensor key_points, Tensor projection_mat, Tensor? image_wh) -> Tensor");
   m.def(
       "project_points_backward(Tensor grad_output, Tensor key_points, Tensor projection_mat, Tensor? image_wh) -> "
@@ -71,6 +102,10 @@ void implement_on_cpu(StableLibrary& m) {
   m.impl("ms_deform_attn_from_offsets_backward", TORCH_BOX(&attention_from_offsets::backward_cpu));
   m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cpu));
   m.impl("box_key_points_backward", TORCH_BOX(&points::box_key_points_backward_cpu));
+  m.impl("linear_relu_norm", TORCH_BOX(&linear_relu_norm::forward_cpu));
+  m.impl("linear_relu_norm_backward", TORCH_BOX(&linear_relu_norm::backward_cpu));
+  m.impl("aggregation_module", TORCH_BOX(&module::forward));
+  m.impl("aggregation_module_backward", TORCH_BOX(&module::backward));
   m.impl("project_points", TORCH_BOX(&points::project_points_cpu));
   m.impl("project_points_backward", TORCH_BOX(&points::project_points_backward_cpu));
 }
@@ -87,6 +122,10 @@ void implement_on_cuda(StableLibrary& m) {
   m.impl("ms_deform_attn_from_offsets_backward", TORCH_BOX(&attention_from_offsets::backward_cuda));
   m.impl("box_key_points", TORCH_BOX(&points::box_key_points_cuda));
   m.impl("box_key_points_backward", TORCH_BOX(&points::box_key_points_backward_cuda));
+  m.impl("linear_relu_norm", TORCH_BOX(&linear_relu_norm::forward_cuda));
+  m.impl("linear_relu_norm_backward", TORCH_BOX(&linear_relu_norm::backward_cuda));
+  m.impl("aggregation_module", TORCH_BOX(&module::forward));
+  m.impl("aggregation_module_backward", TORCH_BOX(&module::backward));
   m.impl("project_points", TORCH_BOX(&points::project_points_cuda));
   m.impl("project_points_backward", TORCH_BOX(&points::project_points_backward_cuda));
 }

@@ -13,6 +13,16 @@ namespace reimplementation::cuda {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+// The sum of all lanes' values, in every lane.
+template <typename T>
+__device__ __forceinline__ T sum_of_lanes(T value) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) {
+    value += __shfl_xor_sync(ALL_LANES, value, step);
+  }
+  return value;
+}
+
 // The sum of the lanes' values up to this one's.
 __device__ __forceinline__ unsigned sum_up_to_lane(unsigned value) {
 #pragma unroll

@@ -40,15 +40,6 @@ __global__ void __launch_bounds__(THREADS) box_key_points_forward(BoxKeyPoints<T
   }
 }
 
-template <typename T>
-__device__ __forceinline__ T sum_of_lanes(T value) {
-#pragma unroll
-  for (int step = WARP / 2; step > 0; step /= 2) {
-    value += __shfl_xor_sync(ALL_LANES, value, step);
-  }
-  return value;
-}
-
 // Blocks of (WARP, boxes): a whole warp leaves together where there is no box for it.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
