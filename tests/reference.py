@@ -226,6 +226,17 @@ def box_key_points(anchor, fix_scale, logits=None) -> Tensor:
     return torch.stack([cos * x - sin * y, sin * x + cos * y, z], dim=-1) + anchor[:, :, None, :3]
 
 
+def linear_relu_norm(feature, weight, bias, norm_weight, norm_bias, eps=1e-5) -> Tensor:
+    """(bs, num_queries, out_features) float64; differentiable in all five."""
+    feature, weight, bias, norm_weight, norm_bias = (
+        t.double() for t in (feature, weight, bias, norm_weight, norm_bias)
+    )
+    linear = torch.einsum("bqi,oi->bqo", feature, weight) + bias
+    activated = linear.where(~(linear < 0), 0.0)
+    centred = activated - activated.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * norm_weight + norm_bias
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error; NaN anywhere in ``actual`` is an infinite error, as is any error of an expected zero."""
     difference = (actual.double() - expected.double()).norm().item()

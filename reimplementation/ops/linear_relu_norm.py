@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -46,7 +47,10 @@ def linear_relu_norm(
 
 
 def _formula(feature: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float):
-    return F.layer_norm(F.linear(feature, weight, bias).relu(), bias.shape, norm_weight, norm_bias, eps)
+    device_type = feature.device.type
+    is_rounded = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if is_rounded else nullcontext():
+        return F.layer_norm(F.linear(feature, weight, bias).relu(), bias.shape, norm_weight, norm_bias, eps)
 
 
 def _check_sizes(sizes: Mapping[str, int]) -> None:

@@ -47,6 +47,7 @@ def _operands() -> dict[str, list[torch.Tensor]]:
             *(_leaf(2, 161, 4, 8), torch.tensor([[9, 14], [5, 7]]), torch.tensor([0, 126])),
             *(_locations(2, 5, 4, 2, 3, 2), _leaf(2, 5, 4, 2, 3)),
         ],
+        "linear_relu_norm": [_leaf(2, 5, 12), _leaf(16, 12), _leaf(16), _leaf(16), _leaf(16)],
         "box_key_points": [_leaf(2, 5, 11), _leaf(7, 3), _leaf(2, 5, 18)],
         "project_points": [(torch.rand(2, 5, 4, 3) + 1).requires_grad_(), projection, torch.full((2, 3, 2), 2.0)],
     }

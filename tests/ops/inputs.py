@@ -207,6 +207,23 @@ def random_boxes(
     return [anchor, places, None if num_learnable is None else normal(batch_size, num_queries, num_learnable * 3)]
 
 
+def random_layer(
+    seed: int = 0, *, batch_size: int = 2, num_queries: int = 5, in_features: int = 7, out_features: int = 24
+) -> list[torch.Tensor]:
+    """Features, weight and bias of a linear layer, and those of a norm.
+
+    Where one output of a row is positive, or two are all there are, its norm takes away all that they had, and the
+    derivative is what rounding leaves: so there are a few more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    layer = normal(out_features, in_features), normal(out_features)
+    return [normal(batch_size, num_queries, in_features), *layer, normal(out_features), normal(out_features)]
+
+
 def with_memory_reversed(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers with the first dimension innermost in memory."""
     order = tuple(reversed(range(tensor.dim())))

@@ -94,8 +94,9 @@ class Op:
     sizes: tuple[str, ...]  # what else ``random`` takes, beside a seed: numbers of things
     is_pointwise: bool
     """Arithmetic alone: compilers and exporters see its formula, which has derivatives of any order, and its results
-    are the same bits however it runs. Another op samples: its gradients are sums over what queries share, in no
+    are the same bits however it runs, but for products. Another op samples: its gradients are sums over what queries share, in no
     certain order unless one asks for it, and their operator is told which of them are needed."""
+    has_products: bool = False  # whether matrix products of PyTorch's make a part of it: the same numbers but for rounding
     settings: tuple = ()  # what the operator takes behind the operands
     keeps: bool = False  # whether the operator returns, beside its output, what its backward takes behind the operands
 
@@ -423,7 +424,36 @@ BOXES = Op(
     **POINTWISE,
 )
 
-OPS = (AGGREGATION, FEATURE_AGGREGATION, ATTENTION, ATTENTION_FROM_OFFSETS, PROJECTION, BOXES)
+LAYER = Op(
+    "linear_relu_norm",
+    ops.linear_relu_norm,
+    reference.linear_relu_norm,
+    operands=(
+        Operand("feature", (2,), differentiable=True),
+        Operand("weight", (0, 1), differentiable=True),
+        Operand("bias", (0,), differentiable=True),
+        Operand("norm_weight", (0,), differentiable=True),
+        Operand("norm_bias", (0,), differentiable=True),
+    ),
+    random=inputs.random_layer,
+    small=partial(inputs.random_layer, 13, batch_size=1, num_queries=2, in_features=3, out_features=4),
+    geometries={
+        "random": inputs.random_layer,
+        "an encoder's": partial(inputs.random_layer, num_queries=3, in_features=128, out_features=256),
+        "many rows": partial(inputs.random_layer, num_queries=700, in_features=12, out_features=40),
+        "one feature": partial(inputs.random_layer, in_features=1, out_features=33),
+        "no features": partial(inputs.random_layer, in_features=0),
+    },
+    empty={"batch": {"batch_size": 0}, "queries": {"num_queries": 0}},
+    many={"num_queries": 1000},
+    lean={},
+    sizes=("batch_size", "num_queries", "in_features"),
+    has_products=True,
+    settings=(1e-5,),
+    **POINTWISE,
+)
+
+OPS = (AGGREGATION, FEATURE_AGGREGATION, ATTENTION, ATTENTION_FROM_OFFSETS, PROJECTION, BOXES, LAYER)
 SAMPLING_OPS = (AGGREGATION, ATTENTION)  # of features, shapes and first rows of levels, locations, weights
 FORMS = [(op, True) for op in OPS] + [(op, False) for op in OPS if any(about.optional for about in op.operands)]
 """Every op with its optional operands, and those that have some without."""

@@ -57,12 +57,13 @@ void define_schemas(StableLibrary& m) {
       "box_key_points_backward(Tensor grad_output, Tensor anchor, Tensor fix_scale, Tensor? logits) -> "
       "(Tensor, Tensor)");
   m.def(
-      "linear_relu_norm(Tensor feature, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) "
+      "linear_relu_norm(Tensor feature, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float "
+      "eps=1e-05) "
       "-> "
       "Tensor");
   m.def(
       "linear_relu_norm_backward(Tensor grad_output, Tensor feature, Tensor weight, Tensor bias, Tensor norm_weight, "
-      "Tensor norm_bias, float eps, bool needs_feature=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor norm_bias, float eps=1e-05, bool needs_feature=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "aggregation_module(Tensor instance_feature, Tensor places, Tensor anchor_embed, Tensor feature_maps, "
       "Tensor spatial_shape, Tensor scale_start_index, Tensor projection_mat, Tensor? image_wh, Tensor? keep, "
