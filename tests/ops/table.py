@@ -94,9 +94,9 @@ class Op:
     sizes: tuple[str, ...]  # what else ``random`` takes, beside a seed: numbers of things
     is_pointwise: bool
     """Arithmetic alone: compilers and exporters see its formula, which has derivatives of any order, and its results
-    are the same bits however it runs, but for products. Another op samples: its gradients are sums over what queries share, in no
+    are the same bits however it runs. Another op samples: its gradients are sums over what queries share, in no
     certain order unless one asks for it, and their operator is told which of them are needed."""
-    has_products: bool = False  # whether matrix products of PyTorch's make a part of it: the same numbers but for rounding
+    has_products: bool = False  # whether it is made of PyTorch's matrix products, too: the same bits but for rounding
     settings: tuple = ()  # what the operator takes behind the operands
     keeps: bool = False  # whether the operator returns, beside its output, what its backward takes behind the operands
 

@@ -166,6 +166,52 @@ class DeformableFeatureAggregation(nn.Module):
             TypeError: an argument has the wrong type.
         """
         projection_mat, image_wh = _cameras(metas)
+        if not self._fits(instance_feature, anchor, anchor_embed, feature_maps, projection_mat):
+            feature_maps = self._checked(instance_feature, anchor, anchor_embed, feature_maps, projection_mat)
+        keep = self._keep(instance_feature)
+        arguments = instance_feature, anchor, anchor_embed, feature_maps, projection_mat, image_wh, keep
+        tensors = plain_tensors(self, *arguments)
+        if tensors is None:
+            return self._layer_by_layer(*arguments)
+        try:
+            return aggregate(settings_of(self), tensors)
+        except RuntimeError:
+            self._layer_by_layer(*arguments)  # which says in better words what is wrong with its arguments
+            raise
+
+    def _fits(
+        self,
+        instance_feature: Tensor,
+        anchor: Tensor,
+        anchor_embed: Tensor,
+        feature_maps: Sequence[Tensor],
+        projection_mat: Tensor,
+    ) -> bool:
+        """Whether these are formatted maps, and tensors of the right sizes: to check them one by one takes longer."""
+        if not _is_formatted(feature_maps):
+            return False
+        col_feats, spatial_shape, _ = feature_maps
+        tensors = instance_feature, anchor, anchor_embed, projection_mat, col_feats
+        return (
+            all([type(tensor) is Tensor for tensor in tensors])
+            and instance_feature.dim() == col_feats.dim() == 3
+            and instance_feature.shape[2] == col_feats.shape[2] == self.embed_dims
+            and instance_feature.shape == anchor_embed.shape
+            and instance_feature.shape[0] == col_feats.shape[0]
+            and projection_mat.shape == (instance_feature.shape[0], self.num_cams, 4, 4)
+            and spatial_shape.shape == (self.num_cams, self.num_levels, 2)
+            and instance_feature.device == col_feats.device
+        )
+
+    def _checked(
+        self,
+        instance_feature: Tensor,
+        anchor: Tensor,
+        anchor_embed: Tensor,
+        feature_maps: Sequence,
+        projection_mat: Tensor,
+    ) -> Sequence[Tensor]:
+        """The maps, formatted; raises where an argument does not fit, and says which."""
         check_tensors(
             {
                 "instance_feature": instance_feature,
@@ -180,16 +226,7 @@ class DeformableFeatureAggregation(nn.Module):
         _check_embed(anchor_embed, instance_feature)
         formatted = _formatted(feature_maps, sizes)
         check_device("feature_maps", formatted[0], instance_feature.device)
-        keep = self._keep(instance_feature)
-        arguments = instance_feature, anchor, anchor_embed, formatted, projection_mat, image_wh, keep
-        tensors = plain_tensors(self, *arguments)
-        if tensors is None:
-            return self._layer_by_layer(*arguments)
-        try:
-            return aggregate(settings_of(self), tensors)
-        except RuntimeError:
-            self._layer_by_layer(*arguments)  # which says in better words what is wrong with its arguments
-            raise
+        return formatted
 
     def _layer_by_layer(
         self,

@@ -20,11 +20,11 @@ _ops = torch.ops.reimplementation
 
 
 class Settings(NamedTuple):
-    """What a call depends on beside tensors. epsilons: of the camera encoder's two norms; residual: none, add or cat."""
+    """What a call depends on beside tensors."""
 
-    epsilons: list[float]
+    epsilons: list[float]  # of the camera encoder's two norms
     attn_drop: float
-    residual: str
+    residual: str  # none, add or cat
 
 
 class Tensors(NamedTuple):
@@ -126,7 +126,9 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def _wanted(t: Tensors, needs: Tensors) -> tuple[bool, bool, bool]:
     """Which of the gradients that take long are wanted: of the maps, of what places key points, and of the encoder."""
-    through_points = needs.points_weight or needs.points_bias or (t.points_weight is not None and needs.instance_feature)
+    through_points = needs.points_weight or needs.points_bias
+    if t.points_weight is not None:  # whose places follow from the feature
+        through_points = through_points or needs.instance_feature
     return bool(needs.feature_maps), bool(needs.places or through_points), any(needs.encoder)
 
 
