@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import statistics
 import time
@@ -24,7 +25,7 @@ from reimplementation.models.backbones.vit.export import DenseFeatures
 from reimplementation.ops.dtypes import name_of
 
 PASSES = ("forward", "backward", "forward_backward")
-MODES = ("eager", "compiled")
+MODES = ("eager", "graph", "compiled", "compiled-graph")  # a graph is CUDA's, replayed: the device's time alone
 CSV_COLUMNS = (
     "config_name",
     "batch_size",
@@ -48,10 +49,11 @@ class Figure:
     config: the model's name.
     image_size: such as "256x704".
     passed: "forward", in evaluation; "backward" alone; "forward_backward", in training.
-    mode: "eager" or "compiled".
+    mode: of `MODES`.
     dtype: of weights and images.
     gflops: of the whole batch, counted with a product and a sum as two.
     extra_bytes: most memory that the pass held beyond weights and images; None if unknown.
+    least_bytes: of input, weights and output together, which no forward can do without; None of other passes.
     """
 
     config: str
@@ -63,6 +65,7 @@ class Figure:
     timing: Timing
     gflops: float
     extra_bytes: int | None = None
+    least_bytes: int | None = None
 
     @property
     def throughput(self) -> float:
@@ -77,12 +80,20 @@ class Figure:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure: its name, and how it is built for a size of image, with a tensor as its output."""
+    """What to measure.
+
+    name: of the model, or of a part of it.
+    build: makes the module for a size of image; it takes a tensor and returns one.
+    sample_shape: of what the module takes, without the batch, for a size of image.
+    dtype: of weights and input.
+    learns_input: whether a backward goes on to the input, as it does from a part within a model.
+    """
 
     name: str
     build: Callable[[Sequence[int]], nn.Module]
-    in_channels: int
+    sample_shape: Callable[[Sequence[int]], tuple[int, ...]]
     dtype: torch.dtype
+    learns_input: bool = False
 
 
 def vit_candidate(name: str, config: ViTConfig, dtype: torch.dtype | None = None) -> Candidate:
@@ -92,7 +103,7 @@ def vit_candidate(name: str, config: ViTConfig, dtype: torch.dtype | None = None
     def build(size: Sequence[int]) -> nn.Module:
         return DenseFeatures(config.replace(img_size=size).instantiate())
 
-    return Candidate(name, build, config.in_channels, config.dtype)
+    return Candidate(name, build, lambda size: (config.in_channels, *size), config.dtype)
 
 
 def timm_candidate(name: str, dtype: torch.dtype) -> Candidate:
@@ -103,7 +114,7 @@ def timm_candidate(name: str, dtype: torch.dtype) -> Candidate:
         model = timm.create_model(name, img_size=tuple(size), num_classes=0, global_pool="")
         return model.to(dtype)
 
-    return Candidate(f"timm {name}", build, 3, dtype)
+    return Candidate(f"timm {name}", build, lambda size: (3, *size), dtype)
 
 
 def measure_all(
@@ -139,18 +150,20 @@ def measure_candidate(
     """Time a pass on random images, and ask for its memory.
 
     Raises:
-        ValueError: the model does not take images of that size.
+        ValueError: the model does not take images of that size, or graphs are asked for on a CPU.
         RuntimeError: such as too little memory.
     """
-    model = candidate.build(size).to(device)
-    images = torch.randn(batch_size, candidate.in_channels, *size, device=device, dtype=candidate.dtype)
-    if mode == "compiled":
-        torch._dynamo.reset()  # lest it count the models before as recompilations, and stop compiling
-    run = torch.compile(model, dynamic=False) if mode == "compiled" else model
+    if mode.endswith("graph") and device.type != "cuda":
+        raise ValueError(f"the mode {mode} replays a CUDA graph, and needs a GPU; got {device}")
+    with device:
+        model = candidate.build(size).to(device)
+    shape = (batch_size, *candidate.sample_shape(size))
+    images = torch.randn(shape, device=device, dtype=candidate.dtype, requires_grad=candidate.learns_input)
+    run = _compiled(model) if mode.startswith("compiled") else model
     # A compiled backward frees what it has used, unless it is told that it will run again.
     with torch._functorch.config.patch(donated_buffer=False) if passed == "backward" else nullcontext():
         step = _step(run, model, images, passed)
-        timing = measure([step], device, repeats, graph=False)
+        timing = measure([step], device, repeats, graph=mode.endswith("graph"))
         extra_bytes = extra_memory(step, device)
     return Figure(
         config=candidate.name,
@@ -160,11 +173,22 @@ def measure_candidate(
         mode=mode,
         dtype=name_of(candidate.dtype),
         timing=timing,
-        gflops=count_flops(candidate, size, passed) * batch_size / 1e9,
+        gflops=count_flops(candidate, tuple(size), passed) * batch_size / 1e9,
         extra_bytes=extra_bytes,
+        least_bytes=_bytes_of(images, *model.parameters(), step()) if passed == "forward" else None,
     )
 
 
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()  # lest it count the models before as recompilations, and stop compiling
+    return torch.compile(model, dynamic=False)
+
+
+def _bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=64)
 def count_flops(candidate: Candidate, size: Sequence[int], passed: str = "forward") -> int:
     """Floating-point operations of a pass on one image: matrix products and convolutions, two for each product and sum.
 
@@ -172,7 +196,8 @@ def count_flops(candidate: Candidate, size: Sequence[int], passed: str = "forwar
     """
     with torch.device("meta"):
         model = candidate.build(size).to("meta").eval()
-        images = torch.empty(1, candidate.in_channels, *size, dtype=candidate.dtype)
+        images = torch.empty(1, *candidate.sample_shape(size), dtype=candidate.dtype)
+    images.requires_grad_(candidate.learns_input)
     with FlopCounterMode(display=False) as forward, torch.set_grad_enabled(passed != "forward"):
         output = model(images)
     if passed == "forward":
@@ -183,16 +208,16 @@ def count_flops(candidate: Candidate, size: Sequence[int], passed: str = "forwar
     return backward.get_total_flops() + (forward.get_total_flops() if both else 0)
 
 
-def _step(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, passed: str) -> Callable[[], object]:
-    """A pass as a function without arguments; gradients go to all weights, and to no image."""
+def _step(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, passed: str) -> Callable[[], Any]:
+    """A pass as a function without arguments; gradients go to all weights, and to an input that asks for one."""
     model.train(passed != "forward")
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    leaves = [tensor for tensor in (*model.parameters(), images) if tensor.requires_grad]
     if passed == "forward":
         return torch.no_grad()(lambda: run(images))
     if passed == "backward":
         loss = run(images).mean()
-        return lambda: torch.autograd.grad(loss, weights, retain_graph=True)
-    return lambda: torch.autograd.grad(run(images).mean(), weights)
+        return lambda: torch.autograd.grad(loss, leaves, retain_graph=True)
+    return lambda: torch.autograd.grad(run(images).mean(), leaves)
 
 
 def _spelled(size: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from reimplementation.bench import results
 from reimplementation.bench import vit as bench
 from reimplementation.bench.results import Document
+from reimplementation.bench.vit_parts import PARTS, part_candidate
 from reimplementation.models.backbones.vit import ViT, ViTConfig
 from reimplementation.models.backbones.vit.config import DTYPES
 from reimplementation.models.backbones.vit.export import (
@@ -88,6 +89,9 @@ def _add_benchmark(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=_positive, default=[1], metavar="N", help="default: 1")
     parser.add_argument("--passes", nargs="+", choices=bench.PASSES, default=["forward"], help="default: forward")
     parser.add_argument("--modes", nargs="+", choices=bench.MODES, default=["eager"], help="default: eager")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["model"], help="of each configuration (default: model)"
+    )
     parser.add_argument("--timm", nargs="+", default=[], metavar="NAME", help="models of timm to time beside them")
     _add_device(parser, "cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=_positive, default=30, help="timed runs (default: %(default)s)")
@@ -253,7 +257,7 @@ def _measure_all(options: argparse.Namespace) -> Document:
 
     device = torch.device(options.device)
     configs = {path.stem: _read(path, options.dtype) for path in options.configs}
-    candidates = [bench.vit_candidate(name, config) for name, config in configs.items()]
+    candidates = [_candidate(name, config, part) for name, config in configs.items() for part in options.parts]
     candidates += [bench.timm_candidate(name, candidates[0].dtype) for name in options.timm]
     sizes = options.resolutions or list(dict.fromkeys(tuple(config.img_size) for config in configs.values()))
     axes = (candidates, sizes, options.batch_sizes, options.passes, options.modes)
@@ -269,7 +273,17 @@ def _measure_all(options: argparse.Namespace) -> Document:
             progress.console.print(said, markup=False, highlight=False)
     if not figures:
         raise RuntimeError("nothing was timed: all of it failed")
-    return results.describe(device, figures)
+    return results.describe(device, figures, packages=_timm_version() if options.timm else {})
+
+
+def _candidate(name: str, config: ViTConfig, part: str) -> bench.Candidate:
+    return bench.vit_candidate(name, config) if part == "model" else part_candidate(name, config, part)
+
+
+def _timm_version() -> dict[str, str]:
+    import timm
+
+    return {"timm": timm.__version__}
 
 
 def _print_figures(document: Document) -> None:
