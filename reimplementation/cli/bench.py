@@ -15,6 +15,8 @@ from reimplementation.bench.cases import CASES, DEFAULT_CASES, DTYPES, PASSES
 from reimplementation.bench.clients import measure as clients
 from reimplementation.bench.clients import tables as client_tables
 from reimplementation.bench.clients.models import MODELS
+from reimplementation.bench.detector import measure as detector
+from reimplementation.bench.detector import tables as detector_tables
 from reimplementation.bench.floor import build
 from reimplementation.bench.results import FLOOR, Document
 from reimplementation.bench.run import Choice, measure_all
@@ -39,7 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="some of: %(choices)s (default: float32)"
     )
-    parser.add_argument("--passes", nargs="+", choices=PASSES, metavar="PASS", help="some of: %(choices)s")
+    every_pass = list(dict.fromkeys([*PASSES, *detector.PASSES]))
+    parser.add_argument("--passes", nargs="+", choices=every_pass, metavar="PASS", help="some of: %(choices)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--backends", nargs="+", choices=ops.backends.BACKENDS, help="default: all of the device")
     parser.add_argument(
@@ -60,6 +63,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--batch", nargs="+", type=arguments.positive, default=[1], help="images at once, of --clients (default: 1)"
+    )
+    parser.add_argument(
+        "--detector",
+        nargs="*",
+        choices=detector.FORMS,
+        metavar="FORM",
+        help="time the whole detector instead, a later frame of six cameras and a step of training at batch "
+        f"{detector.TRAINING_BATCH}: all forms, or some of: %(choices)s; passes: {', '.join(detector.PASSES)} "
+        f"(default: {', '.join(detector.DEFAULT_PASSES)})",
     )
     parser.add_argument(
         "--repeats", type=arguments.positive, default=20, help="timed runs of each figure (default: %(default)s)"
@@ -91,6 +103,9 @@ def run(options: argparse.Namespace) -> None:
     figures, picture = arguments.file("--json", options.json), arguments.picture("--plot", options.plot)
     if options.clients is not None:
         _run_clients(options, figures, picture)
+        return
+    if options.detector is not None:
+        _run_detector(options, figures)
         return
     if options.read:
         documents = [_chosen(document, options) for document in results.read(options.read)]
@@ -131,13 +146,37 @@ def _run_clients(options: argparse.Namespace, figures: Path | None, picture: Pat
         draw(picture, document)
 
 
-def _measure_clients(options: argparse.Namespace) -> Document:
-    for option, given, known in (
-        ("--dtypes", options.dtypes, tuple(clients.DTYPES)),
-        ("--passes", options.passes, clients.PASSES),
-    ):
+def _run_detector(options: argparse.Namespace, figures: Path | None) -> None:
+    """Time the detector, or show a file's figures."""
+    if options.plot:
+        raise ValueError("--detector draws no picture: leave --plot away")
+    if options.read:
+        document = detector_tables.joined([results.read_one(path, detector.DetectorResult) for path in options.read])
+    else:
+        _check_known(options, "--detector", tuple(detector.DTYPES), detector.PASSES)
+        choice = detector.Choice(
+            options.detector or detector.FORMS,
+            options.dtypes or ["float32", "bfloat16"],
+            options.passes or detector.DEFAULT_PASSES,
+        )
+        document = _with_progress(detector.measure_all, choice, arguments.device(options.device), options.repeats)
+    if figures:
+        document.write(figures)
+    if options.markdown:
+        print(detector_tables.markdown(document))
+    else:
+        detector_tables.print_table(document)
+
+
+def _check_known(options: argparse.Namespace, of: str, dtypes: tuple[str, ...], passes: tuple[str, ...]) -> None:
+    """Raise ValueError where dtypes or passes are given that a kind of run does not know."""
+    for option, given, known in (("--dtypes", options.dtypes, dtypes), ("--passes", options.passes, passes)):
         if given and not set(given) <= set(known):
-            raise ValueError(f"{option} of --clients are {', '.join(known)}; got {', '.join(given)}")
+            raise ValueError(f"{option} of {of} are {', '.join(known)}; got {', '.join(given)}")
+
+
+def _measure_clients(options: argparse.Namespace) -> Document:
+    _check_known(options, "--clients", tuple(clients.DTYPES), clients.PASSES)
     choice = clients.Choice(
         options.clients or list(MODELS),
         options.dtypes or ["float32"],
@@ -150,6 +189,7 @@ def _measure_clients(options: argparse.Namespace) -> Document:
 def _measure(options: argparse.Namespace) -> Document:
     """Time what the options name."""
     device = arguments.device(options.device)
+    _check_known(options, "an op or a module", tuple(DTYPES), tuple(PASSES))
     choice = Choice(
         options.cases or DEFAULT_CASES[device.type],
         options.dtypes or ["float32"],
@@ -160,7 +200,10 @@ def _measure(options: argparse.Namespace) -> Document:
 
 
 def _with_progress(
-    measure: Callable[..., Document], choice: Choice | clients.Choice, device: torch.device, repeats: int
+    measure: Callable[..., Document],
+    choice: Choice | clients.Choice | detector.Choice,
+    device: torch.device,
+    repeats: int,
 ) -> Document:
     """Measure behind a progress bar; what fails or is missing is said on stderr."""
     from rich.console import Console

@@ -6,9 +6,15 @@ its 3x3 convolution.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from reimplementation.models.plain import calls_are_unseen, is_plain
+
+CUDNN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CUDNN_CHANNELS = 8  # cuDNN fuses convolutions of channels in multiples of this
 
 
 class BasicBlock(nn.Module):
@@ -26,9 +32,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.bn2(self.conv2(x))
-        return F.relu(x + identity, inplace=True)
+        x = _activated(self.conv1, self.bn1, x)
+        return _activated(self.conv2, self.bn2, x, identity)
 
 
 class Bottleneck(nn.Module):
@@ -49,10 +54,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = self.bn3(self.conv3(x))
-        return F.relu(x + identity, inplace=True)
+        x = _activated(self.conv1, self.bn1, x)
+        x = _activated(self.conv2, self.bn2, x)
+        return _activated(self.conv3, self.bn3, x, identity)
 
 
 Block = BasicBlock | Bottleneck
@@ -94,7 +98,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps [(n, out_channels[i], ceil(H / 2 ** (i + 2)), ...)] of normalised images (n, 3, H, W)."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = _activated(self.conv1, self.bn1, images)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -105,7 +109,8 @@ class ResNet(nn.Module):
     def fold_norms(self) -> None:
         """Fold every normalisation into the convolution before it: the same maps from half as many kernels.
 
-        This is for inference, after a checkpoint was loaded: no normalisation is left whose names one could have.
+        This is for inference, after a checkpoint was loaded: no normalisation is left whose names one could have. On a
+        GPU cuDNN then does a convolution with its bias, its sum and its ReLU in one kernel, without autocast.
 
         Raises:
             RuntimeError: the backbone is in training, where the normalisation depends on the batch.
@@ -120,9 +125,30 @@ class ResNet(nn.Module):
 
 
 def _pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """The names of a module's convolutions, each with that of the normalisation behind it."""
+    """The names of a module's convolutions, each with that of the norm behind it; none once they are folded."""
     names = [name for name, child in module.named_children() if isinstance(child, (nn.Conv2d, nn.BatchNorm2d))]
-    return list(zip(names[::2], names[1::2]))
+    pairs = zip(names[::2], names[1::2])
+    return [(convolution, norm) for convolution, norm in pairs if isinstance(getattr(module, norm), nn.BatchNorm2d)]
+
+
+def _activated(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
+    """The ReLU of a normalised convolution, and of an identity that is added to it."""
+    if _cudnn_fuses(convolution, norm, x):
+        settings = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+        if identity is None:
+            return torch.cudnn_convolution_relu(x, convolution.weight, *settings)
+        return torch.cudnn_convolution_add_relu(x, convolution.weight, identity, 1.0, *settings)
+    x = norm(convolution(x))
+    return F.relu(x if identity is None else x + identity, inplace=True)
+
+
+def _cudnn_fuses(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> bool:
+    """Whether nobody could tell that the layers are not called, and cuDNN has a kernel for all of them together."""
+    if not x.is_cuda or type(norm) is not nn.Identity or torch.is_grad_enabled() or torch.version.hip is not None:
+        return False
+    fits = convolution.in_channels % CUDNN_CHANNELS == 0 and x.dtype in CUDNN_DTYPES
+    is_called_alone = calls_are_unseen() and is_plain(convolution, nn.Conv2d) and not torch.is_autocast_enabled("cuda")
+    return fits and is_called_alone and convolution.bias is not None and torch.backends.cudnn.is_available()
 
 
 def _stage(block: type[Block], in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:

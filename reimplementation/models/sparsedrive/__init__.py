@@ -3,6 +3,7 @@
 from .checkpoint import load_checkpoint
 from .config import SparseDriveConfig
 from .detector import SparseDrive
+from .inference import for_inference
 from .instance_bank import TemporalState
 from .presets import sparse4d_v3, sparsedrive_small
 
@@ -10,6 +11,7 @@ __all__ = [
     "SparseDrive",
     "SparseDriveConfig",
     "TemporalState",
+    "for_inference",
     "load_checkpoint",
     "sparse4d_v3",
     "sparsedrive_small",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from reimplementation.models.necks.fpn import FPN
 from reimplementation.ops.checks import check_shape
 
 from .box_loss import box_losses
+from .branch import Branch
 from .config import SparseDriveConfig
 from .decoding import decode_detections, decode_lines
 from .denoising import Denoising, DenoisingState, draw_queries, go_on, known_boxes
@@ -129,20 +131,23 @@ class SparseDrive(nn.Module):
         feature_maps = feature_rows(levels, self.config.num_cams)
         outputs: dict = {}
         new_state: State = {}
+        branch = Branch(images.device)
         for name, head in self.heads.items():
             denoising = self._denoising(metas, state, targets) if name == "det" else None
-            outputs[name], remembered = head(feature_maps, metas, state.get(name), denoising, every_layer)
+            with nullcontext() if name == "det" else branch:
+                outputs[name], remembered = head(feature_maps, metas, state.get(name), denoising, every_layer)
             if remembered is not None:
                 new_state[name] = remembered
             if denoising is not None:
                 new_state["denoising"] = denoising.keep(outputs["det"]["denoising"], self.config.det.denoising)
+        branch.join()
         if self.training and self.config.num_depth_levels > 0 and "focal" in metas:
             outputs["depth"] = self.depth_branch(levels, metas["focal"])
         return outputs, new_state
 
     def image_features(self, images: Tensor) -> list[Tensor]:
         """The pyramid [(bs * num_cams, embed_dims, H_i, W_i)], finest first, in channels-last memory."""
-        flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        flat = images.flatten(0, 1).to(self.img_backbone.conv1.weight.dtype, memory_format=torch.channels_last)
         return self.img_neck(self.img_backbone(flat)[: self.config.num_levels])
 
     def initial_state(self, batch_size: int) -> State:

@@ -1,0 +1,1 @@
+"""The whole detector: what a frame takes, and a step of training."""

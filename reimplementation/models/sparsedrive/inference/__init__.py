@@ -1,0 +1,5 @@
+"""A detector's form for inference: the same function of images, in fewer kernels and in one dtype."""
+
+from .form import for_inference
+
+__all__ = ["for_inference"]
