@@ -6,6 +6,8 @@ its 3x3 convolution.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -134,7 +136,13 @@ def _pairs(module: nn.Module) -> list[tuple[str, str]]:
 def _activated(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
     """The ReLU of a normalised convolution, and of an identity that is added to it."""
     if _cudnn_fuses(convolution, norm, x):
-        settings = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+        settings: Any = (
+            convolution.bias,
+            convolution.stride,
+            convolution.padding,
+            convolution.dilation,
+            convolution.groups,
+        )
         if identity is None:
             return torch.cudnn_convolution_relu(x, convolution.weight, *settings)
         return torch.cudnn_convolution_add_relu(x, convolution.weight, identity, 1.0, *settings)

@@ -32,7 +32,7 @@ class Branch:
 
     def __exit__(self, *raised: object) -> None:
         if self._stream is not None:
-            self._within.__exit__(*raised)  # type: ignore[arg-type]
+            self._within.__exit__(*raised)
 
     def join(self) -> None:
         """Let what is recorded from here on wait for the branch."""

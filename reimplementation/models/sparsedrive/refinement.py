@@ -18,6 +18,9 @@ PRIOR = 0.01  # the score that a class starts from, so that the many backgrounds
 class Refinement(nn.Module):
     """What boxes and lines share: an MLP for the anchor's change and one for the class logits."""
 
+    layers: nn.Module
+    cls_layers: nn.Module
+
     def __init__(self, embed_dims: int, anchor_dims: int, num_classes: int):
         super().__init__()
         self.layers = nn.Sequential(
@@ -34,6 +37,8 @@ class Refinement(nn.Module):
 
 class BoxRefinement(Refinement):
     """Refines boxes; two logits say how close the centre and whether the heading is right (Sparse4Dv3, section 3.2)."""
+
+    quality_layers: nn.Module
 
     def __init__(self, embed_dims: int, num_classes: int):
         super().__init__(embed_dims, VELOCITY.stop, num_classes)

@@ -1,5 +1,7 @@
 """ResNet against the same network written with functions, from the parameters' names alone."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -88,6 +90,35 @@ def test_folded(depth):
     assert backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     for got, wanted in zip(backbone(images), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_folded_on_a_gpu(dtype):
+    """cuDNN's kernels of a convolution, its sum and its ReLU, against the layers in float64; TF32 has ten bits."""
+    torch.manual_seed(0)
+    backbone = ResNet(50).eval()
+    backbone.fold_norms()
+    images = torch.randn(2, 3, 64, 96)
+    expected = copy.deepcopy(backbone).double()(images.double())
+    backbone.to("cuda", dtype, memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        maps = backbone(images.to("cuda", dtype, memory_format=torch.channels_last))
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["aten::cudnn_convolution_relu"] == 32 and counts["aten::cudnn_convolution_add_relu"] == 16
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    for got, wanted in zip(maps, expected, strict=True):
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert (got.cpu().double() - wanted).norm() <= 10 * rounding * wanted.norm()
+
+
+def test_folding_twice():
+    backbone = ResNet(18).eval()
+    backbone.fold_norms()
+    folded = copy.deepcopy(backbone.state_dict())
+    backbone.fold_norms()
+    assert all(torch.equal(tensor, folded[name]) for name, tensor in backbone.state_dict().items())
 
 
 def test_folding_is_for_inference():

@@ -46,9 +46,12 @@ class InferenceAggregation(nn.Module):
         self, feature: Tensor, anchor: Tensor, embed: Tensor, feature_maps: Sequence[Tensor], metas: Mapping
     ) -> Tensor:
         """(bs, n, 2 * embed_dims), as of the module; ``metas["camera_logits"]`` are those of `CameraLogits`."""
+        rows, spatial_shape, scale_start_index = feature_maps
         with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
             features = ops.deformable_feature_aggregation(
-                *feature_maps,
+                rows,
+                spatial_shape,
+                scale_start_index,
                 self.kps_generator(anchor, feature),
                 metas["projection_mat"],
                 metas["image_wh"],
@@ -73,7 +76,7 @@ class CameraLogits(nn.Module):
         super().__init__()
         self.dtype = dtype
         encoders = [module.camera_encoder for module in modules]
-        first, _, norm, second, _, last_norm = zip(*encoders)  # type: ignore[arg-type]
+        first, _, norm, second, _, last_norm = zip(*encoders)
         self.eps = norm[0].eps
         self.embed_dims = modules[0].embed_dims
         self.first = LinearReLU(

@@ -65,7 +65,8 @@ class _Branch:
     def layer(self, index: int, width: int) -> tuple[Tensor, Tensor]:
         """Weight (width, in_dims or width) and bias (width,): outputs are repeated, of inputs the first are read."""
         linear = self.linears[index]
-        weight, bias = linear.weight, linear.bias
+        weight: Tensor = linear.weight
+        bias: Tensor = linear.bias
         if index > 0:
             norm = self.norms[index - 1]
             bias = bias + weight @ norm.bias

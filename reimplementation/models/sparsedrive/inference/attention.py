@@ -40,7 +40,7 @@ class InferenceAttention(nn.Module):
         dims = query.shape[-1]
         projected = F.linear(query, self.in_weight[: 2 * dims], self.in_bias[: 2 * dims])
         value = F.linear(feature, self.value_weight, self.in_bias[2 * dims :])
-        return self._attend(query, *projected.chunk(2, dim=-1), value, allowed)
+        return self._attend(query, (*projected.chunk(2, dim=-1), value), allowed)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         """Queries (bs, n, attention_dims) look at keys and values (bs, m, attention_dims)."""
@@ -49,10 +49,11 @@ class InferenceAttention(nn.Module):
         else:
             weights, biases = self.in_weight.chunk(3), self.in_bias.chunk(3)
             projected = tuple(map(F.linear, (query, key, value), weights, biases))
-        return self._attend(query, *projected, allowed)
+        return self._attend(query, projected, allowed)
 
-    def _attend(self, residual: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
-        split = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(*split, attn_mask=allowed).transpose(1, 2).flatten(2)
+    def _attend(self, residual: Tensor, projected: tuple[Tensor, ...], allowed: Tensor | None) -> Tensor:
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        attended = heads.transpose(1, 2).flatten(2)
         output = torch.addmm(self.out_bias, residual.flatten(0, 1), self.residual_weight.t())
         return output.addmm_(attended.flatten(0, 1), self.out_weight.t()).unflatten(0, residual.shape[:2])

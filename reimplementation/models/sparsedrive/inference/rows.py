@@ -31,10 +31,10 @@ class Rows(nn.Module):
         first: dtype of the input and of the first linear layer; None: ``dtype``. Coordinates are not to be rounded.
     """
 
-    def __init__(self, layers: nn.Sequential, dtype: torch.dtype, first: torch.dtype | None = None):
+    def __init__(self, layers: nn.Module, dtype: torch.dtype, first: torch.dtype | None = None):
         super().__init__()
         self.dtype = dtype
-        self.layers = nn.ModuleList(module.to(dtype) for module in _fused(list(layers)))
+        self.layers = nn.ModuleList(module.to(dtype) for module in _fused(list(layers.children())))
         self.layers[0].to(first or dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class InferenceFFN(nn.Module):
 
     def __init__(self, ffn: AsymmetricFFN):
         super().__init__()
-        expanding, shrinking = ffn.layers[0][0], ffn.layers[1]  # type: ignore[index]
+        expanding, shrinking = (layer for layer in ffn.layers.modules() if isinstance(layer, nn.Linear))
         self.pre_norm = ffn.pre_norm
         self.expand = LinearReLU(expanding.weight, expanding.bias)
         self.shrinking_weight = constant(shrinking.weight)
