@@ -102,9 +102,9 @@ def measure_all(
     Raises:
         RuntimeError: nothing could be timed.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(), device:
         torch.manual_seed(0)
-        model = SparseDrive(config).to(device)
+        model = SparseDrive(config)
     found = []
     for form, dtype, passed in choice.all():
         what = f"{form} {dtype} {passed}"
@@ -154,9 +154,10 @@ def _formed(model: SparseDrive, form: str, dtype: torch.dtype) -> SparseDrive:
     if form == "inference":
         return for_inference(model.eval(), dtype)
     if form == "plain":
-        plain = SparseDrive(dataclasses.replace(model.config, use_deformable_func=False))
+        with next(model.parameters()).device:
+            plain = SparseDrive(dataclasses.replace(model.config, use_deformable_func=False))
         plain.load_state_dict(model.state_dict())
-        return plain.to(next(model.parameters()).device).eval()
+        return plain.eval()
     return copy.deepcopy(model).eval()
 
 

@@ -23,7 +23,7 @@ class InferenceBoxEncoder(nn.Module):
 
     Args:
         encoder: whose parameters to take; its widths divide the largest one.
-        dtype: of the embedding. The first product is in the encoder's own, as anchors are.
+        dtype: of the embedding. The first product and its norm are in the encoder's own, as anchors are.
     """
 
     def __init__(self, encoder: BoxAnchorEncoder, dtype: torch.dtype):
@@ -44,9 +44,9 @@ class InferenceBoxEncoder(nn.Module):
         """Embeddings (bs, n, embed_dims) of anchors (bs, n, 11)."""
         rows = anchor.flatten(0, 1)
         for layer in self.layers:
-            activated = as_dtype(layer(rows), self.dtype)
+            activated = layer(as_dtype(rows, layer.weight.dtype))
             rows = F.layer_norm(activated.view(-1, self.width), (self.width,), eps=self.eps).view_as(activated)
-        return torch.addmm(self.bias, rows, self.weight.t()).unflatten(0, anchor.shape[:2])
+        return torch.addmm(self.bias, as_dtype(rows, self.dtype), self.weight.t()).unflatten(0, anchor.shape[:2])
 
     def _side_by_side(self, branches: list[_Branch], index: int) -> tuple[Tensor, Tensor]:
         """The weight and bias of the layers of a depth."""

@@ -28,20 +28,20 @@ class Rows(nn.Module):
     Args:
         layers: the sequence.
         dtype: of parameters and output.
-        first: dtype of the input and of the first linear layer; None: ``dtype``. Coordinates are not to be rounded.
+        first: dtype of the first linear layer and of the norm behind it, None: ``dtype``. Coordinates are not to be
+            rounded, nor what they make before it is normalised, for it may differ little from channel to channel.
     """
 
     def __init__(self, layers: nn.Module, dtype: torch.dtype, first: torch.dtype | None = None):
         super().__init__()
-        self.dtype = dtype
         self.layers = nn.ModuleList(module.to(dtype) for module in _fused(list(layers.children())))
-        self.layers[0].to(first or dtype)
+        self.layers[:2].to(first or dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dims) of x (..., in_dims)."""
         rows = x.flatten(0, -2)
         for layer in self.layers:
-            rows = as_dtype(layer(rows), self.dtype)
+            rows = layer(as_dtype(rows, layer.weight.dtype))
         return rows.unflatten(0, x.shape[:-1])
 
 
