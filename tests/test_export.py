@@ -10,6 +10,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.export import Dim
@@ -254,10 +255,19 @@ def example(tmp_path_factory) -> Path:
         pytest.skip("needs make and a C++ compiler")
     folder = tmp_path_factory.mktemp("aot_cpp")
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run_package", "*.pt", "*.pt2"))
-    (recipe,) = re.findall(r"```sh\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(EXAMPLE.parents[1])}
-    subprocess.run(["sh", "-e", "-c", recipe], cwd=folder, env=os.environ | there, check=True)
+    _as_typed(folder, 0)
     return folder
+
+
+def _as_typed(folder: Path, recipe: int) -> str:
+    """Run a block of commands of the README beside the program; what it prints."""
+    commands = re.findall(r"```sh\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)[recipe]
+    commands = commands.replace("../vit/", f"{EXAMPLE.parent}/vit/")
+    there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(EXAMPLE.parents[1])}
+    done = subprocess.run(
+        ["sh", "-e", "-c", commands], cwd=folder, env=os.environ | there, check=True, capture_output=True, text=True
+    )
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -269,27 +279,78 @@ def test_the_example_as_its_readme_types_it(example):
 
 @pytest.mark.slow
 @needs_kernels
+def test_a_vit_as_the_readme_types_it(example):
+    """Without operators, from and to NumPy's files, and equal to what Python computes."""
+    pytest.importorskip("yaml")
+    said = _as_typed(example, 1)
+    assert "input 0: [2, 3, 64, 96] float32\noutput 0: [2, 28, 64] float32, mean " in said
+    assert re.search(r"latency, ms, of 10 runs: mean [\d.e+-]+, std [\d.e+-]+, min [\d.e+-]+, max [\d.e+-]+\n", said)
+    assert re.search(r"peak memory: [\d.]+ MB\n", said)
+    assert float(re.search(r"output 0: relative error (\S+)", said)[1]) <= 1e-5
+    again, features = (np.load(example / name) for name in ("again.npy", "features.npy"))
+    assert again.dtype == np.float32 and np.linalg.norm(again - features) <= 1e-5 * np.linalg.norm(features)
+
+
+@pytest.mark.slow
+@needs_kernels
 def test_what_the_example_cannot_do_is_said_in_a_line(example):
     """Each of these crashed, or passed in silence. The library's name alone is enough, wherever the system looks."""
     shutil.copy(ops.build_info()["file"], example / "operators.so")
+    inputs, (output,) = torch.load(example / "inputs.pt"), torch.load(example / "outputs.pt")
     torch.save({}, example / "dict.pt")
-    inputs = torch.load(example / "inputs.pt")
     torch.save([*inputs[:3], inputs[3][..., :-2].contiguous(), *inputs[4:]], example / "narrow.pt")
-    files = {"operators": "operators.so", "model": "model.pt2", "inputs": "inputs.pt", "outputs": "again.pt"}
-    for change, message in (
-        ({}, None),
-        ({"operators": "none.so"}, "none.so: cannot open shared object file"),
-        ({"model": "none.pt2"}, "none.pt2 is not a file"),
-        ({"inputs": "none.pt"}, "none.pt is not a file"),
-        ({"inputs": "dict.pt"}, "dict.pt must hold a list of tensors"),
-        ({"inputs": "narrow.pt"}, "unmatched dim value at 4, expected: 44, but got: 42"),
-        ({"outputs": "none/again.pt"}, "none/again.pt cannot be written"),
+    torch.save(output * 1.001, example / "near.pt")
+    torch.save(output * float("nan"), example / "nan.pt")
+    torch.save([output, output], example / "two.pt")
+    np.save(example / "ones.npy", np.ones((2, 3)))
+    np.save(example / "fortran.npy", np.asfortranarray(np.ones((2, 3))))
+    np.save(example / "complex.npy", np.ones(3, complex))
+    (example / "cut.npy").write_bytes((example / "ones.npy").read_bytes()[:-1])
+    (example / "text.npy").write_text("no numbers here")
+    (example / "text.pt").write_text("no tensors here")
+    given = {"--operators": "operators.so", "--output": "again.pt", "--iterations": "1"}
+    for code, inputs_file, change, message in (
+        (0, "inputs.pt", {}, None),
+        (0, "inputs.pt", {"--compare": "near.pt", "--tolerance": "0.01"}, None),
+        (0, "inputs.pt", {"--output": "again.npy", "--iterations": "0"}, None),
+        (3, "inputs.pt", {"--compare": "near.pt"}, None),
+        (3, "inputs.pt", {"--compare": "nan.pt"}, None),
+        (3, "inputs.pt", {"--compare": "ones.npy"}, None),
+        (1, "inputs.pt", {"--compare": "two.pt"}, "two.pt holds 2 tensors, and the model returns 1"),
+        (1, "inputs.pt", {"--operators": "none.so"}, "none.so: cannot open shared object file"),
+        (1, "none.pt", {}, "none.pt is not a file"),
+        (1, "dict.pt", {}, "dict.pt must hold a tensor or a list of tensors"),
+        (1, "narrow.pt", {}, "unmatched dim value at 4, expected: 44, but got: 42"),
+        (1, "ones.npy", {}, "expected inputs vector size to be"),
+        (1, "fortran.npy", {}, "its numbers are in Fortran's order"),
+        (1, "complex.npy", {}, "its dtype <c16 is none of a tensor's"),
+        (1, "cut.npy", {}, "it holds 47 bytes, and its shape asks for 48"),
+        (1, "text.npy", {}, "text.npy is no .npy file that can be read: it does not begin as one"),
+        (1, "text.pt", {}, "text.pt is no file of tensors from torch.save"),
+        (1, "inputs.png", {}, "ends in .npy or .pt; got inputs.png"),
+        (1, "inputs.pt", {"--output": "again.png"}, "ends in .npy or .pt; got again.png"),
+        (1, "inputs.pt", {"--output": "none/again.pt"}, "none/again.pt cannot be written"),
+        (2, "inputs.pt", {"--device": "tpu"}, '--device takes cpu, cuda or cuda:N; got "tpu"'),
+        (2, "inputs.pt", {"--dtype": "int8"}, "--dtype takes float64, float32, float16 or bfloat16"),
+        (2, "inputs.pt", {"--iterations": "-1"}, '--iterations takes a whole number from 0 on; got "-1"'),
+        (2, "inputs.pt", {"--tolerance": "x"}, '--tolerance takes a number from 0 on; got "x"'),
+        (2, "inputs.pt", {"--colour": "red"}, "--colour"),
     ):
-        command = ["./run_package", *(files | change).values()]
-        done = subprocess.run(command, cwd=example, capture_output=True, text=True)
-        assert done.returncode == (message is not None), done.stderr
-        if message is not None:
-            assert message in done.stderr.strip().splitlines()[-1]
+        options = [part for option in (given | change).items() for part in option]
+        done = run_example(example, "model.pt2", inputs_file, *options)
+        assert done.returncode == code, (inputs_file, change, done.stderr)
+        assert (message or "") in done.stderr
+    for arguments, code, message in (
+        (("--help",), 0, "Exit codes: 0, all went well"),
+        (("model.pt2",), 2, "a model and at least one file of inputs are needed"),
+        (("none.pt2", "inputs.pt"), 1, "none.pt2 is not a file"),
+    ):
+        done = run_example(example, *arguments)
+        assert done.returncode == code and message in done.stdout + done.stderr
+
+
+def run_example(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["./run_package", *arguments], cwd=folder, capture_output=True, text=True)
 
 
 @needs_make
@@ -305,8 +366,9 @@ def test_package_in_cpp(package, example):
     folder, expected = package
     files = [folder / name for name in ("model.pt2", "inputs.pt", "outputs.pt")]
     # LD_BIND_NOW resolves every symbol of our library at once, and there is no Python to find any in.
-    command = [str(example / "run_package"), ops.build_info()["file"], *map(str, files)]
+    model, inputs, outputs = map(str, files)
+    command = [example / "run_package", model, inputs, "--operators", ops.build_info()["file"], "--output", outputs]
     done = subprocess.run(command, env={"LD_BIND_NOW": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{list(expected.shape)}, mean ")
+    assert f"output 0: {list(expected.shape)} float32, mean " in done.stdout
     assert relative_error(torch.load(files[2])[0], expected) <= TOLERANCE[torch.float32]

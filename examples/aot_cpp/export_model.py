@@ -1,4 +1,4 @@
-"""Writes what run_package takes: a module as a package, model.pt2, and inputs for it, inputs.pt."""
+"""Writes what run_package takes: a module as a package, inputs for it, and what it makes of them."""
 
 from __future__ import annotations
 
@@ -45,4 +45,7 @@ torch._inductor.aoti_compile_and_package(
     inductor_configs={"aot_inductor.check_lowerbound": False},
 )
 # The tensors in the order of the module's arguments, without the lists and dicts around them.
-torch.save(tree_leaves(inputs(1, 900)), "inputs.pt")
+arguments = inputs(1, 900)
+torch.save(tree_leaves(arguments), "inputs.pt")
+with torch.no_grad():
+    torch.save(module(**arguments), "expected.pt")
