@@ -73,6 +73,33 @@ class TestRope:
         x = torch.randn(1, 1, 16, 16).bfloat16()
         assert torch.equal(rotate(x, sin_cos), rotate(x.float(), sin_cos).bfloat16())
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_fewer_kernels_than_the_formula(self, dtype):
+        """Which is what transforms see; outputs and gradients, of views as attention hands them over."""
+        torch.manual_seed(0)
+        sin_cos = RotaryPositions(16)((3, 4))
+        x = torch.randn(2, 13, 6, 16, dtype=dtype, requires_grad=True)
+        grad = torch.randn(2, 4, 13, 16, dtype=dtype)
+        heads = x.transpose(1, 2)[:, :4]
+        turned = rotate(heads, sin_cos)
+        (got,) = torch.autograd.grad(turned, x, grad)
+        expected, pull = torch.func.vjp(lambda x: rotate(x, sin_cos), heads.detach())
+        (wanted,) = pull(grad)
+        assert turned.dtype == got.dtype == dtype
+        with torch.no_grad():
+            assert torch.equal(rotate(heads, sin_cos), turned)
+        tolerance = {"rtol": 0, "atol": 2 * torch.finfo(dtype).eps * float(x.detach().abs().max())}
+        torch.testing.assert_close(turned, expected, **tolerance)
+        torch.testing.assert_close(got.transpose(1, 2)[:, :4], wanted, **tolerance)
+
+    def test_derivatives_of_any_order(self):
+        sin_cos = RotaryPositions(8)((2, 2)).double()
+        x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: rotate(x, sin_cos), x)
+        assert torch.autograd.gradgradcheck(lambda x: rotate(x, sin_cos), x)
+        sin_cos.requires_grad_()  # positions that are learned have their gradient too
+        assert torch.autograd.gradcheck(rotate, (x, sin_cos))
+
     def test_augmentation(self):
         """Recover shift, jitter and rescale from the coordinates that they make, and compare with their ranges."""
         plain = RotaryPositions(8, normalize_coords="separate")

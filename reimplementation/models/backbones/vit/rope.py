@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reimplementation.models.plain import calls_are_unseen
+
 
 class RotaryPositions(nn.Module):
     """Sines and cosines that rotate queries and keys by their place in the image.
@@ -141,13 +143,46 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     rope = with_prefix(rope, x.shape[-2] - rope.shape[-2])
     sin, cos = rope if rope.dim() == 3 else rope.unsqueeze(2)
     half = x.shape[-1] // 2
-    sin, cos = sin[..., :half], cos[..., :half]  # the second half repeats them
+    sin = sin[..., :half]  # the second half repeats them
+    if not calls_are_unseen() or torch._C._are_functorch_transforms_active() or type(x) is not Tensor:
+        return _formula(x, sin, cos)
+    if not torch.is_grad_enabled():
+        return _turned(x, sin, cos)
+    return _formula(x, sin, cos) if rope.requires_grad else _Rotation.apply(x, sin, cos)
+
+
+def _formula(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """What compilers, exporters and transforms see, and turn into one kernel by themselves."""
     first, second = x.chunk(2, -1)
+    cos = cos[..., : first.shape[-1]]
     turned = [
         torch.addcmul(first * cos, second, sin, value=-1),
         torch.addcmul(second * cos, first, sin),
     ]
     return torch.cat(turned, -1).to(x.dtype)
+
+
+def _turned(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """The same in half as many kernels: products are written where they belong, in the dtype that they are to have."""
+    half = x.shape[-1] // 2
+    scaled, turned = x * cos, torch.empty_like(x)
+    torch.addcmul(scaled[..., :half], x[..., half:], sin, value=-1, out=turned[..., :half])
+    torch.addcmul(scaled[..., half:], x[..., :half], sin, out=turned[..., half:])
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """The derivative of a rotation is the rotation back, of which nothing needs to be kept but the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        ctx.save_for_backward(sin, cos)
+        return _turned(x, sin, cos)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        sin, cos = ctx.saved_tensors
+        return _Rotation.apply(gradient, -sin, cos), None, None
 
 
 def with_prefix(rope: Tensor, count: int) -> Tensor:
