@@ -92,7 +92,7 @@ def test_parts_of_different_runs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--detector", "--passes", "backward"], "--passes of --detector are frame, frame graph, "),
+        (["--detector", "--passes", "backward"], "--passes of --detector are frame, frame replayed, frame graph, "),
         (["--detector", "--dtypes", "float64"], "--dtypes of --detector are float32, float16, bfloat16; got float64"),
         (["--detector", "--plot", "a.png"], "--detector draws no picture"),
         (["--passes", "frame"], "--passes of an op or a module are "),

@@ -18,11 +18,11 @@ from reimplementation.bench.memory import extra_memory
 from reimplementation.bench.results import Document
 from reimplementation.bench.timing import Timing, measure
 from reimplementation.data.synthetic import synthetic_rig
-from reimplementation.models.sparsedrive import SparseDrive, SparseDriveConfig, for_inference
+from reimplementation.models.sparsedrive import ReplayedDetector, SparseDrive, SparseDriveConfig, for_inference
 
 FORMS = ("inference", "model", "plain")
-PASSES = ("frame", "frame graph", "frame compiled", "frame compiled graph", "training")
-DEFAULT_PASSES = ("frame", "frame graph", "training")
+PASSES = ("frame", "frame replayed", "frame graph", "frame compiled", "frame compiled graph", "training")
+DEFAULT_PASSES = ("frame", "frame replayed", "frame graph", "training")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SIZE = (256, 704)  # of the images
 FRAME_BATCH, TRAINING_BATCH = 1, 6
@@ -37,8 +37,8 @@ class DetectorResult:
 
     form: "model"; "inference", what `for_inference` makes of it; "plain", the model with `use_deformable_func=False`.
     dtype: of the form for inference; otherwise a half one stands for autocast.
-    passed: of `PASSES`. A frame is a later one, with instances of the one before; training is forward, losses and
-        backward.
+    passed: of `PASSES`. A frame is a later one, with instances of the one before; "replayed" is a call of a
+        `ReplayedDetector`, "graph" the GPU's time alone. Training is forward, losses and backward.
     extra_bytes: most memory that the pass held beyond the model and its inputs; None if unknown.
     kernels: launches of a call; None where nobody counted.
     gpu_us: what these kernels take together; aggregation_share: the part of it that deformable aggregation takes, its
@@ -136,7 +136,7 @@ def _measure(
         if is_training:
             step = _training_step(detector, images, metas)
         else:
-            step = _frame_step(detector, images, metas, "compiled" in passed)
+            step = _frame_step(detector, images, metas, passed)
         timing = measure([step], device, repeats, graph=passed.endswith("graph"))
         if passed.endswith("graph") and timing.method != "graph":
             raise RuntimeError("it waits for the GPU, which a graph cannot record")
@@ -161,16 +161,19 @@ def _formed(model: SparseDrive, form: str, dtype: torch.dtype) -> SparseDrive:
     return copy.deepcopy(model).eval()
 
 
-def _frame_step(detector: SparseDrive, images: Tensor, metas: dict[str, Tensor], compiled: bool) -> Callable[[], Any]:
-    """A later frame, as a function without arguments; the state is the caller's, so that each call does the same."""
+def _frame_step(detector: SparseDrive, images: Tensor, metas: dict[str, Tensor], passed: str) -> Callable[[], Any]:
+    """A later frame, as a function without arguments; where the state is the caller's, each call does the same."""
     if not isinstance(detector.img_backbone.bn1, nn.Identity):
         detector.img_backbone.fold_norms()
+    if passed == "frame replayed":
+        replayed = ReplayedDetector(detector, images, metas)
+        return lambda: replayed(images, metas)
     with torch.no_grad():
         _, state = detector(images, metas, state=detector.initial_state(len(images)), every_layer=False)
     later = {**metas, "timestamp": metas["timestamp"] + SECONDS_BETWEEN_FRAMES}
-    if compiled:
+    if "compiled" in passed:
         torch._dynamo.reset()
-    run = torch.compile(detector, dynamic=False) if compiled else detector
+    run = torch.compile(detector, dynamic=False) if "compiled" in passed else detector
     return torch.no_grad()(lambda: run(images, later, state=state, every_layer=False))
 
 

@@ -17,6 +17,7 @@ FORM_NAMES = {
 }
 HEADINGS = {
     "frame": "called",
+    "frame replayed": "replayed, called",
     "frame graph": "as a replayed graph",
     "frame compiled": "compiled",
     "frame compiled graph": "compiled, as a replayed graph",
@@ -40,7 +41,7 @@ def joined(documents: Sequence[Document]) -> Document:
         ValueError: they are of different machines or versions.
     """
     first, *others = documents
-    if any((other.machine, other.versions) != (first.machine, first.versions) for other in others):
+    if any((d.machine["device"], d.versions) != (first.machine["device"], first.versions) for d in others):
         raise ValueError("--read takes parts of a run; these files are of different machines or versions")
     return replace(first, results=[result for document in documents for result in document.results])
 

@@ -3,11 +3,12 @@
 from .checkpoint import load_checkpoint
 from .config import SparseDriveConfig
 from .detector import SparseDrive
-from .inference import for_inference
+from .inference import ReplayedDetector, for_inference
 from .instance_bank import TemporalState
 from .presets import sparse4d_v3, sparsedrive_small
 
 __all__ = [
+    "ReplayedDetector",
     "SparseDrive",
     "SparseDriveConfig",
     "TemporalState",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reimplementation.models.sparsedrive import SparseDrive, SparseDriveConfig, for_inference
+from reimplementation.models.sparsedrive import ReplayedDetector, SparseDrive, SparseDriveConfig, for_inference
 from reimplementation.models.sparsedrive.config import BankConfig, BoxHeadConfig, MapHeadConfig
 from tests.models.sparsedrive.small import CONFIG, DENOISING, NUM_CAMS, frame, trained
 
@@ -188,3 +188,28 @@ def test_a_recorded_graph_runs_heads_side_by_side(dtype):
         graph.replay()
         for (name, got), (_, wanted) in zip(tensors(recorded), tensors(expected), strict=True):
             assert torch.equal(got, wanted), name
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_replayed():
+    """Frame after frame as the form computes them, and again after a reset."""
+    form = for_inference(trained().cuda())
+    frames = [frame(2, index, times) for index, times in enumerate(TIMES)]
+    frames = [(images.cuda(), {name: tensor.cuda() for name, tensor in metas.items()}) for images, metas in frames]
+    replayed = ReplayedDetector(form, *frames[0], every_layer=True)
+    for _ in range(2):
+        state = form.initial_state(2)
+        for images, metas in frames:
+            expected, state = form(images, metas, state=state)
+            for (name, got), (_, wanted) in zip(tensors(replayed(images, metas)), tensors(expected), strict=True):
+                assert torch.equal(got, wanted), name
+        replayed.reset()
+    with pytest.raises(ValueError, match="images must be"):
+        replayed(frames[0][0][:1], frames[0][1])
+
+
+def test_replays_are_of_gpus():
+    images, metas = frame(1)
+    with pytest.raises(ValueError, match="a graph is recorded on a GPU; images are on cpu"):
+        ReplayedDetector(for_inference(trained()), images, metas)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,7 @@ class InferenceBoxEncoder(nn.Module):
     def forward(self, anchor: Tensor) -> Tensor:
         """Embeddings (bs, n, embed_dims) of anchors (bs, n, 11)."""
         rows = anchor.flatten(0, 1)
+        layer: Any
         for layer in self.layers:
             activated = layer(as_dtype(rows, layer.weight.dtype))
             rows = F.layer_norm(activated.view(-1, self.width), (self.width,), eps=self.eps).view_as(activated)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ class Rows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dims) of x (..., in_dims)."""
         rows = x.flatten(0, -2)
+        layer: Any
         for layer in self.layers:
             rows = layer(as_dtype(rows, layer.weight.dtype))
         return rows.unflatten(0, x.shape[:-1])
