@@ -73,6 +73,16 @@ class TestRope:
         x = torch.randn(1, 1, 16, 16).bfloat16()
         assert torch.equal(rotate(x, sin_cos), rotate(x.float(), sin_cos).bfloat16())
 
+    def test_angles_of_most_images_are_kept(self):
+        rope = RotaryPositions(8, shift=0.5, size=(3, 5)).eval()
+        assert rope((3, 5)) is rope.kept and torch.equal(rope.kept, RotaryPositions(8)((3, 5)))
+        assert rope((5, 3)).shape == (2, 15, 8) and not torch.equal(rope((5, 3)), rope.kept)
+        assert list(rope.state_dict()) == ["periods"]
+        assert not torch.equal(rope.train()((3, 5)), rope.kept)  # its augmentation draws
+        kept = rope.kept.clone()
+        assert torch.equal(rope.bfloat16().kept, kept)
+        assert torch.equal(RotaryPositions(8, size=(3, 5), device="meta").to_empty(device="cpu").kept, kept)
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_fewer_kernels_than_the_formula(self, dtype):
         """Which is what transforms see; outputs and gradients, of views as attention hands them over."""

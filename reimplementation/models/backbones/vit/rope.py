@@ -31,10 +31,12 @@ class RotaryPositions(nn.Module):
         shift: the shift is between ``-shift`` and ``shift``; None: none.
         jitter: factors are between ``1 / jitter`` and ``jitter``.
         rescale: likewise.
+        size: rows and columns of the grid that most images will have, whose angles are kept.
         device: of the periods.
     """
 
     periods: Tensor
+    kept: Tensor | None
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class RotaryPositions(nn.Module):
         shift: float | None = None,
         jitter: float | None = None,
         rescale: float | None = None,
+        size: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -55,7 +58,10 @@ class RotaryPositions(nn.Module):
         self.shift = shift
         self.jitter = jitter
         self.rescale = rescale
+        self.size = None if size is None else tuple(size)
         self.register_buffer("periods", self._periods(device))
+        # A compiler would compute the angles in every layer again, where the graph has what they are made from.
+        self.register_buffer("kept", self._angles_of_most(), persistent=False)
 
     def forward(self, size: Sequence[int], seed: int | None = None) -> Tensor:
         """Sines and cosines.
@@ -67,9 +73,18 @@ class RotaryPositions(nn.Module):
         Returns:
             (2, rows * columns, head_dim) float32: sines, then cosines; row by row.
         """
+        augments = self.training and (self.shift, self.jitter, self.rescale) != (None, None, None)
+        # An exporter may leave the size open: it is then no number that one could compare.
+        if self.kept is not None and not augments and all(type(n) is int for n in size) and tuple(size) == self.size:
+            return self.kept
         coordinates = self._coordinates(size)
-        if self.training and (self.shift, self.jitter, self.rescale) != (None, None, None):
-            coordinates = self._augmented(coordinates, seed)
+        return self._angles(self._augmented(coordinates, seed) if augments else coordinates)
+
+    def _angles_of_most(self) -> Tensor | None:
+        return None if self.size is None else self._angles(self._coordinates(self.size))
+
+    def _angles(self, coordinates: Tensor) -> Tensor:
+        """(2, L, head_dim) of (L, 2) coordinates."""
         angles = 2 * math.pi * coordinates[..., None] / self.periods  # (L, 2, d / 4)
         angles = angles.flatten(1).repeat(1, 2)
         return torch.stack([angles.sin(), angles.cos()])
@@ -104,6 +119,7 @@ class RotaryPositions(nn.Module):
         """Follow the model to a device, but not to another dtype: bfloat16 cannot tell neighbouring patches apart."""
         super()._apply(fn, recurse)
         self.periods = self._periods(self.periods.device)
+        self.kept = self._angles_of_most()
         return self
 
     def _load_from_state_dict(

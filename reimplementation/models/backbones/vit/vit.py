@@ -198,6 +198,7 @@ def _rope(config: ViTConfig, device: torch.device | str | None) -> RotaryPositio
         config.rope_shift_coords,
         config.rope_jitter_coords,
         config.rope_rescale_coords,
+        config.tokenized_size,
         device=device,
     )
 
