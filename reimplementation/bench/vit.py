@@ -197,8 +197,13 @@ def count_flops(candidate: Candidate, size: Sequence[int], passed: str = "forwar
     with torch.device("meta"):
         model = candidate.build(size).to("meta").eval()
         images = torch.empty(1, *candidate.sample_shape(size), dtype=candidate.dtype)
-    images.requires_grad_(candidate.learns_input)
-    with FlopCounterMode(display=False) as forward, torch.set_grad_enabled(passed != "forward"):
+    if (
+        passed == "forward"
+    ):  # PyTorch's counter stumbles over a module that returns a parameter where no graph is recorded
+        model.requires_grad_(False)
+    elif candidate.learns_input:
+        images.requires_grad_()
+    with FlopCounterMode(display=False) as forward:
         output = model(images)
     if passed == "forward":
         return forward.get_total_flops()

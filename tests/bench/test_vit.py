@@ -32,6 +32,17 @@ def test_operations(activation):
     assert vit.count_flops(candidate, (16, 24), "forward_backward") == forward + backward
 
 
+@pytest.mark.parametrize("pos_enc", ["fourier", "learnable", "none"])
+def test_operations_of_every_position_encoding(pos_enc):
+    """Only Fourier's has a product; PyTorch's counter stumbled over learned positions, a parameter as an output."""
+    counts = [
+        vit.count_flops(vit.vit_candidate("vit", CONFIG.replace(pos_enc=kind)), (16, 24)) for kind in ("rope", pos_enc)
+    ]
+    patches, channels = 6, 16
+    products = patches * channels * (2 // 2) + patches * channels**2  # of two coordinates, and the linear layer
+    assert counts[1] - counts[0] == (2 * products if pos_enc == "fourier" else 0)
+
+
 @pytest.mark.parametrize("passed", vit.PASSES)
 def test_a_pass(passed):
     candidate = vit.vit_candidate("vit", CONFIG)

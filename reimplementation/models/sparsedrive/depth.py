@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from reimplementation.models.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
 REFERENCE_FOCAL = 100.0  # pixels: a camera of this focal length sees the depth that the network says
@@ -32,7 +33,7 @@ class DepthBranch(nn.Module):
         factor = focal[:, :, None, None] / REFERENCE_FOCAL
         depths = []
         for layer, level in zip(self.depth_layers, levels):
-            with torch.autocast(level.device.type, enabled=False):
+            with without_autocast(level.device):
                 depth = layer(at_least_float32(level)).exp()
             depths.append(depth.unflatten(0, focal.shape).squeeze(2) * factor)
         return depths

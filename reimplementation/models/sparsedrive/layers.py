@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from reimplementation.models.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
 
@@ -28,7 +29,7 @@ class CoordinateMLP(nn.Sequential):
     def forward(self, coordinates: Tensor) -> Tensor:
         """(..., dims) of coordinates (..., in_dims)."""
         first, *others = self
-        with torch.autocast(coordinates.device.type, enabled=False):
+        with without_autocast(coordinates.device):
             x = first(at_least_float32(coordinates))
         for layer in others:
             x = layer(x)

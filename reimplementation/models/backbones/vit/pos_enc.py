@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reimplementation.models.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
 from .initialization import STD, init_layers
@@ -35,7 +36,7 @@ class FourierPositions(nn.Module):
 
     def forward(self, size: Sequence[int]) -> Tensor:
         """(1, L, C) for a grid of L places; the features are computed in float32."""
-        with torch.autocast(self.w_fourier.device.type, enabled=False):
+        with without_autocast(self.w_fourier.device):
             features = fourier_features(size, at_least_float32(self.w_fourier))
             return self.w_fc1(features.to(self.w_fc1.weight.dtype))[None]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reimplementation.models.autocast import without_autocast
 from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.models.sparsedrive.anchor_encoder import BoxAnchorEncoder
 from reimplementation.models.sparsedrive.attention import InstanceAttention
@@ -67,7 +68,7 @@ class InferenceHead(SparseHead):
         every_layer: bool = True,
     ) -> tuple[dict, TemporalState | None]:
         """As of `SparseHead`; autocast, which would round anchors, changes nothing."""
-        with torch.autocast(feature_maps[0].device.type, enabled=False):
+        with without_autocast(feature_maps[0].device):
             metas = {**metas, CAMERA_LOGITS: self.camera_logits(metas["projection_mat"])}
             return super().forward(feature_maps, metas, state, denoising, every_layer)
 
