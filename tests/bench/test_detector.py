@@ -12,6 +12,7 @@ from reimplementation.bench import results
 from reimplementation.bench.detector import measure, tables
 from reimplementation.bench.detector.measure import Choice, DetectorResult
 from reimplementation.bench.timing import Timing
+from tests.markdown import ROOT
 from tests.models.sparsedrive.small import CONFIG
 
 CPU = torch.device("cpu")
@@ -80,6 +81,11 @@ def test_files_and_tables(tmp_path, capsys):
     assert results.read_one(both, DetectorResult).results == [CALLED, REPLAYED, TRAINED]
     assert cli.main(arguments) == 0
     assert "frame graph" in capsys.readouterr().out
+
+
+def test_the_page_has_the_committed_figures():
+    document = results.read_one(ROOT / "benchmarks" / "detector" / "nvidia-h200.json", DetectorResult)
+    assert tables.markdown(document) in (ROOT / "docs" / "sparsedrive.md").read_text()
 
 
 def test_parts_of_different_runs():
