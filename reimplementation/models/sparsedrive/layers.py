@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from reimplementation import ops
 from reimplementation.models.autocast import without_autocast
+from reimplementation.models.plain import are_plain, calls_are_unseen, is_plain, weight_and_bias
 from reimplementation.ops.dtypes import at_least_float32
 
 
@@ -23,17 +27,40 @@ def linear_relu_norm(in_dims: int, dims: int, num_linears: int, num_norms: int) 
 class CoordinateMLP(nn.Sequential):
     """An MLP whose input are coordinates: autocast leaves its first layer in full precision.
 
-    In bfloat16 a position 50 m away would be rounded to the next quarter of a metre before the network sees it.
+    In bfloat16 a position 50 m away would be rounded to the next quarter of a metre before the network sees it. Where
+    nobody could tell that the layers are not called, each linear layer with its ReLU and its norm is one kernel, all in
+    full precision.
     """
 
     def forward(self, coordinates: Tensor) -> Tensor:
-        """(..., dims) of coordinates (..., in_dims)."""
+        """(bs, n, dims) of coordinates (bs, n, in_dims)."""
+        x = at_least_float32(coordinates)
+        blocks = _plain_blocks(self, x)
+        if blocks is not None:
+            for weight, bias, norm_weight, norm_bias, eps in blocks:
+                x = ops.linear_relu_norm(x, weight, bias, norm_weight, norm_bias, eps)
+            return x
         first, *others = self
         with without_autocast(coordinates.device):
-            x = first(at_least_float32(coordinates))
+            x = first(x)
         for layer in others:
             x = layer(x)
         return x
+
+
+def _plain_blocks(mlp: nn.Sequential, x: Tensor) -> list[tuple] | None:
+    """The parameters of each linear layer with its ReLU and its norm; None where that is not what the layers are."""
+    layers: list[Any] = list(mlp._modules.values())
+    kinds = [nn.Linear, nn.ReLU, nn.LayerNorm] * (len(layers) // 3)
+    if x.dim() != 3 or not calls_are_unseen() or len(kinds) != len(layers) or not all(map(is_plain, layers, kinds)):
+        return None
+    blocks = []
+    for linear, norm in zip(layers[::3], layers[2::3]):
+        parameters = *weight_and_bias(linear), *weight_and_bias(norm)
+        if not are_plain((x, *parameters), x.dtype):
+            return None
+        blocks.append((*parameters, norm.eps))
+    return blocks
 
 
 class Scale(nn.Module):

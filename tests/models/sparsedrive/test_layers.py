@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from reimplementation import ops
 from reimplementation.models.sparsedrive.anchor_encoder import BoxAnchorEncoder, LineAnchorEncoder
 from reimplementation.models.sparsedrive.attention import InstanceAttention, MultiheadAttention
 from reimplementation.models.sparsedrive.ffn import AsymmetricFFN
@@ -65,6 +66,26 @@ def test_box_anchor_encoder():
     expected = torch.cat([mlp(state, name, "LRN" * 4, part) for name, part in parts.items()], dim=-1)
     torch.testing.assert_close(encoder(anchor), expected)
     assert [linear.out_features for linear in encoder.pos_fc if isinstance(linear, nn.Linear)] == [DIMS // 2] * 4
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_blocks_of_an_encoder_are_one_operator_each(dtype, monkeypatch):
+    """With the gradients of the layers, which are called where a hook looks on."""
+    encoder, called = randomised(BoxAnchorEncoder(DIMS)).float(), []
+    original = ops.linear_relu_norm
+    monkeypatch.setattr(ops, "linear_relu_norm", lambda *a: called.append(1) or original(*a))
+    anchor, grad = torch.randn(2, 3, 11, requires_grad=True), torch.randn(2, 3, DIMS)
+    leaves = [anchor, *encoder.parameters()]
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        embedded = encoder(anchor)
+    assert len(called) == 16 and embedded.dtype == torch.float32
+    for name in ("pos_fc", "size_fc", "yaw_fc", "vel_fc"):
+        getattr(encoder, name)[0].register_forward_hook(lambda *_: None)
+    expected = encoder(anchor)
+    assert len(called) == 16
+    torch.testing.assert_close(embedded, expected, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(*(torch.autograd.grad(x, leaves, grad) for x in (embedded, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_line_anchor_encoder():

@@ -14,7 +14,7 @@ from .head import InferenceHead
 
 
 def for_inference(model: SparseDrive, dtype: torch.dtype = torch.float32) -> SparseDrive:
-    """A detector that computes what ``model`` does, called in the same way, from half as many kernels.
+    """A detector that computes what ``model`` does, called in the same way, from far fewer kernels.
 
     Normalisations are folded into convolutions, activations and factors into the products before them, and what
     several small networks do alike is one product. Half precision needs no autocast, which casts every weight in every
