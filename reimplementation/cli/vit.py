@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reimplementation.bench import results
+from reimplementation.bench import results, vit_tables
 from reimplementation.bench import vit as bench
 from reimplementation.bench.results import Document
 from reimplementation.bench.vit_parts import PARTS, part_candidate
@@ -82,7 +82,11 @@ def _add_benchmark(commands: argparse._SubParsersAction) -> None:
         description="Every configuration at every resolution, batch size, pass and mode: latency, memory, operations "
         "and throughput. What fails is said and left out.",
     )
-    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="YAML files")
+    parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="YAML files")
+    parser.add_argument(
+        "--read", nargs="+", type=Path, metavar="FILE", help="measure nothing: show these files' figures, as one run's"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument(
         "--resolutions", nargs="+", type=_size, metavar="HxW", help="default: each configuration's img_size"
     )
@@ -177,15 +181,22 @@ def run_infer(options: argparse.Namespace) -> None:
 
 
 def run_benchmark(options: argparse.Namespace) -> None:
+    if bool(options.configs) == bool(options.read):
+        raise ValueError("give configurations to time, or files to --read")
     folder = options.output_dir
     wants_plots = folder and not options.no_plots
     if wants_plots:  # before the work begins: a missing extra is named at once
         from reimplementation.bench.vit_plots import draw_all
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-    document = _measure_all(options)
+    if options.read:
+        document = vit_tables.joined([results.read_one(path, bench.Figure) for path in options.read])
+    else:
+        document = _measure_all(options)
     if options.format == "json":
         print(json.dumps(asdict(document), indent=1))
+    elif options.markdown:
+        print(vit_tables.markdown(document))
     else:
         _print_figures(document)
     if folder:

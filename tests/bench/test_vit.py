@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from reimplementation.bench import results, vit
+from reimplementation.bench import results, vit, vit_tables
 from reimplementation.bench.timing import Timing
 from reimplementation.models.backbones.vit import HeadConfig, ViTConfig
+from tests.markdown import ROOT
 
 CPU = torch.device("cpu")
 CONFIG = ViTConfig(3, (8, 8), (16, 24), 2, 16, 32, 2, num_cls_tokens=1, dtype=torch.float32, heads={"a": HeadConfig()})
@@ -80,6 +82,25 @@ def test_json_is_read_back(tmp_path):
     document = results.describe(CPU, [FIGURE])
     document.write(tmp_path / "figures.json")
     assert results.read_one(tmp_path / "figures.json", vit.Figure) == document
+
+
+def test_tables():
+    """A share of the peak where that is known; of a figure that two parts have, the last."""
+    document = replace(results.describe(CPU, [FIGURE]), machine={"device": "NVIDIA H200", "threads": 1})
+    half = replace(FIGURE, dtype="bfloat16", config="half", gflops=989.0)
+    again = replace(FIGURE, timing=Timing(3000.0, 1.0, "wall"))
+    joined = vit_tables.joined([document, replace(document, results=[half, again])])
+    said = vit_tables.markdown(joined)
+    assert "| 4 x 16x24 | forward, eager |" in said and "| vit | 3 |" in said and "| half | 2 (50%) |" in said
+    with pytest.raises(ValueError, match="of different versions"):
+        vit_tables.joined([document, replace(document, versions={"torch": "1.0"})])
+    with pytest.raises(ValueError, match="of different machines"):
+        vit_tables.joined([document, replace(document, machine={"device": "another"})])
+
+
+def test_the_page_has_the_committed_figures():
+    document = results.read_one(ROOT / "benchmarks" / "vit" / "nvidia-h200.json", vit.Figure)
+    assert vit_tables.markdown(document) in (ROOT / "docs" / "vit.md").read_text()
 
 
 def test_plots(tmp_path):

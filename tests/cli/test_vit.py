@@ -153,6 +153,17 @@ class TestBenchmark:
         said = capsys.readouterr()
         assert "1 x 16x24" in said.out and "small 1 x 16x24 forward eager: " in said.err
 
+    def test_files_that_are_read(self, config, capsys, tmp_path):
+        pytest.importorskip("rich")
+        folder = tmp_path / "figures"
+        facts(capsys, "benchmark", config, "--repeats", 1, "--output-dir", folder, "--no-plots")
+        files = [str(folder / "benchmark_results.json")] * 2
+        assert cli.main(["vit", "benchmark", "--read", *files, "--markdown"]) == 0
+        assert "| 1 x 16x24 | forward, eager |" in capsys.readouterr().out
+        for wrong in ([], [config, "--read", files[0]]):
+            assert cli.main(["vit", "benchmark", *wrong]) == 2
+            assert "give configurations to time, or files to --read" in capsys.readouterr().err
+
     def test_nothing_timed(self, config, capsys):
         pytest.importorskip("rich")
         assert cli.main(["vit", "benchmark", config, "--resolutions", "20x20"]) == 2
