@@ -21,6 +21,7 @@ from torch.library import wrap_triton
 
 from .footprint import (
     beside,
+    bounded_level,
     check_rows,
     corner_pixel,
     corner_signs,
@@ -29,7 +30,6 @@ from .footprint import (
     first_pixel,
     in_layout_of,
     padded,
-    read_level,
     refuse_determinism,
     sums_like,
     warps,
@@ -41,11 +41,9 @@ FORWARD_TILE = 512  # elements; with fewer groups a program there are more progr
 
 
 @triton.jit
-def load_location(locations, pair):
-    """x, y of a pair, and whether it lies in the open unit square, which NaN does not."""
-    x = tl.load(locations + 2 * pair)
-    y = tl.load(locations + 2 * pair + 1)
-    return x, y, (x > 0) & (x < 1) & (y > 0) & (y < 1)
+def is_seen(x, y):
+    """Whether a location lies in the open unit square, which NaN does not."""
+    return (x > 0) & (x < 1) & (y > 0) & (y < 1)
 
 
 @triton.jit
@@ -96,11 +94,17 @@ def forward_kernel(
 
     total = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
     for cam in range(num_cams):
-        height, width, start = read_level(shapes, starts, cam * num_levels + level, level < num_levels, num_rows)
+        first_level = cam * num_levels
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * (first_level + level), mask=level < num_levels, other=0),
+            tl.load(shapes + 2 * (first_level + level) + 1, mask=level < num_levels, other=0),
+            tl.load(starts + first_level + level, mask=level < num_levels, other=0),
+            num_rows,
+        )
         for point in range(num_points):
             pair = (query * num_points + point) * num_cams + cam
-            x, y, visible = load_location(locations, pair)
-            if visible:
+            x, y = tl.load(locations + 2 * pair), tl.load(locations + 2 * pair + 1)
+            if is_seen(x, y):
                 weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
                 counts = (height > 0)[:, None] & (group < GROUPS)[None, :]
                 weight = tl.load(weights + weight_at, mask=counts, other=0).to(wide)
@@ -189,12 +193,18 @@ def backward_kernel(
     toward = tl.broadcast_to(toward[None, :, :], [BLOCK_L, BLOCK_G, BLOCK_C])
 
     for cam in range(num_cams):
-        height, width, start = read_level(shapes, starts, cam * num_levels + level, level < num_levels, num_rows)
+        first_level = cam * num_levels
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * (first_level + level), mask=level < num_levels, other=0),
+            tl.load(shapes + 2 * (first_level + level) + 1, mask=level < num_levels, other=0),
+            tl.load(starts + first_level + level, mask=level < num_levels, other=0),
+            num_rows,
+        )
         for point in range(num_points):
             pair = (query * num_points + point) * num_cams + cam
             weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
-            x, y, visible = load_location(locations, pair)
-            if visible:
+            x, y = tl.load(locations + 2 * pair), tl.load(locations + 2 * pair + 1)
+            if is_seen(x, y):
                 weight = tl.load(weights + weight_at, mask=is_weight & (height > 0)[:, None], other=0).to(wide)
                 left, top, right, down = pixel_positions(x, y, height, width)
                 if NEEDS_LOCATIONS or NEEDS_WEIGHTS:

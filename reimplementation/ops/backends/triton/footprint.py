@@ -2,6 +2,10 @@
 
 A footprint's corners are numbered 0 to 3: top left, top right, bottom left, bottom right. Triton unrolls the loop over
 them, so that whether a corner lies below or to the right is known when a kernel is compiled.
+
+What addresses follow from, kernels load themselves and hand to such functions as a number. A compiler of PyTorch looks
+for what a kernel overwrites by going back from its stores, through calls of functions to all of their arguments: it
+would take the locations for overwritten, if the function that reads them told where gradients are added.
 """
 
 from __future__ import annotations
@@ -19,11 +23,9 @@ MOST_ROWS = 2**31 - 1  # rows are numbered in int32
 
 
 @triton.jit
-def read_level(shapes, starts, level, exists, num_rows):
+def bounded_level(height, width, start, num_rows):
     """Height, width and first row of a level, or of a vector of levels; all zero where it is empty or does not fit."""
-    height = tl.load(shapes + 2 * level, mask=exists, other=0).to(tl.int64)
-    width = tl.load(shapes + 2 * level + 1, mask=exists, other=0).to(tl.int64)
-    start = tl.load(starts + level, mask=exists, other=0).to(tl.int64)
+    height, width, start = height.to(tl.int64), width.to(tl.int64), start.to(tl.int64)
     fits = (height > 0) & (height <= num_rows) & (width > 0) & (width <= num_rows) & (start >= 0) & (start <= num_rows)
     fits = fits & (height * width <= num_rows - start)
     return (

@@ -21,6 +21,7 @@ from torch.library import wrap_triton
 
 from .footprint import (
     beside,
+    bounded_level,
     check_rows,
     corner_pixel,
     corner_signs,
@@ -29,7 +30,6 @@ from .footprint import (
     first_pixel,
     in_layout_of,
     padded,
-    read_level,
     refuse_determinism,
     sums_like,
     warps,
@@ -50,10 +50,10 @@ def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def load_position(locations, sample, height, width, exists):
-    """Positions in pixels, x and y, and which of the samples' footprints touch the level, NaN's do not."""
-    x = tl.load(locations + 2 * sample, mask=exists, other=0) * width - 0.5
-    y = tl.load(locations + 2 * sample + 1, mask=exists, other=0) * height - 0.5
+def pixel_position(x, y, height, width, exists):
+    """Locations as positions in pixels, and which of the samples' footprints touch the level, NaN's do not."""
+    x = x * width - 0.5
+    y = y * height - 0.5
     bottom = tl.where(height > 0, height, -1)  # nothing touches an empty level
     touches = exists & (x > -1) & (x < width) & (y > -1) & (y < bottom)
     return tl.where(touches, x, 0), tl.where(touches, y, 0), touches
@@ -97,10 +97,14 @@ def forward_kernel(
 
     total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
     for level in range(num_levels):
-        height, width, start = read_level(shapes, starts, level, True, num_rows)
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
+        )
         for point in range(num_points):
             sample = first_sample + (level * num_points + point)
-            x, y, touches = load_position(locations, sample, height, width, exists)
+            x = tl.load(locations + 2 * sample, mask=exists, other=0)
+            y = tl.load(locations + 2 * sample + 1, mask=exists, other=0)
+            x, y, touches = pixel_position(x, y, height, width, exists)
             weight = tl.load(weights + sample, mask=touches, other=0).to(wide)
             left, right = first_pixel(x)
             top, down = first_pixel(y)
@@ -210,10 +214,14 @@ def backward_kernel(
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
 
     for level in range(num_levels):
-        height, width, start = read_level(shapes, starts, level, True, num_rows)
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
+        )
         for point in range(num_points):
             sample = first_sample + (level * num_points + point)
-            x, y, touches = load_position(locations, sample, height, width, exists)
+            x = tl.load(locations + 2 * sample, mask=exists, other=0)
+            y = tl.load(locations + 2 * sample + 1, mask=exists, other=0)
+            x, y, touches = pixel_position(x, y, height, width, exists)
             weight = tl.load(weights + sample, mask=touches, other=0).to(wide)
             left, right = first_pixel(x)
             top, down = first_pixel(y)
