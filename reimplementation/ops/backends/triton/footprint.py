@@ -111,6 +111,11 @@ def empty_like(operand: Tensor, needed: bool) -> Tensor:
     return operand.new_empty(operand.shape if needed else (0,))
 
 
+def zeros_like(operand: Tensor, needed: bool) -> Tensor:
+    """The same, filled with zeros."""
+    return operand.new_zeros(operand.shape if needed else (0,))
+
+
 def in_layout_of(operand: Tensor, gradient: Tensor) -> Tensor:
     """The gradient with its operand's strides, as PyTorch's accumulation likes it."""
     if gradient.numel() == 0:
