@@ -29,7 +29,7 @@ def reports() -> list[dict]:
 
 
 def test_kernels_overwrite_their_results_alone(reports):
-    assert {report["kernel"].partition(".")[0] for report in reports} == set(triton.OPS)
+    assert {report["kernel"].partition(".")[0] for report in reports} >= set(triton.OPS)
     for report in reports:
         assert report["written"] and not set(report["written"]) & set(report["operands"]), report
     results, written = (set(chain.from_iterable(report[key] for report in reports)) for key in ("others", "written"))

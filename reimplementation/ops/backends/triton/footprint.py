@@ -95,7 +95,7 @@ def refuse_determinism(deterministic: bool, gradient: str) -> None:
     if deterministic:
         raise RuntimeError(
             f"the triton backend has no deterministic gradient of {gradient}, which is a sum in no certain order: "
-            "use the cuda backend, freeze the features, or "
+            f"use the cuda backend, let {gradient} need none, or call "
             "torch.use_deterministic_algorithms(True, warn_only=True)"
         )
 

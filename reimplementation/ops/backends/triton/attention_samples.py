@@ -1,0 +1,137 @@
+"""What the kernels of attention share: what a program owns, and the tiles of its samples.
+
+A program owns one head of a block of neighbouring queries, and takes one sample of every query at a time, in a tile
+
+    queries x channels of a head                 8 x 32 in Deformable DETR
+
+so that a lane reads neighbouring channels in vectors, and neighbouring queries, whose samples in an encoder are
+neighbouring pixels, find each other's rows in the L1 cache. Programs of all heads of a block follow one another:
+together they read and write whole rows.
+"""
+
+import triton
+import triton.language as tl
+
+from .footprint import corner_pixel, corner_signs, corner_weights
+
+SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
+"""Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
+TILE = 256  # elements, queries x channels: one warp, which has nobody to wait for
+
+
+@triton.jit
+def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
+    """What a program owns: the batch element, the head, and the queries, of which the last block may have too many."""
+    block = tl.program_id(0) // num_heads
+    num_blocks = tl.cdiv(num_queries, BLOCK_Q)
+    query = block % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    return (block // num_blocks).to(tl.int64), tl.program_id(0) % num_heads, query
+
+
+@triton.jit
+def pixel_position(x, y, height, width, exists):
+    """Locations as positions in pixels, and which of the samples' footprints touch the level, NaN's do not."""
+    x = x * width - 0.5
+    y = y * height - 0.5
+    bottom = tl.where(height > 0, height, -1)  # nothing touches an empty level
+    touches = exists & (x > -1) & (x < width) & (y > -1) & (y < bottom)
+    return tl.where(touches, x, 0), tl.where(touches, y, 0), touches
+
+
+@triton.jit
+def corner_channels(
+    corner: tl.constexpr, left, top, height, width, start, touches, row_length, channel, CHANNELS: tl.constexpr
+):
+    """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
+    row, inside = corner_pixel(corner, left, top, height, width, start)
+    inside = inside & touches
+    place = row.to(tl.int64)[:, None] * row_length + channel[None, :]
+    return place, inside[:, None] & (channel < CHANNELS)[None, :], inside
+
+
+@triton.jit
+def interpolate(
+    first_row,
+    left,
+    top,
+    right,
+    down,
+    height,
+    width,
+    start,
+    touches,
+    row_length,
+    channel,
+    CHANNELS: tl.constexpr,
+    wide: tl.constexpr,
+):
+    """A sample of each query, (queries, channels): the average of its four pixels."""
+    sample = tl.zeros([left.shape[0], channel.shape[0]], dtype=wide)
+    for corner in tl.static_range(4):
+        place, is_read, _ = corner_channels(
+            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+        )
+        along_x, along_y = corner_weights(corner, right, down)
+        pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
+        sample += (along_x * along_y)[:, None] * pixel
+    return sample
+
+
+@triton.jit
+def differentiate(
+    first_row,
+    toward,
+    left,
+    top,
+    right,
+    down,
+    height,
+    width,
+    start,
+    touches,
+    row_length,
+    channel,
+    CHANNELS: tl.constexpr,
+):
+    """Of a sample of each query: what the output's gradient has in common with the average of the four pixels, and with
+    its slopes along x and along y."""
+    average = tl.zeros([toward.shape[0]], dtype=toward.dtype)
+    slope_x = average
+    slope_y = average
+    for corner in tl.static_range(4):
+        place, is_read, inside = corner_channels(
+            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+        )
+        along_x, along_y = corner_weights(corner, right, down)
+        pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
+        product = tl.where(inside, tl.sum(pixel * toward, axis=1), 0)
+        sign_x, sign_y = corner_signs(corner)
+        average += along_x * along_y * product
+        slope_x += sign_x * along_y * product
+        slope_y += sign_y * along_x * product
+    return average, slope_x * width, slope_y * height
+
+
+@triton.jit
+def add_to_corners(
+    first_row,
+    added,
+    left,
+    top,
+    right,
+    down,
+    height,
+    width,
+    start,
+    touches,
+    row_length,
+    channel,
+    CHANNELS: tl.constexpr,
+):
+    """Add a tile to the four corners' rows, times what each weighs."""
+    for corner in tl.static_range(4):
+        place, is_read, _ = corner_channels(
+            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+        )
+        along_x, along_y = corner_weights(corner, right, down)
+        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None], mask=is_read, sem="relaxed")
