@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -69,5 +70,11 @@ def _measure(options: argparse.Namespace) -> Document:
         def begins(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        found = [figure for op in ops for figure in measure_all(op, device, options.repeats, begins)]
+        found = []
+        for op in ops:
+            began = time.perf_counter()
+            for figure in measure_all(op, device, options.repeats, begins):
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                progress.console.print(f"{op}, level {figure.level}, {figure.name}: {seconds:.1f} s")
+                found.append(figure)
         return results.describe(device, found, copy_bandwidth(device, options.repeats))

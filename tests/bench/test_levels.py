@@ -95,6 +95,8 @@ def test_the_command(run):
             assert figure["lines"] > 5 and figure["gathered_bytes"] > 0
     assert "4 Triton is not there: Triton compiles kernels for GPUs." in out
     assert "`torch.jit.script` is deprecated" in err
+    said = [line.partition(":")[0] for line in err.splitlines() if line.endswith(" s")]
+    assert said == [f"{figure['op']}, level {figure['level']}, {figure['name']}" for figure in found]
 
 
 def test_figures_are_read_and_drawn(run, tmp_path, capsys):

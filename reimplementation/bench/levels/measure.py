@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from reimplementation.bench.gathers import gathers
 from reimplementation.bench.inputs import OpInputs
 from reimplementation.bench.memory import extra_memory
 from reimplementation.bench.results import MAX_WORDS
-from reimplementation.bench.timing import measure, measure_host
+from reimplementation.bench.timing import measure
 
 from . import eager
 from .catalogue import LEVELS, Call, Level, inputs_of
@@ -24,6 +25,8 @@ PASSES = ("forward", "training")
 MOST_KERNELS = 6  # that have a name of their own; the others are added up
 MOST_LETTERS = 80  # of a kernel's name
 REST = "others"
+CALLS = 10  # timed one by one, for each repeat
+MOST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,31 @@ def _measure(
 
 
 def _measure_pass(name: str, step: Callable[[], object], device: torch.device, repeats: int) -> Pass:
-    called = measure([step], device, repeats, graph=False)
-    graph_us = host_us = None
+    timing = measure([step], device, repeats)
     if device.type == "cuda":
-        timing = measure([step], device, repeats)
         graph_us = timing.median_us if timing.method == "graph" else None
-        host_us = measure_host(lambda _: step(), device, max(repeats // 4, 1)).median_us
+        call_us, host_us = _time_calls(step, device, repeats)
+    else:
+        graph_us, call_us, host_us = None, timing.median_us, None
     kernels, launches = _kernels(step, device)
-    return Pass(name, graph_us, called.median_us, host_us, launches, extra_memory(step, device), kernels)
+    return Pass(name, graph_us, call_us, host_us, launches, extra_memory(step, device), kernels)
+
+
+def _time_calls(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
+    """Microseconds until a call's result is there, and until the host is free: medians of calls that find the GPU idle.
+
+    There are `CALLS` for each repeat, and none begins after `MOST_SECONDS`.
+    """
+    calls, hosts = [], []
+    end = time.perf_counter() + MOST_SECONDS
+    _wait(device)
+    while not calls or (len(calls) < CALLS * repeats and time.perf_counter() < end):
+        began = time.perf_counter()
+        step()
+        hosts.append(time.perf_counter() - began)
+        _wait(device)
+        calls.append(time.perf_counter() - began)
+    return statistics.median(calls) * 1e6, statistics.median(hosts) * 1e6
 
 
 def _step(call: Call, inputs: OpInputs, passed: str) -> Callable[[], object]:
