@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -130,6 +133,17 @@ def test_one_op(monkeypatch):
     assert asked == ["attention"]
 
 
+def test_a_level_that_takes_too_long(monkeypatch):
+    """It is left out, and the others are measured."""
+    slow, quick = (replace(catalogue.LEVELS[0], name=name) for name in ("slow", "quick"))
+    slow = replace(slow, prepare=lambda inputs: time.sleep(60))
+    monkeypatch.setattr(measure, "LEVELS", (slow, quick))
+    monkeypatch.setattr(catalogue, "_CASES", {"attention": {"cpu": SMALL["attention"]}})
+    late, in_time = measure.measure_all("attention", torch.device("cpu"), 1, limit=1)
+    assert (late.missing, late.passes) == ("it took longer than 1 s", []) and in_time.passes
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def test_triton_is_a_level_where_it_compiles(monkeypatch):
     assert triton.why_not(torch.device("cpu")) == "Triton compiles kernels for GPUs"
     monkeypatch.setattr(ops.backends, "why_not", lambda name, device: f"{name} is not there")
@@ -156,7 +170,7 @@ def test_on_a_gpu(op, monkeypatch):
     """Kernels are counted, and the graph's time is the GPU's alone."""
     monkeypatch.setattr(catalogue, "_CASES", {op: {"cuda": SMALL[op]}})
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-    for figure in measure.measure_all(op, torch.device("cuda"), 2):
+    for figure in measure.measure_all(op, torch.device("cuda"), 2, limit=60):
         for passed in figure.passes:
             assert passed.launches > 0 and passed.kernels and passed.host_us > 0
             assert passed.graph_us is None or passed.graph_us < passed.call_us

@@ -20,6 +20,7 @@ from reimplementation.bench.timing import measure
 
 from . import eager
 from .catalogue import LEVELS, Call, Level, inputs_of
+from .patience import TookTooLong, within
 
 PASSES = ("forward", "training")
 MOST_KERNELS = 6  # that have a name of their own; the others are added up
@@ -89,9 +90,16 @@ class Figure:
 
 
 def measure_all(
-    op: str, device: torch.device, repeats: int, begins: Callable[[str], object] = lambda what: None
+    op: str,
+    device: torch.device,
+    repeats: int,
+    limit: float,
+    begins: Callable[[str], object] = lambda what: None,
 ) -> Iterator[Figure]:
-    """Every level of an op on the same inputs. ``begins`` is told of each."""
+    """Every level of an op on the same inputs; one that takes longer than ``limit`` seconds is missing.
+
+    ``begins`` is told of each.
+    """
     inputs = inputs_of(op, device)
     expected = _expected(inputs)
     gathered_bytes = gathers(inputs).gathered_bytes
@@ -99,10 +107,15 @@ def measure_all(
         begins(f"{op}, level {level.number}, {level.name}")
         missing = level.why_not(device)
         if missing is None:
-            yield _measure(level, op, inputs, expected, gathered_bytes, repeats)
-        else:
-            lines, reason = level.lines(inputs, device), _printable(missing, MAX_WORDS)
-            yield Figure(op, str(device), level.number, level.name, reason, lines, None, None, None, None, [])
+            try:
+                with within(limit):
+                    figure = _measure(level, op, inputs, expected, gathered_bytes, repeats)
+                yield figure
+                continue
+            except TookTooLong:
+                missing = f"it took longer than {limit:g} s"
+        lines, reason = level.lines(inputs, device), _printable(missing, MAX_WORDS)
+        yield Figure(op, str(device), level.number, level.name, reason, lines, None, None, None, None, [])
 
 
 def _measure(
