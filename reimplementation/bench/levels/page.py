@@ -125,10 +125,11 @@ aggregation   program = one query, four of its groups of channels
 ```
 
 The whole forward is one kernel. Nothing is written but the output, and of what no camera sees, five pairs in six, a
-thread reads a location and nothing else. In the backward the program has its rows once more, multiplies them with the output's gradient, and owns
-the gradients of its weights and places. The features' gradient it adds to memory with *atomic* additions, which the
-GPU's L2 cache carries out one after the other where they meet. They come in any order, so the last bits of the result
-differ from run to run; and each sample sends four rows to the cache, as many as it reads.
+thread reads a location and nothing else. In the backward the program has its rows once more, multiplies them with the
+output's gradient, and owns the gradients of its weights and places. The features' gradient it adds to memory with
+*atomic* additions, which the GPU's L2 cache carries out one after the other where they meet. They come in any order,
+so the last bits of the result differ from run to run; and each sample sends four rows to the cache, as many as it
+reads.
 
 - What it can do: fuse everything, skip what is not needed, choose what is kept in registers. It runs on every GPU that
   Triton knows, with no compiler installed, and `torch.compile`, `torch.export` and AOTInductor see its kernels.
