@@ -2,21 +2,22 @@
 
 A program owns one head of a block of neighbouring queries, and takes one sample of every query at a time, in a tile
 
-    queries x channels of a head                 8 x 32 in Deformable DETR
+    queries x parts x channels of a part         8 x 2 x 16 in Deformable DETR
 
 so that a lane reads neighbouring channels in vectors, and neighbouring queries, whose samples in an encoder are
-neighbouring pixels, find each other's rows in the L1 cache. Programs of all heads of a block follow one another:
-together they read and write whole rows.
+neighbouring pixels, find each other's rows in the L1 cache. A head's channels are in two parts, of which a lane has the
+same place in each: for what it computes about a sample it reads two vectors. Programs of all heads of a block follow
+one another: together they read and write whole rows.
 """
 
 import triton
 import triton.language as tl
 
-from .footprint import corner_pixel, corner_signs, corner_weights
+from .footprint import corner_pixel, corner_signs, corner_weights, padded, warps
 
 SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
 """Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
-TILE = 256  # elements, queries x channels: one warp, which has nobody to wait for
+TILE_BYTES = 1024  # of a warp, which has nobody to wait for: two vectors of 16 bytes for each lane
 
 
 @triton.jit
@@ -26,6 +27,13 @@ def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
     num_blocks = tl.cdiv(num_queries, BLOCK_Q)
     query = block % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     return (block // num_blocks).to(tl.int64), tl.program_id(0) % num_heads, query
+
+
+@triton.jit
+def channels_of_head(CHANNELS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The channels of each part, and which of them exist."""
+    channel = tl.arange(0, PARTS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    return channel, channel < CHANNELS
 
 
 @triton.jit
@@ -39,14 +47,12 @@ def pixel_position(x, y, height, width, exists):
 
 
 @triton.jit
-def corner_channels(
-    corner: tl.constexpr, left, top, height, width, start, touches, row_length, channel, CHANNELS: tl.constexpr
-):
+def corner_channels(corner: tl.constexpr, left, top, height, width, start, touches, row_length, channel, is_channel):
     """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
     row, inside = corner_pixel(corner, left, top, height, width, start)
     inside = inside & touches
-    place = row.to(tl.int64)[:, None] * row_length + channel[None, :]
-    return place, inside[:, None] & (channel < CHANNELS)[None, :], inside
+    place = row.to(tl.int64)[:, None, None] * row_length + channel[None, :, :]
+    return place, inside[:, None, None] & is_channel[None, :, :], inside
 
 
 @triton.jit
@@ -62,18 +68,18 @@ def interpolate(
     touches,
     row_length,
     channel,
-    CHANNELS: tl.constexpr,
+    is_channel,
     wide: tl.constexpr,
 ):
-    """A sample of each query, (queries, channels): the average of its four pixels."""
-    sample = tl.zeros([left.shape[0], channel.shape[0]], dtype=wide)
+    """A sample of each query, a tile: the average of its four pixels."""
+    sample = tl.zeros([left.shape[0], channel.shape[0], channel.shape[1]], dtype=wide)
     for corner in tl.static_range(4):
         place, is_read, _ = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+            corner, left, top, height, width, start, touches, row_length, channel, is_channel
         )
         along_x, along_y = corner_weights(corner, right, down)
         pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
-        sample += (along_x * along_y)[:, None] * pixel
+        sample += (along_x * along_y)[:, None, None] * pixel
     return sample
 
 
@@ -91,7 +97,7 @@ def differentiate(
     touches,
     row_length,
     channel,
-    CHANNELS: tl.constexpr,
+    is_channel,
 ):
     """Of a sample of each query: what the output's gradient has in common with the average of the four pixels, and with
     its slopes along x and along y."""
@@ -100,11 +106,11 @@ def differentiate(
     slope_y = average
     for corner in tl.static_range(4):
         place, is_read, inside = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+            corner, left, top, height, width, start, touches, row_length, channel, is_channel
         )
         along_x, along_y = corner_weights(corner, right, down)
         pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
-        product = tl.where(inside, tl.sum(pixel * toward, axis=1), 0)
+        product = tl.where(inside, tl.sum(tl.sum(pixel * toward, axis=1), axis=1), 0)
         sign_x, sign_y = corner_signs(corner)
         average += along_x * along_y * product
         slope_x += sign_x * along_y * product
@@ -126,12 +132,19 @@ def add_to_corners(
     touches,
     row_length,
     channel,
-    CHANNELS: tl.constexpr,
+    is_channel,
 ):
     """Add a tile to the four corners' rows, times what each weighs."""
     for corner in tl.static_range(4):
         place, is_read, _ = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
+            corner, left, top, height, width, start, touches, row_length, channel, is_channel
         )
         along_x, along_y = corner_weights(corner, right, down)
-        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None], mask=is_read, sem="relaxed")
+        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")
+
+
+def tile_of(channels: int, element_bytes: int) -> tuple[int, int, int, int]:
+    """Parts, queries and channels of a part of a program's tile, and its warps: a single one unless heads are large."""
+    block_d, tile = padded(channels), TILE_BYTES // element_bytes
+    parts = 2 if block_d > 1 else 1
+    return parts, max(tile // block_d, 1), block_d // parts, warps(block_d, tile // 32)

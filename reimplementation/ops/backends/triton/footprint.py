@@ -70,14 +70,14 @@ def padded(size: int) -> int:
     return 1 << max(int(size) - 1, 0).bit_length()
 
 
-def warps(tile: int) -> int:
+def warps(tile: int, of_a_thread: int = ELEMENTS_OF_A_THREAD) -> int:
     """How many warps share a tile of that many elements."""
     if tile > MOST_ELEMENTS:
         raise RuntimeError(
             f"the triton kernels hold at most {MOST_ELEMENTS} numbers of one sample at a time (levels x channels, each "
             f"rounded up to a power of two); got {tile}: use_backend('grid_sample') takes such operands"
         )
-    return min(max(tile // (32 * ELEMENTS_OF_A_THREAD), 1), MOST_WARPS)
+    return min(max(tile // (32 * of_a_thread), 1), MOST_WARPS)
 
 
 def check_rows(name: str, num_rows: int) -> None:

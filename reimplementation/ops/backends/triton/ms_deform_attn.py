@@ -14,12 +14,13 @@ from torch.library import wrap_triton
 
 from .attention_samples import (
     SIZES,
-    TILE,
     add_to_corners,
+    channels_of_head,
     differentiate,
     interpolate,
     pixel_position,
     place_of_program,
+    tile_of,
 )
 from .footprint import (
     beside,
@@ -28,10 +29,8 @@ from .footprint import (
     empty_like,
     first_pixel,
     in_layout_of,
-    padded,
     refuse_determinism,
     sums_like,
-    warps,
 )
 
 
@@ -49,18 +48,19 @@ def forward_kernel(
     num_levels,
     num_points,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
     first_sample = item * (num_levels * num_points)
     first_row = value + (batch * num_rows * num_heads + head) * CHANNELS
 
-    total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
+    total = tl.zeros([BLOCK_Q, PARTS, BLOCK_D], dtype=wide)
     for level in range(num_levels):
         height, width, start = bounded_level(
             tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
@@ -85,12 +85,12 @@ def forward_kernel(
                 touches,
                 num_heads * CHANNELS,
                 channel,
-                CHANNELS,
+                is_channel,
                 wide,
             )
-            total += weight[:, None] * sample
-    output_at = item[:, None] * CHANNELS + channel[None, :]
-    tl.store(output + output_at, total, mask=exists[:, None] & (channel < CHANNELS)[None, :])
+            total += weight[:, None, None] * sample
+    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
+    tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -110,6 +110,7 @@ def backward_kernel(
     num_levels,
     num_points,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -118,13 +119,13 @@ def backward_kernel(
 ):
     wide = locations.dtype.element_ty
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
     first_sample = item * (num_levels * num_points)
     first_element = (batch * num_rows * num_heads + head) * CHANNELS
-    output_at = item[:, None] * CHANNELS + channel[None, :]
-    is_output = exists[:, None] & (channel < CHANNELS)[None, :]
+    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
+    is_output = exists[:, None, None] & is_channel[None, :, :]
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
 
     for level in range(num_levels):
@@ -153,7 +154,7 @@ def backward_kernel(
                     touches,
                     num_heads * CHANNELS,
                     channel,
-                    CHANNELS,
+                    is_channel,
                 )
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + sample, average, mask=exists)
@@ -163,7 +164,7 @@ def backward_kernel(
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
                 add_to_corners(
                     grad_value + first_element,
-                    toward * weight[:, None],
+                    toward * weight[:, None, None],
                     left,
                     top,
                     right,
@@ -174,7 +175,7 @@ def backward_kernel(
                     touches,
                     num_heads * CHANNELS,
                     channel,
-                    CHANNELS,
+                    is_channel,
                 )
 
 
@@ -192,8 +193,7 @@ def forward(
     output = value.new_empty(batch_size, num_queries, num_heads * channels)
     if output.numel() == 0:
         return output
-    block_d = padded(channels)
-    block_q = max(TILE // block_d, 1)
+    parts, block_q, block_d, num_warps = tile_of(int(channels), value.element_size())
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         value.contiguous(),
         beside(spatial_shapes, value),
@@ -207,9 +207,10 @@ def forward(
         num_levels,
         num_points,
         CHANNELS=int(channels),
+        PARTS=parts,
         BLOCK_Q=block_q,
         BLOCK_D=block_d,
-        num_warps=warps(block_q * block_d),
+        num_warps=num_warps,
     )
     return output
 
@@ -241,8 +242,7 @@ def backward(
     if grad_output.numel() == 0:
         grad_locations, grad_weights = grad_locations.zero_(), grad_weights.zero_()
     else:
-        block_d = padded(channels)
-        block_q = max(TILE // block_d, 1)
+        parts, block_q, block_d, num_warps = tile_of(int(channels), value.element_size())
         wrap_triton(backward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
             grad_output.contiguous(),
             value.contiguous(),
@@ -259,12 +259,13 @@ def backward(
             num_levels,
             num_points,
             CHANNELS=int(channels),
+            PARTS=parts,
             BLOCK_Q=block_q,
             BLOCK_D=block_d,
             NEEDS_VALUE=needs_value,
             NEEDS_LOCATIONS=needs_sampling_locations,
             NEEDS_WEIGHTS=needs_attention_weights,
-            num_warps=warps(block_q * block_d),
+            num_warps=num_warps,
         )
     return (
         grad_value.to(value.dtype),

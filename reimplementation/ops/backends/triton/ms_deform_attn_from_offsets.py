@@ -16,12 +16,13 @@ from torch.library import wrap_triton
 
 from .attention_samples import (
     SIZES,
-    TILE,
     add_to_corners,
+    channels_of_head,
     differentiate,
     interpolate,
     pixel_position,
     place_of_program,
+    tile_of,
 )
 from .footprint import (
     beside,
@@ -33,7 +34,6 @@ from .footprint import (
     padded,
     refuse_determinism,
     sums_like,
-    warps,
 )
 
 SAMPLES_TILE = 1024  # elements, queries x samples
@@ -83,6 +83,7 @@ def forward_kernel(
     offsets_of_query,
     logits_of_query,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -93,7 +94,7 @@ def forward_kernel(
     wide = references.dtype.element_ty
     COORDINATES: tl.constexpr = 4 if BOXES else 2
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
     exists = query < num_queries
     row = batch * num_queries + query
     num_samples = num_levels * num_points
@@ -103,7 +104,7 @@ def forward_kernel(
     _, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
     half = 0.5 / num_points.to(wide)
 
-    total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
+    total = tl.zeros([BLOCK_Q, PARTS, BLOCK_D], dtype=wide)
     for level in range(num_levels):
         height, width, start = bounded_level(
             tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
@@ -145,12 +146,12 @@ def forward_kernel(
                 touches,
                 num_heads * CHANNELS,
                 channel,
-                CHANNELS,
+                is_channel,
                 wide,
             )
-            total += tl.where(touches[:, None], weight[:, None] * sampled, 0)
-    output_at = (row * num_heads + head)[:, None] * CHANNELS + channel[None, :]
-    tl.store(output + output_at, total, mask=exists[:, None] & (channel < CHANNELS)[None, :])
+            total += tl.where(touches[:, None, None], weight[:, None, None] * sampled, 0)
+    output_at = (row * num_heads + head)[:, None, None] * CHANNELS + channel[None, :, :]
+    tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
 
 
 @triton.jit(do_not_specialize=[*SIZES, "offsets_of_query", "logits_of_query"])
@@ -175,6 +176,7 @@ def backward_kernel(
     offsets_of_query,
     logits_of_query,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -189,7 +191,7 @@ def backward_kernel(
     wide = references.dtype.element_ty
     COORDINATES: tl.constexpr = 4 if BOXES else 2
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
     exists = query < num_queries
     row = batch * num_queries + query
     item = row * num_heads + head
@@ -197,8 +199,8 @@ def backward_kernel(
     first_element = (batch * num_rows * num_heads + head) * CHANNELS
     own_offsets = row * offsets_of_query + head * (num_samples * 2)
     own_logits = row * logits_of_query + head * num_samples
-    output_at = item[:, None] * CHANNELS + channel[None, :]
-    is_output = exists[:, None] & (channel < CHANNELS)[None, :]
+    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
+    is_output = exists[:, None, None] & is_channel[None, :, :]
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
     _, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
     half = 0.5 / num_points.to(wide)
@@ -250,7 +252,7 @@ def backward_kernel(
                     touches,
                     num_heads * CHANNELS,
                     channel,
-                    CHANNELS,
+                    is_channel,
                 )
                 slope_x = tl.where(touches, weight * slope_x, 0)
                 slope_y = tl.where(touches, weight * slope_y, 0)
@@ -272,7 +274,7 @@ def backward_kernel(
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
                 add_to_corners(
                     grad_value + first_element,
-                    toward * weight[:, None],
+                    toward * weight[:, None, None],
                     left,
                     top,
                     right,
@@ -283,7 +285,7 @@ def backward_kernel(
                     touches,
                     num_heads * CHANNELS,
                     channel,
-                    CHANNELS,
+                    is_channel,
                 )
         if NEEDS_REFERENCES:  # where levels share them, the last level's sums are those of all
             at = grad_references + (item if SHARED else item * num_levels + level) * COORDINATES
@@ -345,11 +347,10 @@ def forward(
     shared = shared_arguments(
         value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, offset_scale
     )
-    block_q, block_d = shared["BLOCK_Q"], shared["BLOCK_D"]
+    block_q = shared["BLOCK_Q"]
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         **shared,
         output=output,
-        num_warps=warps(block_q * block_d),
     )
     return output
 
@@ -389,7 +390,7 @@ def backward(
         shared = shared_arguments(
             value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, offset_scale
         )
-        block_q, block_d = shared["BLOCK_Q"], shared["BLOCK_D"]
+        block_q = shared["BLOCK_Q"]
         grad_weights = reference_points.new_empty(grad_logits.shape)
         wrap_triton(backward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
             **shared,
@@ -402,7 +403,6 @@ def backward(
             NEEDS_REFERENCES=needs_reference_points,
             NEEDS_OFFSETS=needs_sampling_offsets,
             NEEDS_WEIGHTS=needs_attention_logits,
-            num_warps=warps(block_q * block_d),
         )
         if needs_attention_logits:
             num_items, block_i = batch_size * num_queries * num_heads, max(SAMPLES_TILE // shared["BLOCK_S"], 1)
@@ -437,7 +437,8 @@ def shared_arguments(
     """What both kernels take. Scales that are left out are another tensor, which none of them reads."""
     channels = int(value.shape[3])
     num_queries, num_heads, num_levels, num_points = attention_logits.shape[1:]
-    block_d, block_s = padded(channels), padded(num_levels * num_points)
+    block_s = padded(num_levels * num_points)
+    parts, block_q, block_d, num_warps = tile_of(channels, value.element_size())
     offsets, offsets_of_query = by_query(sampling_offsets)
     logits, logits_of_query = by_query(attention_logits)
     return {
@@ -456,12 +457,14 @@ def shared_arguments(
         "offsets_of_query": offsets_of_query,
         "logits_of_query": logits_of_query,
         "CHANNELS": channels,
-        "BLOCK_Q": max(min(TILE // block_d, SAMPLES_TILE // block_s), 1),
+        "PARTS": parts,
+        "BLOCK_Q": max(min(block_q, SAMPLES_TILE // block_s), 1),
         "BLOCK_D": block_d,
         "BLOCK_S": block_s,
         "BOXES": reference_points.shape[3] == 4,
         "SHARED": reference_points.shape[2] == 1,
         "HAS_SCALES": offset_scale is not None,
+        "num_warps": num_warps,
     }
 
 
