@@ -461,8 +461,8 @@ def shared_arguments(
         "BLOCK_Q": max(min(block_q, SAMPLES_TILE // block_s), 1),
         "BLOCK_D": block_d,
         "BLOCK_S": block_s,
-        "BOXES": reference_points.shape[3] == 4,
-        "SHARED": reference_points.shape[2] == 1,
+        "BOXES": bool(reference_points.shape[3] == 4),
+        "SHARED": bool(reference_points.shape[2] == 1),
         "HAS_SCALES": offset_scale is not None,
         "num_warps": num_warps,
     }
