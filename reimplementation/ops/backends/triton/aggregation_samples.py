@@ -33,41 +33,30 @@ def next_number(is_wanted, number, last):
 
 
 @triton.jit
-def pixel_positions(x, y, height, width):
-    """The pixel before a location in each level, and how far behind it the location lies: left, top, right, down."""
+def footprint_of(x, y, height, width, start):
+    """Of a location in each level, a tuple: the pixel before it, left and top; how far behind that it lies, right and
+    down; and the level."""
     left, right = first_pixel(x * width - 0.5)
     top, down = first_pixel(y * height - 0.5)
-    return left, top, right, down
+    return left, top, right, down, height, width, start
 
 
 @triton.jit
-def corner_channels(corner: tl.constexpr, left, top, height, width, start, channel, is_channel, CHANNELS: tl.constexpr):
+def corner_channels(corner: tl.constexpr, footprint, channel, is_channel, CHANNELS: tl.constexpr):
     """Of a corner in each level: where its channels lie behind the first row, which of them exist, and the pixel."""
+    left, top, _, _, height, width, start = footprint
     row, inside = corner_pixel(corner, left, top, height, width, start)
     place = row.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
     return place, inside[:, None, None] & is_channel[None, :, :], inside
 
 
 @triton.jit
-def interpolate(
-    first_row,
-    left,
-    top,
-    right,
-    down,
-    height,
-    width,
-    start,
-    channel,
-    is_channel,
-    CHANNELS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    wide: tl.constexpr,
-):
+def interpolate(first_row, footprint, channel, is_channel, CHANNELS: tl.constexpr, wide: tl.constexpr):
     """The samples of a pair, (levels, groups, channels of a group): the averages of the four pixels."""
-    sample = tl.zeros([BLOCK_L, channel.shape[0], channel.shape[1]], dtype=wide)
+    _, _, right, down, _, _, _ = footprint
+    sample = tl.zeros([right.shape[0], channel.shape[0], channel.shape[1]], dtype=wide)
     for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(corner, left, top, height, width, start, channel, is_channel, CHANNELS)
+        place, is_read, _ = corner_channels(corner, footprint, channel, is_channel, CHANNELS)
         along_x, along_y = corner_weights(corner, right, down)
         pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
         sample += (along_x * along_y)[:, None, None] * pixel
@@ -75,16 +64,15 @@ def interpolate(
 
 
 @triton.jit
-def differentiate(
-    first_row, toward, left, top, right, down, height, width, start, channel, is_channel, CHANNELS: tl.constexpr
-):
+def differentiate(first_row, toward, footprint, channel, is_channel, CHANNELS: tl.constexpr):
     """Of the samples of a pair, each (levels, groups): what the output's gradient has in common with the average of
     the four pixels, and with its slopes along x and along y."""
+    _, _, right, down, height, width, _ = footprint
     average = tl.zeros([toward.shape[0], toward.shape[1]], dtype=toward.dtype)
     slope_x = average
     slope_y = average
     for corner in tl.static_range(4):
-        place, is_read, inside = corner_channels(corner, left, top, height, width, start, channel, is_channel, CHANNELS)
+        place, is_read, inside = corner_channels(corner, footprint, channel, is_channel, CHANNELS)
         along_x, along_y = corner_weights(corner, right, down)
         pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
         product = tl.where(inside[:, None], tl.sum(pixel * toward, axis=2), 0)
@@ -103,11 +91,10 @@ def location_gradient(weight, slope_x, slope_y):
 
 
 @triton.jit
-def add_to_corners(
-    first_row, added, left, top, right, down, height, width, start, channel, is_channel, CHANNELS: tl.constexpr
-):
+def add_to_corners(first_row, added, footprint, channel, is_channel, CHANNELS: tl.constexpr):
     """Add a tile to the four corners' rows, times what each weighs."""
+    _, _, right, down, _, _, _ = footprint
     for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(corner, left, top, height, width, start, channel, is_channel, CHANNELS)
+        place, is_read, _ = corner_channels(corner, footprint, channel, is_channel, CHANNELS)
         along_x, along_y = corner_weights(corner, right, down)
         tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")

@@ -13,10 +13,11 @@ one another: together they read and write whole rows.
 import triton
 import triton.language as tl
 
-from .footprint import corner_pixel, corner_signs, corner_weights, padded, warps
+from .footprint import corner_pixel, corner_signs, corner_weights, first_pixel, padded, warps
 
 SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
 """Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
+TOUCHES = tl.constexpr(7)  # the place in a footprint of whether it touches its level
 TILE_BYTES = 1024  # of a warp, which has nobody to wait for: two vectors of 16 bytes for each lane
 
 
@@ -37,18 +38,22 @@ def channels_of_head(CHANNELS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def pixel_position(x, y, height, width, exists):
-    """Locations as positions in pixels, and which of the samples' footprints touch the level, NaN's do not."""
+def footprint_of(x, y, height, width, start, exists):
+    """Of a location of each query in a level, a tuple: the pixel before it, left and top; how far behind that it lies,
+    right and down; the level; and whether a footprint there touches it, which NaN's do not."""
     x = x * width - 0.5
     y = y * height - 0.5
     bottom = tl.where(height > 0, height, -1)  # nothing touches an empty level
     touches = exists & (x > -1) & (x < width) & (y > -1) & (y < bottom)
-    return tl.where(touches, x, 0), tl.where(touches, y, 0), touches
+    left, right = first_pixel(tl.where(touches, x, 0))
+    top, down = first_pixel(tl.where(touches, y, 0))
+    return left, top, right, down, height, width, start, touches
 
 
 @triton.jit
-def corner_channels(corner: tl.constexpr, left, top, height, width, start, touches, row_length, channel, is_channel):
+def corner_channels(corner: tl.constexpr, footprint, row_length, channel, is_channel):
     """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
+    left, top, _, _, height, width, start, touches = footprint
     row, inside = corner_pixel(corner, left, top, height, width, start)
     inside = inside & touches
     place = row.to(tl.int64)[:, None, None] * row_length + channel[None, :, :]
@@ -56,27 +61,12 @@ def corner_channels(corner: tl.constexpr, left, top, height, width, start, touch
 
 
 @triton.jit
-def interpolate(
-    first_row,
-    left,
-    top,
-    right,
-    down,
-    height,
-    width,
-    start,
-    touches,
-    row_length,
-    channel,
-    is_channel,
-    wide: tl.constexpr,
-):
+def interpolate(first_row, footprint, row_length, channel, is_channel, wide: tl.constexpr):
     """A sample of each query, a tile: the average of its four pixels."""
-    sample = tl.zeros([left.shape[0], channel.shape[0], channel.shape[1]], dtype=wide)
+    _, _, right, down, _, _, _, _ = footprint
+    sample = tl.zeros([right.shape[0], channel.shape[0], channel.shape[1]], dtype=wide)
     for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, is_channel
-        )
+        place, is_read, _ = corner_channels(corner, footprint, row_length, channel, is_channel)
         along_x, along_y = corner_weights(corner, right, down)
         pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
         sample += (along_x * along_y)[:, None, None] * pixel
@@ -84,30 +74,15 @@ def interpolate(
 
 
 @triton.jit
-def differentiate(
-    first_row,
-    toward,
-    left,
-    top,
-    right,
-    down,
-    height,
-    width,
-    start,
-    touches,
-    row_length,
-    channel,
-    is_channel,
-):
+def differentiate(first_row, toward, footprint, row_length, channel, is_channel):
     """Of a sample of each query: what the output's gradient has in common with the average of the four pixels, and with
     its slopes along x and along y."""
+    _, _, right, down, height, width, _, _ = footprint
     average = tl.zeros([toward.shape[0]], dtype=toward.dtype)
     slope_x = average
     slope_y = average
     for corner in tl.static_range(4):
-        place, is_read, inside = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, is_channel
-        )
+        place, is_read, inside = corner_channels(corner, footprint, row_length, channel, is_channel)
         along_x, along_y = corner_weights(corner, right, down)
         pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
         product = tl.where(inside, tl.sum(tl.sum(pixel * toward, axis=1), axis=1), 0)
@@ -119,26 +94,11 @@ def differentiate(
 
 
 @triton.jit
-def add_to_corners(
-    first_row,
-    added,
-    left,
-    top,
-    right,
-    down,
-    height,
-    width,
-    start,
-    touches,
-    row_length,
-    channel,
-    is_channel,
-):
+def add_to_corners(first_row, added, footprint, row_length, channel, is_channel):
     """Add a tile to the four corners' rows, times what each weighs."""
+    _, _, right, down, _, _, _, _ = footprint
     for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, is_channel
-        )
+        place, is_read, _ = corner_channels(corner, footprint, row_length, channel, is_channel)
         along_x, along_y = corner_weights(corner, right, down)
         tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")
 

@@ -21,11 +21,11 @@ from .aggregation_samples import (
     SIZES,
     add_to_corners,
     differentiate,
+    footprint_of,
     interpolate,
     is_inside,
     location_gradient,
     next_number,
-    pixel_positions,
 )
 from .footprint import (
     beside,
@@ -93,22 +93,8 @@ def forward_kernel(
             weight_at = ((first_pair + pair) * num_levels + level[:, None]) * GROUPS + group[None, :]
             counts = (height > 0)[:, None] & (group < GROUPS)[None, :]
             weight = tl.load(weights + weight_at, mask=counts, other=0).to(wide)
-            left, top, right, down = pixel_positions(x, y, height, width)
-            sample = interpolate(
-                first_row,
-                left,
-                top,
-                right,
-                down,
-                height,
-                width,
-                start,
-                channel,
-                is_channel,
-                CHANNELS,
-                BLOCK_L,
-                wide,
-            )
+            footprint = footprint_of(x, y, height, width, start)
+            sample = interpolate(first_row, footprint, channel, is_channel, CHANNELS, wide)
             total += weight[:, :, None] * sample
             pair = next_number(is_seen, number, pair)
     tl.store(output + query * CHANNELS + channel, tl.sum(total, axis=0), mask=is_channel)
@@ -174,21 +160,10 @@ def backward_kernel(
             )
             weight_at = ((first_pair + pair) * num_levels + level[:, None]) * GROUPS + group[None, :]
             weight = tl.load(weights + weight_at, mask=is_weight & (height > 0)[:, None], other=0).to(wide)
-            left, top, right, down = pixel_positions(x, y, height, width)
+            footprint = footprint_of(x, y, height, width, start)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    features + first_element,
-                    toward,
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    channel,
-                    is_channel,
-                    CHANNELS,
+                    features + first_element, toward, footprint, channel, is_channel, CHANNELS
                 )
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + weight_at, average, mask=is_weight)
@@ -197,18 +172,7 @@ def backward_kernel(
                     tl.store(grad_locations + 2 * (first_pair + pair) + axis, of_pair)
             if NEEDS_FEATURES:  # when everything has been loaded: no load is moved ahead of an atomic
                 add_to_corners(
-                    grad_features + first_element,
-                    toward * weight[:, :, None],
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    channel,
-                    is_channel,
-                    CHANNELS,
+                    grad_features + first_element, toward * weight[:, :, None], footprint, channel, is_channel, CHANNELS
                 )
             pair = next_number(is_seen, number, pair)
 

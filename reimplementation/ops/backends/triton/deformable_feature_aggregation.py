@@ -23,10 +23,10 @@ from .aggregation_samples import (
     SIZES,
     add_to_corners,
     differentiate,
+    footprint_of,
     interpolate,
     is_inside,
     next_number,
-    pixel_positions,
 )
 from .feature_softmax import gradient_kernel, share, softmax_of_query
 from .footprint import (
@@ -187,22 +187,8 @@ def forward_kernel(
             if HAS_CAMERA_LOGITS:
                 logit += tl.load(of_cameras + in_camera, mask=counts, other=0).to(wide)
             weight = share(logit, largest[None, :]) * (KEPT_SCALE / sum_of_shares)[None, :]
-            left, top, right, below = pixel_positions(x, y, height, width)
-            sample = interpolate(
-                first_row,
-                left,
-                top,
-                right,
-                below,
-                height,
-                width,
-                start,
-                channel,
-                is_channel,
-                CHANNELS,
-                BLOCK_L,
-                wide,
-            )
+            footprint = footprint_of(x, y, height, width, start)
+            sample = interpolate(first_row, footprint, channel, is_channel, CHANNELS, wide)
             total += tl.where(counts, weight, 0)[:, :, None] * sample
             pair = next_number(is_seen, number, pair)
     tl.store(output + query * CHANNELS + channel, tl.sum(total, axis=0), mask=is_channel)
@@ -334,21 +320,10 @@ def backward_kernel(
                 logit += tl.load(camera_logits + first_of_cameras + in_camera, mask=counts, other=0).to(wide)
             weight = share(logit, largest[None, :]) * (KEPT_SCALE / sum_of_shares)[None, :]
             weight = tl.where(counts, weight, 0)
-            left, top, right, below = pixel_positions(x, y, height, width)
+            footprint = footprint_of(x, y, height, width, start)
             if NEEDS_POINTS or NEEDS_LOGITS or NEEDS_CAMERAS:
                 average, slope_x, slope_y = differentiate(
-                    features + first_element,
-                    toward,
-                    left,
-                    top,
-                    right,
-                    below,
-                    height,
-                    width,
-                    start,
-                    channel,
-                    is_channel,
-                    CHANNELS,
+                    features + first_element, toward, footprint, channel, is_channel, CHANNELS
                 )
                 term = weight * average
                 all_terms += term
@@ -361,18 +336,7 @@ def backward_kernel(
                     tl.atomic_add(camera_sums + first_of_cameras + in_camera, term, mask=counts, sem="relaxed")
             if NEEDS_FEATURES:  # when everything has been loaded: no load is moved ahead of an atomic
                 add_to_corners(
-                    grad_features + first_element,
-                    toward * weight[:, :, None],
-                    left,
-                    top,
-                    right,
-                    below,
-                    height,
-                    width,
-                    start,
-                    channel,
-                    is_channel,
-                    CHANNELS,
+                    grad_features + first_element, toward * weight[:, :, None], footprint, channel, is_channel, CHANNELS
                 )
             pair = next_number(is_seen, number, pair)
         if NEEDS_POINTS:

@@ -14,11 +14,12 @@ from torch.library import wrap_triton
 
 from .attention_samples import (
     SIZES,
+    TOUCHES,
     add_to_corners,
     channels_of_head,
     differentiate,
+    footprint_of,
     interpolate,
-    pixel_position,
     place_of_program,
     tile_of,
 )
@@ -27,7 +28,6 @@ from .footprint import (
     bounded_level,
     check_rows,
     empty_like,
-    first_pixel,
     in_layout_of,
     refuse_determinism,
     sums_like,
@@ -69,25 +69,9 @@ def forward_kernel(
             at = first_sample + (level * num_points + point)
             x = tl.load(locations + 2 * at, mask=exists, other=0)
             y = tl.load(locations + 2 * at + 1, mask=exists, other=0)
-            x, y, touches = pixel_position(x, y, height, width, exists)
-            weight = tl.load(weights + at, mask=touches, other=0).to(wide)
-            left, right = first_pixel(x)
-            top, down = first_pixel(y)
-            sample = interpolate(
-                first_row,
-                left,
-                top,
-                right,
-                down,
-                height,
-                width,
-                start,
-                touches,
-                num_heads * CHANNELS,
-                channel,
-                is_channel,
-                wide,
-            )
+            footprint = footprint_of(x, y, height, width, start, exists)
+            weight = tl.load(weights + at, mask=footprint[TOUCHES], other=0).to(wide)
+            sample = interpolate(first_row, footprint, num_heads * CHANNELS, channel, is_channel, wide)
             total += weight[:, None, None] * sample
     output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
     tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
@@ -136,25 +120,11 @@ def backward_kernel(
             sample = first_sample + (level * num_points + point)
             x = tl.load(locations + 2 * sample, mask=exists, other=0)
             y = tl.load(locations + 2 * sample + 1, mask=exists, other=0)
-            x, y, touches = pixel_position(x, y, height, width, exists)
-            weight = tl.load(weights + sample, mask=touches, other=0).to(wide)
-            left, right = first_pixel(x)
-            top, down = first_pixel(y)
+            footprint = footprint_of(x, y, height, width, start, exists)
+            weight = tl.load(weights + sample, mask=footprint[TOUCHES], other=0).to(wide)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_element,
-                    toward,
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    touches,
-                    num_heads * CHANNELS,
-                    channel,
-                    is_channel,
+                    value + first_element, toward, footprint, num_heads * CHANNELS, channel, is_channel
                 )
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + sample, average, mask=exists)
@@ -165,14 +135,7 @@ def backward_kernel(
                 add_to_corners(
                     grad_value + first_element,
                     toward * weight[:, None, None],
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    touches,
+                    footprint,
                     num_heads * CHANNELS,
                     channel,
                     is_channel,

@@ -16,11 +16,12 @@ from torch.library import wrap_triton
 
 from .attention_samples import (
     SIZES,
+    TOUCHES,
     add_to_corners,
     channels_of_head,
     differentiate,
+    footprint_of,
     interpolate,
-    pixel_position,
     place_of_program,
     tile_of,
 )
@@ -29,7 +30,6 @@ from .footprint import (
     bounded_level,
     check_rows,
     empty_like,
-    first_pixel,
     in_layout_of,
     padded,
     refuse_determinism,
@@ -124,31 +124,17 @@ def forward_kernel(
             offset_x = tl.load(offsets + own_offsets + 2 * sample, mask=exists, other=0).to(wide)
             offset_y = tl.load(offsets + own_offsets + 2 * sample + 1, mask=exists, other=0).to(wide)
             logit = tl.load(logits + own_logits + sample, mask=exists, other=0).to(wide)
-            x, y, touches = pixel_position(
+            footprint = footprint_of(
                 centre_x + moved(offset_x, width, unit_x, BOXES),
                 centre_y + moved(offset_y, height, unit_y, BOXES),
                 height,
                 width,
+                start,
                 exists,
             )
+            touches = footprint[TOUCHES]
             weight = tl.exp(logit - largest) * scale
-            left, right = first_pixel(x)
-            top, down = first_pixel(y)
-            sampled = interpolate(
-                first_row,
-                left,
-                top,
-                right,
-                down,
-                height,
-                width,
-                start,
-                touches,
-                num_heads * CHANNELS,
-                channel,
-                is_channel,
-                wide,
-            )
+            sampled = interpolate(first_row, footprint, num_heads * CHANNELS, channel, is_channel, wide)
             total += tl.where(touches[:, None, None], weight[:, None, None] * sampled, 0)
     output_at = (row * num_heads + head)[:, None, None] * CHANNELS + channel[None, :, :]
     tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
@@ -228,31 +214,19 @@ def backward_kernel(
             offset_x = tl.load(offsets + own_offsets + 2 * sample, mask=exists, other=0).to(wide)
             offset_y = tl.load(offsets + own_offsets + 2 * sample + 1, mask=exists, other=0).to(wide)
             logit = tl.load(logits + own_logits + sample, mask=exists, other=0).to(wide)
-            x, y, touches = pixel_position(
+            footprint = footprint_of(
                 centre_x + moved(offset_x, width, unit_x, BOXES),
                 centre_y + moved(offset_y, height, unit_y, BOXES),
                 height,
                 width,
+                start,
                 exists,
             )
+            touches = footprint[TOUCHES]
             weight = tl.exp(logit - largest) * scale
-            left, right = first_pixel(x)
-            top, down = first_pixel(y)
             if NEEDS_REFERENCES or NEEDS_OFFSETS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_element,
-                    toward,
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    touches,
-                    num_heads * CHANNELS,
-                    channel,
-                    is_channel,
+                    value + first_element, toward, footprint, num_heads * CHANNELS, channel, is_channel
                 )
                 slope_x = tl.where(touches, weight * slope_x, 0)
                 slope_y = tl.where(touches, weight * slope_y, 0)
@@ -275,14 +249,7 @@ def backward_kernel(
                 add_to_corners(
                     grad_value + first_element,
                     toward * weight[:, None, None],
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    touches,
+                    footprint,
                     num_heads * CHANNELS,
                     channel,
                     is_channel,
