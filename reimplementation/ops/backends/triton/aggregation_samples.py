@@ -1,7 +1,8 @@
 """What the kernels of both aggregations share: how a query's pairs are walked through, and the tiles of their samples.
 
-A *pair* is a point in a camera. A program looks at 32 of them together, a pair a thread, and then takes those that are
-seen one after the other: all levels of a pair at once, in tiles
+A *pair* is a point in a camera; pairs are numbered camera by camera, so that programs that run together read the same
+camera's maps. A program looks at 32 pairs together, a pair a thread, and then takes those that are seen one after the
+other: all levels of a pair at once, in tiles
 
     levels x groups x channels of a group        4 x 4 x 32 in SparseDrive's forward, 4 x 8 x 32 in its backward
 

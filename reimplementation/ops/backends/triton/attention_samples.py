@@ -2,12 +2,12 @@
 
 A program owns one head of a block of neighbouring queries, and takes one sample of every query at a time, in a tile
 
-    queries x parts x channels of a part         8 x 2 x 16 in Deformable DETR
+    queries x parts x channels of a part         8 x 2 x 16 in Deformable DETR's forward
 
 so that a lane reads neighbouring channels in vectors, and neighbouring queries, whose samples in an encoder are
-neighbouring pixels, find each other's rows in the L1 cache. A head's channels are in two parts, of which a lane has the
-same place in each: for what it computes about a sample it reads two vectors. Programs of all heads of a block follow
-one another: together they read and write whole rows.
+neighbouring pixels, find each other's rows in the L1 cache. In the forward a head's channels are in two parts, of which
+a lane has the same place in each: for what it computes about a sample it reads two vectors. Programs of all heads of a
+block follow one another: together they read and write whole rows.
 """
 
 import triton
@@ -103,8 +103,14 @@ def add_to_corners(first_row, added, footprint, row_length, channel, is_channel)
         tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")
 
 
-def tile_of(channels: int, element_bytes: int) -> tuple[int, int, int, int]:
+def forward_tile(channels: int, element_bytes: int) -> tuple[int, int, int, int]:
     """Parts, queries and channels of a part of a program's tile, and its warps: a single one unless heads are large."""
     block_d, tile = padded(channels), TILE_BYTES // element_bytes
     parts = 2 if block_d > 1 else 1
     return parts, max(tile // block_d, 1), block_d // parts, warps(block_d, tile // 32)
+
+
+def backward_tile(channels: int) -> tuple[int, int, int, int]:
+    """The same where rows are added to, in float32: that is faster where a warp adds to whole rows."""
+    block_d, tile = padded(channels), TILE_BYTES // 4
+    return 1, max(tile // block_d, 1), block_d, warps(block_d, tile // 32)

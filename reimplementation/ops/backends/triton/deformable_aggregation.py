@@ -76,27 +76,27 @@ def forward_kernel(
     total = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
     for first in range(0, num_pairs, PAIRS):
         number = first + tl.arange(0, PAIRS)
-        all_x = tl.load(locations + 2 * (first_pair + number), mask=number < num_pairs, other=0)
-        all_y = tl.load(locations + 2 * (first_pair + number) + 1, mask=number < num_pairs, other=0)
+        location = 2 * (first_pair + number % num_points * num_cams + number // num_points)
+        all_x = tl.load(locations + location, mask=number < num_pairs, other=0)
+        all_y = tl.load(locations + location + 1, mask=number < num_pairs, other=0)
         is_seen = is_inside(all_x, all_y)
-        pair = next_number(is_seen, number, first - 1)
+        found = next_number(is_seen, number, first - 1)
         for _ in range(tl.sum(is_seen.to(tl.int32))):
-            x = tl.load(locations + 2 * (first_pair + pair))
-            y = tl.load(locations + 2 * (first_pair + pair) + 1)
-            of_level = pair % num_cams * num_levels + level
+            pair = first_pair + found % num_points * num_cams + found // num_points
+            x, y = tl.load(locations + 2 * pair), tl.load(locations + 2 * pair + 1)
+            of_level = found // num_points * num_levels + level
             height, width, start = bounded_level(
                 tl.load(shapes + 2 * of_level, mask=level < num_levels, other=0),
                 tl.load(shapes + 2 * of_level + 1, mask=level < num_levels, other=0),
                 tl.load(starts + of_level, mask=level < num_levels, other=0),
                 num_rows,
             )
-            weight_at = ((first_pair + pair) * num_levels + level[:, None]) * GROUPS + group[None, :]
+            weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
             counts = (height > 0)[:, None] & (group < GROUPS)[None, :]
             weight = tl.load(weights + weight_at, mask=counts, other=0).to(wide)
             footprint = footprint_of(x, y, height, width, start)
-            sample = interpolate(first_row, footprint, channel, is_channel, CHANNELS, wide)
-            total += weight[:, :, None] * sample
-            pair = next_number(is_seen, number, pair)
+            total += weight[:, :, None] * interpolate(first_row, footprint, channel, is_channel, CHANNELS, wide)
+            found = next_number(is_seen, number, found)
     tl.store(output + query * CHANNELS + channel, tl.sum(total, axis=0), mask=is_channel)
 
 
@@ -144,21 +144,22 @@ def backward_kernel(
 
     for first in range(0, num_pairs, PAIRS):
         number = first + tl.arange(0, PAIRS)
-        all_x = tl.load(locations + 2 * (first_pair + number), mask=number < num_pairs, other=0)
-        all_y = tl.load(locations + 2 * (first_pair + number) + 1, mask=number < num_pairs, other=0)
+        location = 2 * (first_pair + number % num_points * num_cams + number // num_points)
+        all_x = tl.load(locations + location, mask=number < num_pairs, other=0)
+        all_y = tl.load(locations + location + 1, mask=number < num_pairs, other=0)
         is_seen = is_inside(all_x, all_y)
-        pair = next_number(is_seen, number, first - 1)
+        found = next_number(is_seen, number, first - 1)
         for _ in range(tl.sum(is_seen.to(tl.int32))):
-            x = tl.load(locations + 2 * (first_pair + pair))
-            y = tl.load(locations + 2 * (first_pair + pair) + 1)
-            of_level = pair % num_cams * num_levels + level
+            pair = first_pair + found % num_points * num_cams + found // num_points
+            x, y = tl.load(locations + 2 * pair), tl.load(locations + 2 * pair + 1)
+            of_level = found // num_points * num_levels + level
             height, width, start = bounded_level(
                 tl.load(shapes + 2 * of_level, mask=level < num_levels, other=0),
                 tl.load(shapes + 2 * of_level + 1, mask=level < num_levels, other=0),
                 tl.load(starts + of_level, mask=level < num_levels, other=0),
                 num_rows,
             )
-            weight_at = ((first_pair + pair) * num_levels + level[:, None]) * GROUPS + group[None, :]
+            weight_at = (pair * num_levels + level[:, None]) * GROUPS + group[None, :]
             weight = tl.load(weights + weight_at, mask=is_weight & (height > 0)[:, None], other=0).to(wide)
             footprint = footprint_of(x, y, height, width, start)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
@@ -169,12 +170,12 @@ def backward_kernel(
                     tl.store(grad_weights + weight_at, average, mask=is_weight)
                 if NEEDS_LOCATIONS:
                     of_pair = location_gradient(weight, slope_x, slope_y)
-                    tl.store(grad_locations + 2 * (first_pair + pair) + axis, of_pair)
+                    tl.store(grad_locations + 2 * pair + axis, of_pair)
             if NEEDS_FEATURES:  # when everything has been loaded: no load is moved ahead of an atomic
                 add_to_corners(
                     grad_features + first_element, toward * weight[:, :, None], footprint, channel, is_channel, CHANNELS
                 )
-            pair = next_number(is_seen, number, pair)
+            found = next_number(is_seen, number, found)
 
 
 def forward(

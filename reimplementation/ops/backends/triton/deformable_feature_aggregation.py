@@ -2,13 +2,13 @@
 
 A program owns one query and, in the forward, some of its groups. First it goes through the query's logits, and has the
 largest one and the sum of the exponentials of each group, the two numbers that are kept for the backward. Then it
-projects some key points into all cameras at once, a pair of point and camera a thread, and takes the pairs that are
-seen one after the other, as deformable aggregation does (aggregation_samples.py); their weights are made of logits and
-those two numbers where they are needed. Neither locations nor weights are ever in memory.
+projects key points into cameras, a pair of these a thread, and takes the pairs that are seen one after the other, as
+deformable aggregation does (aggregation_samples.py); their weights are made of logits and those two numbers where they
+are needed. Neither locations nor weights are ever in memory.
 
 The backward projects again and makes the weights again. It takes the gradients of locations back to the key points,
-which are its own, camera by camera in registers, and leaves to feature_softmax.py what the logits get. Atomics add up
-the features' gradient, and the terms of logits that cameras or queries share, in float32 at least.
+camera by camera, and leaves to feature_softmax.py what the logits get. Atomics add up the features' gradient, and the
+terms of logits that cameras or queries share, in float32 at least.
 """
 
 import torch
@@ -39,19 +39,12 @@ from .footprint import (
     warps,
     zeros_like,
 )
-from .projection import is_clear, locate, point_gradient
+from .projection import load_camera, locate, point_gradient
+from .visibility import find_hidden
 
 SOFTMAX_TILE = 256  # elements, samples x groups
 GRADIENT_TILE = 1024  # elements, logits of a row x cameras
 QUERIES = 16  # of a program that takes their means from logits
-
-
-@triton.jit
-def is_not_hidden(is_seen, BLOCK_P: tl.constexpr, BLOCK_CAM: tl.constexpr):
-    """Of pairs, points x cameras, by whether the camera sees the point: the same, or that no camera sees it."""
-    by_point = tl.reshape(is_seen.to(tl.int32), [BLOCK_P, BLOCK_CAM])
-    counts = (by_point > 0) | (tl.max(by_point, axis=1) == 0)[:, None]
-    return tl.reshape(counts, [BLOCK_P * BLOCK_CAM])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -64,6 +57,7 @@ def forward_kernel(
     image_wh,
     logits,
     camera_logits,
+    hidden,
     keep,
     output,
     statistics,
@@ -77,8 +71,7 @@ def forward_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_CAM: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
     HAS_SIZES: tl.constexpr,
@@ -101,96 +94,65 @@ def forward_kernel(
     row = num_levels * num_points * GROUPS
     query_logits = logits + query * (row if HAS_CAMERA_LOGITS else num_cams * row)
     of_cameras = camera_logits + batch * num_cams * row
-    query_points = key_points + query * num_points * 3
+    num_pairs = num_points * num_cams
 
     largest, sum_of_shares = softmax_of_query(
         query_logits,
         of_cameras,
-        query_points,
-        projection,
-        image_wh,
-        batch * num_cams,
+        hidden + query * num_pairs,
         group,
         num_points,
         num_cams,
         num_levels,
         GROUPS,
         BLOCK_S,
-        HAS_SIZES,
         HAS_CAMERA_LOGITS,
         VISIBLE_ONLY,
         wide,
     )
     tl.store(statistics + 2 * (query * GROUPS + group), largest, mask=is_group)
     tl.store(statistics + 2 * (query * GROUPS + group) + 1, sum_of_shares, mask=is_group)
-
-    lane = tl.arange(0, BLOCK_P * BLOCK_CAM)
-    cam = lane % BLOCK_CAM
-    is_cam = cam < num_cams
-    matrix = projection + 16 * (batch * num_cams + cam)
-    image_width = tl.full([BLOCK_P * BLOCK_CAM], 1, dtype=wide)
-    image_height = image_width
-    if HAS_SIZES:
-        image_width = tl.load(image_wh + 2 * (batch * num_cams + cam), mask=is_cam, other=1)
-        image_height = tl.load(image_wh + 2 * (batch * num_cams + cam) + 1, mask=is_cam, other=1)
-    camera = (
-        tl.load(matrix, mask=is_cam, other=0),
-        tl.load(matrix + 1, mask=is_cam, other=0),
-        tl.load(matrix + 2, mask=is_cam, other=0),
-        tl.load(matrix + 3, mask=is_cam, other=0),
-        tl.load(matrix + 4, mask=is_cam, other=0),
-        tl.load(matrix + 5, mask=is_cam, other=0),
-        tl.load(matrix + 6, mask=is_cam, other=0),
-        tl.load(matrix + 7, mask=is_cam, other=0),
-        tl.load(matrix + 8, mask=is_cam, other=0),
-        tl.load(matrix + 9, mask=is_cam, other=0),
-        tl.load(matrix + 10, mask=is_cam, other=0),
-        tl.load(matrix + 11, mask=is_cam, other=0),
-        image_width,
-        image_height,
-    )
+    scale = KEPT_SCALE / sum_of_shares
 
     total = tl.zeros([BLOCK_L, BLOCK_G, BLOCK_C], dtype=wide)
-    for first in range(0, num_points, BLOCK_P):
-        point = first + lane // BLOCK_CAM
-        exists = is_cam & (point < num_points)
-        own = query_points + 3 * point
-        across, down, depth = locate(
-            tl.load(own, mask=exists, other=0),
-            tl.load(own + 1, mask=exists, other=0),
-            tl.load(own + 2, mask=exists, other=0),
-            camera,
+    for first in range(0, num_pairs, PAIRS):
+        number = first + tl.arange(0, PAIRS)  # also the place of a pair among the query's flags
+        cam = number // num_points
+        is_seen = number < num_pairs
+        point = key_points + 3 * (query * num_points + number % num_points)
+        across, down, _ = locate(
+            tl.load(point, mask=is_seen, other=0),
+            tl.load(point + 1, mask=is_seen, other=0),
+            tl.load(point + 2, mask=is_seen, other=0),
+            load_camera(projection, image_wh, batch * num_cams + cam, is_seen, HAS_SIZES),
         )
-        is_seen = exists & is_inside(across, down)
+        is_seen = is_seen & is_inside(across, down)
         if VISIBLE_ONLY:
-            is_seen = is_seen & is_not_hidden(exists & is_clear(across, down, depth), BLOCK_P, BLOCK_CAM)
+            is_seen = is_seen & (tl.load(hidden + query * num_pairs + number, mask=is_seen, other=1) == 0)
         if HAS_KEEP:
-            flag = keep + (query * num_cams + cam) * num_points + point
-            is_seen = is_seen & (tl.load(flag, mask=is_seen, other=0) != 0)
-        number = first * BLOCK_CAM + lane
-        pair = next_number(is_seen, number, first * BLOCK_CAM - 1)
+            is_seen = is_seen & (tl.load(keep + query * num_pairs + number, mask=is_seen, other=0) != 0)
+        found = next_number(is_seen, number, first - 1)
         for _ in range(tl.sum(is_seen.to(tl.int32))):
-            x = tl.sum(tl.where(number == pair, across, 0))
-            y = tl.sum(tl.where(number == pair, down, 0))
-            of_level = pair % BLOCK_CAM * num_levels + level
+            x = tl.sum(tl.where(number == found, across, 0))
+            y = tl.sum(tl.where(number == found, down, 0))
+            of_level = found // num_points * num_levels + level
             height, width, start = bounded_level(
                 tl.load(shapes + 2 * of_level, mask=level < num_levels, other=0),
                 tl.load(shapes + 2 * of_level + 1, mask=level < num_levels, other=0),
                 tl.load(starts + of_level, mask=level < num_levels, other=0),
                 num_rows,
             )
-            logit_at = (level * num_points + pair // BLOCK_CAM)[:, None] * GROUPS + group[None, :]
-            in_camera = pair % BLOCK_CAM * row + logit_at
+            logit_at = (level * num_points + found % num_points)[:, None] * GROUPS + group[None, :]
+            in_camera = found // num_points * row + logit_at
             counts = (height > 0)[:, None] & is_group[None, :]
             logit = tl.load(query_logits + (logit_at if HAS_CAMERA_LOGITS else in_camera), mask=counts, other=0)
             logit = logit.to(wide)
             if HAS_CAMERA_LOGITS:
                 logit += tl.load(of_cameras + in_camera, mask=counts, other=0).to(wide)
-            weight = share(logit, largest[None, :]) * (KEPT_SCALE / sum_of_shares)[None, :]
+            weight = tl.where(counts, share(logit, largest[None, :]) * scale[None, :], 0)
             footprint = footprint_of(x, y, height, width, start)
-            sample = interpolate(first_row, footprint, channel, is_channel, CHANNELS, wide)
-            total += tl.where(counts, weight, 0)[:, :, None] * sample
-            pair = next_number(is_seen, number, pair)
+            total += weight[:, :, None] * interpolate(first_row, footprint, channel, is_channel, CHANNELS, wide)
+            found = next_number(is_seen, number, found)
     tl.store(output + query * CHANNELS + channel, tl.sum(total, axis=0), mask=is_channel)
 
 
@@ -205,6 +167,7 @@ def backward_kernel(
     image_wh,
     logits,
     camera_logits,
+    hidden,
     keep,
     statistics,
     grad_features,
@@ -223,7 +186,6 @@ def backward_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_CAM: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
     HAS_SIZES: tl.constexpr,
     HAS_CAMERA_LOGITS: tl.constexpr,
@@ -248,104 +210,99 @@ def backward_kernel(
     row = num_levels * num_points * GROUPS
     first_logit = query * (row if HAS_CAMERA_LOGITS else num_cams * row)
     first_of_cameras = batch * num_cams * row
-    query_points = key_points + query * num_points * 3
     toward = tl.load(grad_output + query * CHANNELS + channel, mask=is_channel, other=0).to(wide)
     toward = tl.broadcast_to(toward[None, :, :], [BLOCK_L, BLOCK_G, BLOCK_C])
     largest = tl.load(statistics + 2 * (query * GROUPS + group), mask=is_group, other=0)
-    sum_of_shares = tl.load(statistics + 2 * (query * GROUPS + group) + 1, mask=is_group, other=1)
-
-    lane = tl.arange(0, BLOCK_P * BLOCK_CAM)
-    cam = lane % BLOCK_CAM
-    is_cam = cam < num_cams
-    matrix = projection + 16 * (batch * num_cams + cam)
-    image_width = tl.full([BLOCK_P * BLOCK_CAM], 1, dtype=wide)
-    image_height = image_width
-    if HAS_SIZES:
-        image_width = tl.load(image_wh + 2 * (batch * num_cams + cam), mask=is_cam, other=1)
-        image_height = tl.load(image_wh + 2 * (batch * num_cams + cam) + 1, mask=is_cam, other=1)
-    camera = (
-        tl.load(matrix, mask=is_cam, other=0),
-        tl.load(matrix + 1, mask=is_cam, other=0),
-        tl.load(matrix + 2, mask=is_cam, other=0),
-        tl.load(matrix + 3, mask=is_cam, other=0),
-        tl.load(matrix + 4, mask=is_cam, other=0),
-        tl.load(matrix + 5, mask=is_cam, other=0),
-        tl.load(matrix + 6, mask=is_cam, other=0),
-        tl.load(matrix + 7, mask=is_cam, other=0),
-        tl.load(matrix + 8, mask=is_cam, other=0),
-        tl.load(matrix + 9, mask=is_cam, other=0),
-        tl.load(matrix + 10, mask=is_cam, other=0),
-        tl.load(matrix + 11, mask=is_cam, other=0),
-        image_width,
-        image_height,
-    )
+    scale = KEPT_SCALE / tl.load(statistics + 2 * (query * GROUPS + group) + 1, mask=is_group, other=1)
 
     all_terms = tl.zeros([BLOCK_L, BLOCK_G], dtype=wide)
-    for first in range(0, num_points, BLOCK_P):
-        point = first + lane // BLOCK_CAM
-        exists = is_cam & (point < num_points)
-        own = query_points + 3 * point
-        across, down, depth = locate(
-            tl.load(own, mask=exists, other=0),
-            tl.load(own + 1, mask=exists, other=0),
-            tl.load(own + 2, mask=exists, other=0),
-            camera,
+    for cam in range(num_cams):
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * (cam * num_levels + level), mask=level < num_levels, other=0),
+            tl.load(shapes + 2 * (cam * num_levels + level) + 1, mask=level < num_levels, other=0),
+            tl.load(starts + cam * num_levels + level, mask=level < num_levels, other=0),
+            num_rows,
         )
-        is_seen = exists & is_inside(across, down)
-        if VISIBLE_ONLY:
-            is_seen = is_seen & is_not_hidden(exists & is_clear(across, down, depth), BLOCK_P, BLOCK_CAM)
-        if HAS_KEEP:
-            flag = keep + (query * num_cams + cam) * num_points + point
-            is_seen = is_seen & (tl.load(flag, mask=is_seen, other=0) != 0)
-        of_x = tl.zeros([BLOCK_P * BLOCK_CAM], dtype=wide)
-        of_y = of_x
-        number = first * BLOCK_CAM + lane
-        pair = next_number(is_seen, number, first * BLOCK_CAM - 1)
-        for _ in range(tl.sum(is_seen.to(tl.int32))):
-            x = tl.sum(tl.where(number == pair, across, 0))
-            y = tl.sum(tl.where(number == pair, down, 0))
-            of_level = pair % BLOCK_CAM * num_levels + level
-            height, width, start = bounded_level(
-                tl.load(shapes + 2 * of_level, mask=level < num_levels, other=0),
-                tl.load(shapes + 2 * of_level + 1, mask=level < num_levels, other=0),
-                tl.load(starts + of_level, mask=level < num_levels, other=0),
-                num_rows,
+        matrix = projection + 16 * (batch * num_cams + cam)
+        image_width = tl.full([], 1, dtype=wide)
+        image_height = image_width
+        if HAS_SIZES:
+            image_width = tl.load(image_wh + 2 * (batch * num_cams + cam))
+            image_height = tl.load(image_wh + 2 * (batch * num_cams + cam) + 1)
+        camera = (
+            tl.load(matrix),
+            tl.load(matrix + 1),
+            tl.load(matrix + 2),
+            tl.load(matrix + 3),
+            tl.load(matrix + 4),
+            tl.load(matrix + 5),
+            tl.load(matrix + 6),
+            tl.load(matrix + 7),
+            tl.load(matrix + 8),
+            tl.load(matrix + 9),
+            tl.load(matrix + 10),
+            tl.load(matrix + 11),
+            image_width,
+            image_height,
+        )
+        for first in range(0, num_points, BLOCK_P):
+            number = first + tl.arange(0, BLOCK_P)
+            is_seen = number < num_points
+            point = 3 * (query * num_points + number)
+            across, down, depth = locate(
+                tl.load(key_points + point, mask=is_seen, other=0),
+                tl.load(key_points + point + 1, mask=is_seen, other=0),
+                tl.load(key_points + point + 2, mask=is_seen, other=0),
+                camera,
             )
-            logit_at = (level * num_points + pair // BLOCK_CAM)[:, None] * GROUPS + group[None, :]
-            in_camera = pair % BLOCK_CAM * row + logit_at
-            own_at = first_logit + (logit_at if HAS_CAMERA_LOGITS else in_camera)
-            counts = (height > 0)[:, None] & is_group[None, :]
-            logit = tl.load(logits + own_at, mask=counts, other=0).to(wide)
-            if HAS_CAMERA_LOGITS:
-                logit += tl.load(camera_logits + first_of_cameras + in_camera, mask=counts, other=0).to(wide)
-            weight = share(logit, largest[None, :]) * (KEPT_SCALE / sum_of_shares)[None, :]
-            weight = tl.where(counts, weight, 0)
-            footprint = footprint_of(x, y, height, width, start)
-            if NEEDS_POINTS or NEEDS_LOGITS or NEEDS_CAMERAS:
-                average, slope_x, slope_y = differentiate(
-                    features + first_element, toward, footprint, channel, is_channel, CHANNELS
-                )
-                term = weight * average
-                all_terms += term
-                if NEEDS_POINTS:
-                    of_x = tl.where(number == pair, tl.sum(weight * slope_x), of_x)
-                    of_y = tl.where(number == pair, tl.sum(weight * slope_y), of_y)
-                if NEEDS_LOGITS:
-                    tl.atomic_add(terms + own_at, term, mask=counts, sem="relaxed")
-                if NEEDS_CAMERAS:
-                    tl.atomic_add(camera_sums + first_of_cameras + in_camera, term, mask=counts, sem="relaxed")
-            if NEEDS_FEATURES:  # when everything has been loaded: no load is moved ahead of an atomic
-                add_to_corners(
-                    grad_features + first_element, toward * weight[:, :, None], footprint, channel, is_channel, CHANNELS
-                )
-            pair = next_number(is_seen, number, pair)
-        if NEEDS_POINTS:
-            of_points = point_gradient(of_x, of_y, across, down, depth, camera)
-            own_point = first + tl.arange(0, BLOCK_P)
-            for axis in tl.static_range(3):
-                of_axis = tl.sum(tl.reshape(of_points[axis], [BLOCK_P, BLOCK_CAM]), axis=1)
-                at = query * num_points * 3 + 3 * own_point + axis
-                tl.store(grad_key_points + at, of_axis, mask=own_point < num_points)
+            is_seen = is_seen & is_inside(across, down)
+            flag = (query * num_cams + cam) * num_points + number
+            if VISIBLE_ONLY:
+                is_seen = is_seen & (tl.load(hidden + flag, mask=is_seen, other=1) == 0)
+            if HAS_KEEP:
+                is_seen = is_seen & (tl.load(keep + flag, mask=is_seen, other=0) != 0)
+            of_x = tl.zeros([BLOCK_P], dtype=wide)
+            of_y = of_x
+            found = next_number(is_seen, number, first - 1)
+            for _ in range(tl.sum(is_seen.to(tl.int32))):
+                x = tl.sum(tl.where(number == found, across, 0))
+                y = tl.sum(tl.where(number == found, down, 0))
+                logit_at = (level * num_points + found)[:, None] * GROUPS + group[None, :]
+                in_camera = cam * row + logit_at
+                own_at = first_logit + (logit_at if HAS_CAMERA_LOGITS else in_camera)
+                counts = (height > 0)[:, None] & is_group[None, :]
+                logit = tl.load(logits + own_at, mask=counts, other=0).to(wide)
+                if HAS_CAMERA_LOGITS:
+                    logit += tl.load(camera_logits + first_of_cameras + in_camera, mask=counts, other=0).to(wide)
+                weight = tl.where(counts, share(logit, largest[None, :]) * scale[None, :], 0)
+                footprint = footprint_of(x, y, height, width, start)
+                if NEEDS_POINTS or NEEDS_LOGITS or NEEDS_CAMERAS:
+                    average, slope_x, slope_y = differentiate(
+                        features + first_element, toward, footprint, channel, is_channel, CHANNELS
+                    )
+                    term = weight * average
+                    all_terms += term
+                    if NEEDS_POINTS:
+                        of_x = tl.where(number == found, tl.sum(weight * slope_x), of_x)
+                        of_y = tl.where(number == found, tl.sum(weight * slope_y), of_y)
+                    if NEEDS_LOGITS:
+                        tl.atomic_add(terms + own_at, term, mask=counts, sem="relaxed")
+                    if NEEDS_CAMERAS:
+                        tl.atomic_add(camera_sums + first_of_cameras + in_camera, term, mask=counts, sem="relaxed")
+                if NEEDS_FEATURES:  # when everything has been loaded: no load is moved ahead of an atomic
+                    add_to_corners(
+                        grad_features + first_element,
+                        toward * weight[:, :, None],
+                        footprint,
+                        channel,
+                        is_channel,
+                        CHANNELS,
+                    )
+                found = next_number(is_seen, number, found)
+            if NEEDS_POINTS:  # the program's own, to which it adds camera by camera
+                of_point = point_gradient(of_x, of_y, across, down, depth, camera)
+                for axis in tl.static_range(3):
+                    tl.atomic_add(grad_key_points + point + axis, of_point[axis], mask=is_seen, sem="relaxed")
     if NEEDS_LOGITS or NEEDS_CAMERAS:
         tl.store(means + query * GROUPS + group, tl.sum(all_terms, axis=0), mask=is_group)
 
@@ -377,8 +334,11 @@ def forward(
     while block_g > 1 and block_l * block_g * block_c > FORWARD_TILE:
         block_g //= 2
     wrap_triton(forward_kernel)[(batch_size * num_queries * -(-num_groups // block_g),)](
-        **operands_of_features(feature_maps, spatial_shape, scale_start_index, keep, attn_drop, key_points),
+        **operands_of_features(
+            feature_maps, spatial_shape, scale_start_index, projection_mat, image_wh, keep, attn_drop
+        ),
         **operands_of_weights(key_points, projection_mat, image_wh, logits, camera_logits, visible_only),
+        key_points=key_points.contiguous(),
         output=output,
         statistics=statistics,
         num_levels=num_levels,
@@ -387,6 +347,7 @@ def forward(
         BLOCK_L=block_l,
         BLOCK_G=block_g,
         BLOCK_C=block_c,
+        PAIRS=PAIRS,
         BLOCK_S=min(padded(num_levels * num_points), max(SOFTMAX_TILE // block_g, 1)),
         num_warps=warps(block_l * block_g * block_c),
     )
@@ -431,8 +392,11 @@ def backward(
         means = statistics.new_empty(batch_size, num_queries, num_groups)
         of_weights = operands_of_weights(key_points, projection_mat, image_wh, logits, camera_logits, visible_only)
         wrap_triton(backward_kernel)[(batch_size * num_queries,)](
-            **operands_of_features(feature_maps, spatial_shape, scale_start_index, keep, attn_drop, key_points),
+            **operands_of_features(
+                feature_maps, spatial_shape, scale_start_index, projection_mat, image_wh, keep, attn_drop
+            ),
             **of_weights,
+            key_points=key_points.contiguous(),
             grad_output=grad_output.contiguous(),
             statistics=statistics.contiguous(),
             grad_features=grad_features,
@@ -446,6 +410,7 @@ def backward(
             BLOCK_L=block_l,
             BLOCK_G=block_g,
             BLOCK_C=block_c,
+            BLOCK_P=min(padded(num_points), PAIRS),
             NEEDS_FEATURES=needs_feature_maps,
             NEEDS_POINTS=needs_key_points,
             NEEDS_LOGITS=needs_logits,
@@ -464,6 +429,7 @@ def backward(
                 camera_sums=camera_sums,
                 row=row,
                 GROUPS=num_groups,
+                BLOCK_CAM=padded(num_cams),
                 BLOCK_R=block_r,
                 BLOCK_Q=QUERIES,
                 NEEDS_LOGITS=needs_logits,
@@ -488,20 +454,23 @@ def operands_of_features(
     feature_maps: Tensor,
     spatial_shape: Tensor,
     scale_start_index: Tensor,
+    projection_mat: Tensor,
+    image_wh: Tensor | None,
     keep: Tensor | None,
     attn_drop: float,
-    key_points: Tensor,
 ) -> dict:
-    """Arguments by which both kernels know the features, and the pairs to sample them at."""
-    block_cam = padded(scale_start_index.shape[0])
+    """Arguments by which both kernels know the features, and what places them; what is left out is another tensor,
+    which nobody reads."""
     return {
         "features": feature_maps.contiguous(),
         "shapes": beside(spatial_shape, feature_maps),
         "starts": beside(scale_start_index, feature_maps),
-        "keep": key_points if keep is None else keep.contiguous().view(torch.uint8),
+        "projection": projection_mat.contiguous(),
+        "image_wh": projection_mat if image_wh is None else image_wh.contiguous(),
+        "keep": projection_mat if keep is None else keep.contiguous().view(torch.uint8),
         "num_rows": feature_maps.shape[1],
-        "BLOCK_P": min(padded(key_points.shape[2]), max(PAIRS // block_cam, 1)),
         "KEPT_SCALE": 1.0 if keep is None else 1 / (1 - float(attn_drop)),
+        "HAS_SIZES": image_wh is not None,
         "HAS_KEEP": keep is not None,
     }
 
@@ -514,18 +483,14 @@ def operands_of_weights(
     camera_logits: Tensor | None,
     visible_only: bool,
 ) -> dict:
-    """Arguments by which all kernels know the softmax; what is left out is another tensor, which none of them reads."""
+    """Arguments by which all kernels know the softmax; likewise."""
     return {
-        "key_points": key_points.contiguous(),
-        "projection": projection_mat.contiguous(),
-        "image_wh": key_points if image_wh is None else image_wh.contiguous(),
         "logits": logits.contiguous(),
         "camera_logits": logits if camera_logits is None else camera_logits.contiguous(),
+        "hidden": find_hidden(key_points, projection_mat, image_wh) if visible_only else logits,
         "num_queries": key_points.shape[1],
         "num_points": key_points.shape[2],
         "num_cams": projection_mat.shape[1],
-        "BLOCK_CAM": padded(projection_mat.shape[1]),
-        "HAS_SIZES": image_wh is not None,
         "HAS_CAMERA_LOGITS": camera_logits is not None,
         "VISIBLE_ONLY": visible_only,
     }

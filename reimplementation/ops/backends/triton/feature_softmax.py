@@ -12,8 +12,6 @@ cameras, of some queries: so it knows what the cameras' rows lose.
 import triton
 import triton.language as tl
 
-from .projection import is_clear, load_camera, locate
-
 NOTHING = tl.constexpr(float("-inf"))
 
 
@@ -24,38 +22,24 @@ def share(logit, largest):
 
 
 @triton.jit
-def is_seen_by_any(x, y, z, projection, image_wh, first_cam, num_cams, HAS_SIZES: tl.constexpr):
-    """Which of the points one of the cameras from the first one on sees."""
-    is_seen = x != x
-    for cam in range(num_cams):
-        across, down, depth = locate(x, y, z, load_camera(projection, image_wh, first_cam + cam, True, HAS_SIZES))
-        is_seen = is_seen | is_clear(across, down, depth)
-    return is_seen
-
-
-@triton.jit
 def softmax_of_query(
     query_logits,
     camera_logits,
-    key_points,
-    projection,
-    image_wh,
-    first_cam,
+    query_hidden,
     group,
     num_points,
     num_cams,
     num_levels,
     GROUPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    HAS_SIZES: tl.constexpr,
     HAS_CAMERA_LOGITS: tl.constexpr,
     VISIBLE_ONLY: tl.constexpr,
     wide: tl.constexpr,
 ):
     """The largest logit of each of the groups, and the sum of the exponentials of what the others have above it.
 
-    Logits and key points are the query's, and so are the cameras' logits. Each element of a tile, samples x groups, has
-    a softmax of its own until all logits have been seen.
+    The pointers are to what is the query's, and the cameras'. Each element of a tile, samples x groups, has a softmax
+    of its own until all logits have been seen.
     """
     num_samples = num_levels * num_points
     largest = tl.full([BLOCK_S, group.shape[0]], NOTHING, dtype=wide)
@@ -64,17 +48,12 @@ def softmax_of_query(
         sample = first + tl.arange(0, BLOCK_S)
         at = sample[:, None] * GROUPS + group[None, :]
         exists = (sample < num_samples)[:, None] & (group < GROUPS)[None, :]
-        if VISIBLE_ONLY:
-            point = key_points + 3 * (sample % num_points)
-            x, y, z = tl.load(point), tl.load(point + 1), tl.load(point + 2)
-            is_seen = is_seen_by_any(x, y, z, projection, image_wh, first_cam, num_cams, HAS_SIZES)
         for cam in range(num_cams):
             in_camera = cam * (num_samples * GROUPS) + at
             counts = exists
             if VISIBLE_ONLY:
-                camera = load_camera(projection, image_wh, first_cam + cam, True, HAS_SIZES)
-                across, down, depth = locate(x, y, z, camera)
-                counts = exists & (is_clear(across, down, depth) | (is_seen == 0))[:, None]
+                flag = query_hidden + cam * num_points + sample % num_points
+                counts = exists & (tl.load(flag, mask=sample < num_samples, other=1) == 0)[:, None]
             if HAS_CAMERA_LOGITS:
                 logit = tl.load(query_logits + at, mask=counts, other=NOTHING).to(wide)
                 logit += tl.load(camera_logits + in_camera, mask=counts, other=0).to(wide)
@@ -95,9 +74,7 @@ def gradient_kernel(
     means,
     terms,
     camera_sums,
-    key_points,
-    projection,
-    image_wh,
+    hidden,
     num_queries,
     num_points,
     num_cams,
@@ -106,13 +83,12 @@ def gradient_kernel(
     BLOCK_CAM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    HAS_SIZES: tl.constexpr,
     HAS_CAMERA_LOGITS: tl.constexpr,
     VISIBLE_ONLY: tl.constexpr,
     NEEDS_LOGITS: tl.constexpr,
     NEEDS_CAMERAS: tl.constexpr,
 ):
-    wide = key_points.dtype.element_ty
+    wide = statistics.dtype.element_ty
     row_blocks = tl.cdiv(row, BLOCK_R)
     query_blocks = tl.cdiv(num_queries, BLOCK_Q)
     place = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -130,8 +106,6 @@ def gradient_kernel(
 
     if HAS_CAMERA_LOGITS:
         of_camera = tl.load(camera_logits + first_cam * row + in_camera, mask=exists, other=0).to(wide)
-    if VISIBLE_ONLY:
-        camera = load_camera(projection, image_wh, (first_cam + cam)[None, :], (cam < num_cams)[None, :], HAS_SIZES)
 
     all_taken = tl.zeros([BLOCK_R, BLOCK_CAM], dtype=wide)
     for number in range(first, tl.minimum(first + BLOCK_Q, num_queries)):
@@ -143,12 +117,8 @@ def gradient_kernel(
             logit = tl.load(logits + first_logit + in_camera, mask=exists, other=0).to(wide)
         counts = exists
         if VISIBLE_ONLY:
-            own = key_points + 3 * (query * num_points + point)[:, None]
-            x, y, z = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-            across, down, depth = locate(x, y, z, camera)
-            is_seen = exists & is_clear(across, down, depth)
-            is_hidden = (tl.max(is_seen.to(tl.int32), axis=1) > 0)[:, None] & (is_seen == 0)
-            counts = counts & (is_hidden == 0)
+            flag = hidden + (query * num_cams + cam[None, :]) * num_points + point[:, None]
+            counts = exists & (tl.load(flag, mask=exists, other=1) == 0)
         of_group = query * GROUPS + group
         largest = tl.load(statistics + 2 * of_group, mask=is_place, other=0)
         total = tl.load(statistics + 2 * of_group + 1, mask=is_place, other=1)

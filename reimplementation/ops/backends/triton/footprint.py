@@ -36,6 +36,14 @@ def bounded_level(height, width, start, num_rows):
 
 
 @triton.jit
+def divide(dividend, divisor):
+    """The quotient, rounded once: Triton's own division of float32 may be off by two units in the last place."""
+    if dividend.dtype == tl.float32:
+        return tl.div_rn(dividend, divisor.to(tl.float32))
+    return dividend / divisor
+
+
+@triton.jit
 def first_pixel(position):
     """The pixel before a position on an axis, and how far behind it the position lies, in [0, 1)."""
     low = tl.floor(position)

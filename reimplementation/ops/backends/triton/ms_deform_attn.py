@@ -16,12 +16,13 @@ from .attention_samples import (
     SIZES,
     TOUCHES,
     add_to_corners,
+    backward_tile,
     channels_of_head,
     differentiate,
     footprint_of,
+    forward_tile,
     interpolate,
     place_of_program,
-    tile_of,
 )
 from .footprint import (
     beside,
@@ -156,7 +157,7 @@ def forward(
     output = value.new_empty(batch_size, num_queries, num_heads * channels)
     if output.numel() == 0:
         return output
-    parts, block_q, block_d, num_warps = tile_of(int(channels), value.element_size())
+    parts, block_q, block_d, num_warps = forward_tile(int(channels), value.element_size())
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         value.contiguous(),
         beside(spatial_shapes, value),
@@ -205,7 +206,7 @@ def backward(
     if grad_output.numel() == 0:
         grad_locations, grad_weights = grad_locations.zero_(), grad_weights.zero_()
     else:
-        parts, block_q, block_d, num_warps = tile_of(int(channels), value.element_size())
+        parts, block_q, block_d, num_warps = backward_tile(int(channels))
         wrap_triton(backward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
             grad_output.contiguous(),
             value.contiguous(),

@@ -18,17 +18,19 @@ from .attention_samples import (
     SIZES,
     TOUCHES,
     add_to_corners,
+    backward_tile,
     channels_of_head,
     differentiate,
     footprint_of,
+    forward_tile,
     interpolate,
     place_of_program,
-    tile_of,
 )
 from .footprint import (
     beside,
     bounded_level,
     check_rows,
+    divide,
     empty_like,
     in_layout_of,
     padded,
@@ -56,7 +58,7 @@ def moved(offset, size, unit, BOXES: tl.constexpr):
     """How far an offset moves a sample along an axis, normalised: it counts pixels of a level, or units of a box."""
     if BOXES:
         return offset * unit
-    return offset / tl.maximum(size, 1)
+    return divide(offset, tl.maximum(size, 1))
 
 
 @triton.jit
@@ -102,7 +104,7 @@ def forward_kernel(
     own_offsets = row * offsets_of_query + head * (num_samples * 2)
     own_logits = row * logits_of_query + head * num_samples
     _, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
-    half = 0.5 / num_points.to(wide)
+    half = tl.full([], 0.5, dtype=wide) / num_points
 
     total = tl.zeros([BLOCK_Q, PARTS, BLOCK_D], dtype=wide)
     for level in range(num_levels):
@@ -189,7 +191,7 @@ def backward_kernel(
     is_output = exists[:, None, None] & is_channel[None, :, :]
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
     _, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
-    half = 0.5 / num_points.to(wide)
+    half = tl.full([], 0.5, dtype=wide) / num_points
 
     of_x = tl.zeros([BLOCK_Q], dtype=wide)  # of reference points, and of their boxes' sizes
     of_y = of_x
@@ -312,7 +314,14 @@ def forward(
     if min(output.numel(), attention_logits.numel()) == 0:
         return output.zero_()
     shared = shared_arguments(
-        value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, offset_scale
+        forward_tile(int(channels), value.element_size()),
+        value,
+        spatial_shapes,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        offset_scale,
     )
     block_q = shared["BLOCK_Q"]
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
@@ -355,7 +364,14 @@ def backward(
         grad_offsets, grad_logits = grad_offsets.zero_(), grad_logits.zero_()
     else:
         shared = shared_arguments(
-            value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, offset_scale
+            backward_tile(int(channels)),
+            value,
+            spatial_shapes,
+            level_start_index,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
+            offset_scale,
         )
         block_q = shared["BLOCK_Q"]
         grad_weights = reference_points.new_empty(grad_logits.shape)
@@ -393,6 +409,7 @@ def backward(
 
 
 def shared_arguments(
+    tile: tuple[int, int, int, int],
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
@@ -402,10 +419,9 @@ def shared_arguments(
     offset_scale: Tensor | None,
 ) -> dict:
     """What both kernels take. Scales that are left out are another tensor, which none of them reads."""
-    channels = int(value.shape[3])
     num_queries, num_heads, num_levels, num_points = attention_logits.shape[1:]
     block_s = padded(num_levels * num_points)
-    parts, block_q, block_d, num_warps = tile_of(channels, value.element_size())
+    parts, block_q, block_d, num_warps = tile
     offsets, offsets_of_query = by_query(sampling_offsets)
     logits, logits_of_query = by_query(attention_logits)
     return {
@@ -423,7 +439,7 @@ def shared_arguments(
         "num_points": num_points,
         "offsets_of_query": offsets_of_query,
         "logits_of_query": logits_of_query,
-        "CHANNELS": channels,
+        "CHANNELS": int(value.shape[3]),
         "PARTS": parts,
         "BLOCK_Q": max(min(block_q, SAMPLES_TILE // block_s), 1),
         "BLOCK_D": block_d,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ...project_points import MIN_DEPTH
+from .footprint import divide
 
 LEAST = tl.constexpr(MIN_DEPTH)
 
@@ -46,8 +47,8 @@ def locate(x, y, z, camera):
     """Of points in cameras: x, y in units of the image's size, and the depth."""
     depth = camera[11] + camera[8] * x + camera[9] * y + camera[10] * z
     extent = tl.where(depth < LEAST, LEAST, depth)  # NaN stays NaN
-    across = (camera[3] + camera[0] * x + camera[1] * y + camera[2] * z) / (extent * camera[12])
-    down = (camera[7] + camera[4] * x + camera[5] * y + camera[6] * z) / (extent * camera[13])
+    across = divide(camera[3] + camera[0] * x + camera[1] * y + camera[2] * z, extent * camera[12])
+    down = divide(camera[7] + camera[4] * x + camera[5] * y + camera[6] * z, extent * camera[13])
     return across, down, depth
 
 
