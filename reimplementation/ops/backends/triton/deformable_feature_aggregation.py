@@ -4,8 +4,8 @@ A program owns one query and, in the forward, some of its groups. First it goes 
 largest one and the sum of the exponentials of each group, the two numbers that are kept for the backward. Then it
 projects key points into cameras, a pair of these a thread, and takes the pairs that are seen one after the other, as
 deformable aggregation does (aggregation_samples.py); their weights are made of logits and those two numbers where they
-are needed. Neither locations nor weights are ever in memory. With ``visible_only`` a kernel marks before what the softmax
-leaves out (visibility.py).
+are needed. Neither locations nor weights are ever in memory. With ``visible_only`` a kernel before this one marks what
+the softmax leaves out (visibility.py).
 
 The backward projects again and makes the weights again. It takes the gradients of locations back to the key points,
 camera by camera, and leaves to feature_softmax.py what the logits get. Atomics add up the features' gradient, and the
