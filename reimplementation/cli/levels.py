@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -29,6 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--op", choices=OPS, help="default: both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=arguments.positive, default=5, help="timed runs (default: %(default)s)")
+    parser.add_argument(
+        "--limit",
+        type=arguments.positive,
+        default=120,
+        metavar="SECONDS",
+        help="leave out a level that takes longer, a compiler most likely (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures, with the machine's name")
     parser.add_argument("--picture", metavar="FILE", help="draw where time and memory go, as PNG, SVG, …")
     parser.add_argument("--read", metavar="FILE", type=Path, help="measure nothing: show the figures in FILE")
@@ -69,5 +77,11 @@ def _measure(options: argparse.Namespace) -> Document:
         def begins(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        found = [figure for op in ops for figure in measure_all(op, device, options.repeats, begins)]
+        found = []
+        for op in ops:
+            began = time.perf_counter()
+            for figure in measure_all(op, device, options.repeats, options.limit, begins):
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                progress.console.print(f"{op}, level {figure.level}, {figure.name}: {seconds:.1f} s")
+                found.append(figure)
         return results.describe(device, found, copy_bandwidth(device, options.repeats))

@@ -136,10 +136,10 @@ def _define_for_triton(spec: Spec, forward: Callable, backward: Callable) -> Non
 
     num_operands = len(spec.operands)
 
-    def check(*operands, values: bool) -> None:
-        spec.check_as_read(operands)
+    def check(*arguments, values: bool) -> None:
+        spec.check_as_read(arguments[:num_operands])
         if values:
-            spec.check_values(*operands)
+            spec.check_values(*arguments)
 
     def check_backward(grad_output, *rest, values: bool) -> None:
         spec.check_gradient(grad_output, rest[:num_operands])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -95,6 +98,8 @@ def test_the_command(run):
             assert figure["lines"] > 5 and figure["gathered_bytes"] > 0
     assert "4 Triton is not there: Triton compiles kernels for GPUs." in out
     assert "`torch.jit.script` is deprecated" in err
+    said = [line.partition(":")[0] for line in err.splitlines() if line.endswith(" s")]
+    assert said == [f"{figure['op']}, level {figure['level']}, {figure['name']}" for figure in found]
 
 
 def test_figures_are_read_and_drawn(run, tmp_path, capsys):
@@ -128,6 +133,16 @@ def test_one_op(monkeypatch):
     assert asked == ["attention"]
 
 
+def test_a_level_that_takes_too_long(monkeypatch):
+    """It is left out, and nothing rings afterwards."""
+    slow = replace(catalogue.LEVELS[0], prepare=lambda inputs: time.sleep(60))
+    monkeypatch.setattr(measure, "LEVELS", (slow, slow))
+    monkeypatch.setattr(catalogue, "_CASES", {"attention": {"cpu": SMALL["attention"]}})
+    for figure in measure.measure_all("attention", torch.device("cpu"), 1, limit=0.1):
+        assert (figure.missing, figure.passes) == ("it took longer than 0.1 s", [])
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def test_triton_is_a_level_where_it_compiles(monkeypatch):
     assert triton.why_not(torch.device("cpu")) == "Triton compiles kernels for GPUs"
     monkeypatch.setattr(ops.backends, "why_not", lambda name, device: f"{name} is not there")
@@ -154,7 +169,7 @@ def test_on_a_gpu(op, monkeypatch):
     """Kernels are counted, and the graph's time is the GPU's alone."""
     monkeypatch.setattr(catalogue, "_CASES", {op: {"cuda": SMALL[op]}})
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-    for figure in measure.measure_all(op, torch.device("cuda"), 2):
+    for figure in measure.measure_all(op, torch.device("cuda"), 2, limit=60):
         for passed in figure.passes:
             assert passed.launches > 0 and passed.kernels and passed.host_us > 0
             assert passed.graph_us is None or passed.graph_us < passed.call_us

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--ops", nargs="+", choices=[op.name for op in OPS], help="the draws of these alone")
     parser.add_argument("--backend", choices=ops.backends.BACKENDS, help="default: any of the device's")
+    parser.add_argument("--seconds", type=float, help="begin no draw after that: on triton most are compiled first")
     parser.add_argument("--only", type=int, metavar="K", help="draw number K alone")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -31,6 +32,8 @@ def main() -> int:
 
     began, totals, mismatches = time.monotonic(), Counter(), 0
     for number in numbers:
+        if arguments.seconds and time.monotonic() > began + arguments.seconds:
+            break
         # Should the process die, this line names the draw that it died of.
         print(f"\rdraw {number} ", end="", file=sys.stderr, flush=True)
         drawn = draw(arguments.seed, number, device, arguments.backend)

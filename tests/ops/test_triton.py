@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -13,8 +15,16 @@ from reimplementation.ops.backends import triton
 from tests import reference
 from tests.ops import inputs
 from tests.ops.agreement import KernelCalls, assert_agrees, assert_close, leaves_of, run
-from tests.ops.feature_aggregation_inputs import feature_aggregation_inputs
-from tests.ops.table import AGGREGATION, ATTENTION, FLOATING, SAMPLING_OPS
+from tests.ops.table import (
+    AGGREGATION,
+    ATTENTION,
+    ATTENTION_FROM_OFFSETS,
+    FEATURE_AGGREGATION,
+    FLOATING,
+    OPS,
+    SAMPLING_OPS,
+    without_optional,
+)
 from tests.reference import TOLERANCE
 
 pytest.importorskip("triton", minversion="3.7", reason="the interpreter of Triton 3.6 does not know NumPy 2.4")
@@ -30,6 +40,14 @@ FEW = {
         "num_groups": 3,
         "shapes": (((5, 7), (2, 3)), ((4, 3), (1, 2))),
     },
+    FEATURE_AGGREGATION.name: {
+        "batch_size": 1,
+        "num_queries": 1,
+        "num_points": 2,
+        "channels": 12,
+        "num_groups": 6,
+        "shapes": (((5, 7), (2, 3)), ((4, 3), (1, 2))),
+    },
     ATTENTION.name: {
         "batch_size": 1,
         "num_queries": 5,
@@ -38,10 +56,21 @@ FEW = {
         "num_points": 2,
         "shapes": ((5, 7),),
     },
+    ATTENTION_FROM_OFFSETS.name: {
+        "batch_size": 1,
+        "num_queries": 3,
+        "num_heads": 2,
+        "channels": 6,
+        "num_points": 1,
+        "shapes": ((5, 7), (2, 3)),
+    },
 }
+KERNEL_OPS = tuple(op for op in OPS if op.name in triton.OPS)
+
+sampling = pytest.mark.parametrize("op", SAMPLING_OPS, ids=str)
 
 
-@pytest.fixture(params=SAMPLING_OPS, ids=str)
+@pytest.fixture(params=KERNEL_OPS, ids=str)
 def op(request):
     return request.param
 
@@ -69,6 +98,11 @@ def test_agrees_with_float64(op, dtype):
         (ATTENTION, {"channels": 1, "num_queries": 3}),
         (ATTENTION, {"channels": 300, "num_queries": 1}),  # a query a program
         (ATTENTION, {"num_queries": 70, "num_points": 1}),  # the last block is not full
+        (FEATURE_AGGREGATION, {"num_points": 17}),  # more than are projected together
+        (FEATURE_AGGREGATION, {"channels": 600, "num_groups": 100, "num_points": 1, "shapes": (((5, 7),),)}),
+        (ATTENTION_FROM_OFFSETS, {"boxes": False, "num_points": 3}),  # samples are no power of two
+        (ATTENTION_FROM_OFFSETS, {"boxes": False, "shared": True, "channels": 1, "num_queries": 70, "num_points": 1}),
+        (ATTENTION_FROM_OFFSETS, {"shared": True, "scaled": False, "channels": 300, "num_queries": 1}),
     ],
     ids=str,
 )
@@ -76,6 +110,36 @@ def test_any_channels_and_queries(op, sizes):
     assert_agrees(op, op.random(4, **{**FEW[op.name], **sizes}), CPU, torch.float32)
 
 
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_cameras_in_every_form(visible_only):
+    """With and without a term of each camera, image sizes and dropped pairs; of all pairs, or of those seen."""
+    settings = {"attn_drop": 0.5, "visible_only": visible_only}
+    op = replace(
+        FEATURE_AGGREGATION,
+        function=partial(ops.deformable_feature_aggregation, **settings),
+        formula=partial(reference.deformable_feature_aggregation, **settings),
+    )
+    for seed, change in enumerate([lambda operands: operands, partial(without_optional, op)]):
+        operands = op.random(seed, **{**FEW[op.name], "num_queries": 3, "shapes": (((5, 7),),) * 3})
+        assert_agrees(op, change(operands), CPU, torch.float32)
+
+
+def test_slices_of_what_one_layer_predicts():
+    """Offsets and logits are read where they lie; a slice that lies otherwise is copied."""
+    op, few = ATTENTION_FROM_OFFSETS, {"batch_size": 2, "num_queries": 2, "shapes": ((5, 7),)}
+    operands = op.on(CPU, torch.float64, 3, **{**FEW[op.name], **few})
+    expected = run(op, operands)
+    offsets, logits = operands[4:6]
+    together = torch.cat([offsets.flatten(2), logits.flatten(2)], -1)
+    operands[4] = together[..., : offsets[0, 0].numel()].view(offsets.shape)
+    operands[5] = together[..., offsets[0, 0].numel() :].view(logits.shape)
+    assert operands[5].stride(1) == together.shape[2]
+    assert_close(op, run(op, operands), expected, TOLERANCE[torch.float64])
+    operands[5] = inputs.with_memory_reversed(logits)
+    assert_close(op, run(op, operands), expected, TOLERANCE[torch.float64])
+
+
+@sampling
 def test_borders_and_special_locations(op):
     """Some of the pairs of coordinates that other backends see all of; where samples touch nothing, weights are NaN."""
     features, shapes, starts, locations, weights = op.geometries["border"]()
@@ -114,6 +178,7 @@ def test_gradients_are_derivatives(op):
     assert along.item() == pytest.approx((ahead - behind) / (2 * step), rel=1e-6)
 
 
+@sampling
 def test_memory_in_any_order(op):
     operands = op.random(5, **FEW[op.name])
     strided = [inputs.with_memory_reversed(t) if i in op.differentiable else t for i, t in enumerate(operands)]
@@ -124,7 +189,7 @@ def test_memory_in_any_order(op):
 
 @pytest.mark.parametrize(
     ("op", "sizes"),
-    [pytest.param(op, sizes, id=f"{op}-{name}") for op in SAMPLING_OPS for name, sizes in op.empty.items()],
+    [pytest.param(op, sizes, id=f"{op}-{name}") for op in KERNEL_OPS for name, sizes in op.empty.items()],
 )
 def test_nothing_to_do(op, sizes):
     operands = op.on(CPU, seed=9, **{"batch_size": 1, "num_queries": 1, "num_points": 1, **sizes})
@@ -146,9 +211,11 @@ def test_metadata_that_do_not_fit(op):
     ]:
         with pytest.raises(ValueError, match=f"{op.names[1]} and {op.names[2]} must stay within"):
             op.function(features, bad_shapes, bad_starts, *others)
-        assert not launch(features, bad_shapes, bad_starts, *others).any()
+        returned = launch(features, bad_shapes, bad_starts, *others, *op.settings)
+        assert not (returned[0] if op.keeps else returned).any()
 
 
+@sampling
 def test_operators_that_are_called_directly_check_their_operands(op):
     operands = op.on(CPU, torch.float32, **FEW[op.name])
     forward = getattr(torch.ops.reimplementation_triton, op.name)
@@ -175,20 +242,31 @@ def test_only_the_gradients_that_are_needed(op):
         operands[place] = operands[place].detach()
 
 
-def test_a_deterministic_gradient_of_features_is_refused(op):
+def test_a_deterministic_gradient_of_what_queries_share_is_refused(op):
+    """The others are deterministic."""
+    shared = (0, 7) if op is FEATURE_AGGREGATION else (0,)
     operands = op.on(CPU, torch.float32, **FEW[op.name])
+    expected = run(op, operands)
     torch.use_deterministic_algorithms(True)
     try:
-        frozen = run(
+        for place in shared:
+            needy = list(operands)
+            needy[place] = needy[place].detach().requires_grad_()
+            output = op.function(*needy).sum()
+            with pytest.raises(RuntimeError, match=f"no deterministic gradient of {op.names[place]}.*the cuda backend"):
+                output.backward()
+        results = run(
             op,
             operands,
-            function=lambda features, *others: op.function(features.detach(), *others) + 0 * features.sum(),
+            function=lambda *given: (
+                op.function(*(operand.detach() if i in shared else operand for i, operand in enumerate(given)))
+                + 0 * sum(given[place].sum() for place in shared)
+            ),
         )
-        with pytest.raises(RuntimeError, match=f"no deterministic gradient of {op.names[0]}.*use the cuda backend"):
-            run(op, operands)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(result.isfinite().all() for result in frozen)
+    for place, result, wanted in zip(op.differentiable, results[1:], expected[1:]):
+        assert place in shared or torch.equal(result, wanted)
 
 
 def test_second_derivatives_are_refused(op):
@@ -206,6 +284,7 @@ def test_a_compiler_sees_one_operator(op):
     assert_close(op, run(op, operands, function=compiled), run(op, operands), TOLERANCE[torch.float64])
 
 
+@sampling
 def test_autocast(op):
     """Features keep their dtype, and half-precision locations are read as float32."""
     features, shapes, starts, locations, weights = op.on(CPU, torch.float32, **FEW[op.name])
@@ -217,12 +296,11 @@ def test_autocast(op):
 
 
 def test_ops_without_kernels_here_run_their_formula():
-    """Deformable feature aggregation is composed of its parts, and takes the samples from Triton."""
-    operands = feature_aggregation_inputs(num_queries=1, num_points=1)
+    points, matrices, sizes = inputs.random_projection(num_queries=1, num_points=1)
     with KernelCalls() as calls:
-        output = ops.deformable_feature_aggregation(*operands)
-    assert calls.names == ["deformable_aggregation"]
-    torch.testing.assert_close(output, reference.deformable_feature_aggregation(*operands))
+        location = ops.project_points(points, matrices, sizes)
+    assert not calls.names
+    torch.testing.assert_close(location, reference.project_points(points, matrices, sizes))
 
 
 def test_what_is_too_large_is_named():

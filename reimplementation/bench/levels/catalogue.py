@@ -60,7 +60,10 @@ def _of_files(paths: list[Path]) -> int | None:
 
 
 def _of_triton(inputs: OpInputs, device: torch.device) -> int | None:
-    return _of_files([TRITON_KERNELS / f"{op_of(inputs).name}.py", TRITON_KERNELS / "footprint.py"])
+    """The op's own file, and those that it shares with other kernels of Triton."""
+    name = op_of(inputs).name
+    files = (name, f"{FOLDERS[name]}_samples", "footprint")
+    return _of_files([TRITON_KERNELS / f"{file}.py" for file in files])
 
 
 def _of_extension(inputs: OpInputs, device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from reimplementation.bench.gathers import gathers
 from reimplementation.bench.inputs import OpInputs
 from reimplementation.bench.memory import extra_memory
 from reimplementation.bench.results import MAX_WORDS
-from reimplementation.bench.timing import measure, measure_host
+from reimplementation.bench.timing import measure
 
 from . import eager
 from .catalogue import LEVELS, Call, Level, inputs_of
+from .patience import TookTooLong, within
 
 PASSES = ("forward", "training")
 MOST_KERNELS = 6  # that have a name of their own; the others are added up
 MOST_LETTERS = 80  # of a kernel's name
 REST = "others"
+CALLS = 10  # timed one by one, for each repeat
+MOST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,16 @@ class Figure:
 
 
 def measure_all(
-    op: str, device: torch.device, repeats: int, begins: Callable[[str], object] = lambda what: None
+    op: str,
+    device: torch.device,
+    repeats: int,
+    limit: float,
+    begins: Callable[[str], object] = lambda what: None,
 ) -> Iterator[Figure]:
-    """Every level of an op on the same inputs. ``begins`` is told of each."""
+    """Every level of an op on the same inputs; one that takes longer than ``limit`` seconds is missing.
+
+    ``begins`` is told of each.
+    """
     inputs = inputs_of(op, device)
     expected = _expected(inputs)
     gathered_bytes = gathers(inputs).gathered_bytes
@@ -96,10 +107,15 @@ def measure_all(
         begins(f"{op}, level {level.number}, {level.name}")
         missing = level.why_not(device)
         if missing is None:
-            yield _measure(level, op, inputs, expected, gathered_bytes, repeats)
-        else:
-            lines, reason = level.lines(inputs, device), _printable(missing, MAX_WORDS)
-            yield Figure(op, str(device), level.number, level.name, reason, lines, None, None, None, None, [])
+            try:
+                with within(limit):
+                    figure = _measure(level, op, inputs, expected, gathered_bytes, repeats)
+                yield figure
+                continue
+            except TookTooLong:
+                missing = f"it took longer than {limit:g} s"
+        lines, reason = level.lines(inputs, device), _printable(missing, MAX_WORDS)
+        yield Figure(op, str(device), level.number, level.name, reason, lines, None, None, None, None, [])
 
 
 def _measure(
@@ -129,14 +145,31 @@ def _measure(
 
 
 def _measure_pass(name: str, step: Callable[[], object], device: torch.device, repeats: int) -> Pass:
-    called = measure([step], device, repeats, graph=False)
-    graph_us = host_us = None
+    timing = measure([step], device, repeats)
     if device.type == "cuda":
-        timing = measure([step], device, repeats)
         graph_us = timing.median_us if timing.method == "graph" else None
-        host_us = measure_host(lambda _: step(), device, max(repeats // 4, 1)).median_us
+        call_us, host_us = _time_calls(step, device, repeats)
+    else:
+        graph_us, call_us, host_us = None, timing.median_us, None
     kernels, launches = _kernels(step, device)
-    return Pass(name, graph_us, called.median_us, host_us, launches, extra_memory(step, device), kernels)
+    return Pass(name, graph_us, call_us, host_us, launches, extra_memory(step, device), kernels)
+
+
+def _time_calls(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
+    """Microseconds until a call's result is there, and until the host is free: medians of calls that find the GPU idle.
+
+    There are `CALLS` for each repeat, and none begins after `MOST_SECONDS`.
+    """
+    calls, hosts = [], []
+    end = time.perf_counter() + MOST_SECONDS
+    _wait(device)
+    while not calls or (len(calls) < CALLS * repeats and time.perf_counter() < end):
+        began = time.perf_counter()
+        step()
+        hosts.append(time.perf_counter() - began)
+        _wait(device)
+        calls.append(time.perf_counter() - began)
+    return statistics.median(calls) * 1e6, statistics.median(hosts) * 1e6
 
 
 def _step(call: Call, inputs: OpInputs, passed: str) -> Callable[[], object]:

@@ -112,8 +112,8 @@ it.
 ```
 aggregation   program = one query, four of its groups of channels
 
-              for every camera, for every point:       uniform: the whole program goes one way
-                  outside the image? next              five in six stop here, and read nothing
+              32 pairs of camera and point at once:    a thread a pair: is it seen?
+              for every pair that is:                  uniform: the whole program goes one way
                   tile = 4 levels x 4 groups x 32 channels
                          +--------------------------+
                          | coarse level             |  place and weight of a level: computed once for its
@@ -121,21 +121,23 @@ aggregation   program = one query, four of its groups of channels
                          | fine level               |  neighbours from neighbours
                          +--------------------------+
                   total += weight * (the four corners' average)
-              output = sum of the total over levels    the only time that threads exchange numbers
+              output = sum of the total over levels    threads exchange numbers of tiles here alone
 ```
 
-The whole forward is one kernel. Nothing is written but the output, and what no camera sees costs two loads and a
-comparison. In the backward the program has its rows once more, multiplies them with the output's gradient, and owns
-the gradients of its weights and places. The features' gradient it adds to memory with *atomic* additions, which the
-GPU's L2 cache carries out one after the other where they meet. They come in any order, so the last bits of the result
-differ from run to run; and each sample sends four rows to the cache, as many as it reads.
+The whole forward is one kernel. Nothing is written but the output, and of what no camera sees, five pairs in six, a
+thread reads a location and nothing else. In the backward the program has its rows once more, multiplies them with the
+output's gradient, and owns the gradients of its weights and places. The features' gradient it adds to memory with
+*atomic* additions, which the GPU's L2 cache carries out one after the other where they meet. They come in any order,
+so the last bits of the result differ from run to run; and each sample sends four rows to the cache, as many as it
+reads.
 
 - What it can do: fuse everything, skip what is not needed, choose what is kept in registers. It runs on every GPU that
   Triton knows, with no compiler installed, and `torch.compile`, `torch.export` and AOTInductor see its kernels.
 - What it costs: which thread has what is not ours to say. The coordinates of a sample are computed by every thread
   that shares the sample's row. Sizes of tiles are powers of two, so that 3 levels take as long as 4. A tile cannot be
-  addressed at a place that is computed, so threads cannot hand each other lists of what is left to do; the order of
-  atomic additions cannot be chosen; and Python launches the kernel, which takes the host longer than the launch of a
+  addressed at a place that is computed, so threads cannot hand each other lists of what is left to do: the next pair
+  that is seen is the smallest number of those left, which all threads search together, each time. The order of atomic
+  additions cannot be chosen; and Python launches the kernel, which takes the host longer than the launch of a
   kernel in C++.
 
 [docs/triton.md](triton.md) has the backend, its limits and its design.
@@ -156,8 +158,8 @@ aggregation   block of 128 threads = one query; shared memory = a desk at which 
   the end     teams add up what they have                          -> one output, written once
 ```
 
-- **A list on the desk** is what Triton cannot express. In step 1 every thread looks at another pair, so that 78 pairs
-  take one round and not 78, and step 3 has a list without holes.
+- **A list on the desk** is what Triton cannot express. In step 1 every thread looks at another pair, as at level 4, but
+  it leaves what it found in a list without holes, so that step 3 knows the next samples long before it comes to them.
 - **Arithmetic once a sample**, not once a thread: step 2 works a sample's coordinates out in one thread, and step 3
   only reads them.
 - **Loads in flight.** A row takes hundreds of cycles to arrive. What counts is how many loads a multiprocessor has on

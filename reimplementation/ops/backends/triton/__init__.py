@@ -1,7 +1,7 @@
 """The backend ``triton``: kernels that Triton compiles where they run, for CUDA and ROCm devices without ``cuda``.
 
 PyTorch brings Triton along, so these kernels need neither our extension nor nvcc. There is a module an op, for the ops
-that sample; any other op runs its formula, whose samples come from here.
+that sample; any other op is arithmetic on points, and runs its formula.
 
 Importing Triton, and with it PyTorch's compiler, takes seconds, so it waits until somebody asks whether this backend
 can serve. Only then are the operators defined: what `_register.define` left with `when_loaded` runs.
@@ -27,7 +27,12 @@ __all__ = ["NAMESPACE", "OPS", "TRITON", "when_loaded"]
 NAMESPACE = "reimplementation_triton"
 """Of the operators: ``torch.ops.reimplementation_triton.deformable_aggregation``, say."""
 
-OPS = ("deformable_aggregation", "ms_deform_attn")
+OPS = (
+    "deformable_aggregation",
+    "deformable_feature_aggregation",
+    "ms_deform_attn",
+    "ms_deform_attn_from_offsets",
+)
 """The ops that have kernels here, a module each."""
 
 OLDEST = (3, 6)

@@ -2,6 +2,10 @@
 
 A footprint's corners are numbered 0 to 3: top left, top right, bottom left, bottom right. Triton unrolls the loop over
 them, so that whether a corner lies below or to the right is known when a kernel is compiled.
+
+What addresses follow from, kernels load themselves and hand to such functions as a number. A compiler of PyTorch looks
+for what a kernel overwrites by going back from its stores, through calls of functions to all of their arguments: it
+would take the locations for overwritten, if the function that reads them told where gradients are added.
 """
 
 from __future__ import annotations
@@ -19,11 +23,9 @@ MOST_ROWS = 2**31 - 1  # rows are numbered in int32
 
 
 @triton.jit
-def read_level(shapes, starts, level, exists, num_rows):
+def bounded_level(height, width, start, num_rows):
     """Height, width and first row of a level, or of a vector of levels; all zero where it is empty or does not fit."""
-    height = tl.load(shapes + 2 * level, mask=exists, other=0).to(tl.int64)
-    width = tl.load(shapes + 2 * level + 1, mask=exists, other=0).to(tl.int64)
-    start = tl.load(starts + level, mask=exists, other=0).to(tl.int64)
+    height, width, start = height.to(tl.int64), width.to(tl.int64), start.to(tl.int64)
     fits = (height > 0) & (height <= num_rows) & (width > 0) & (width <= num_rows) & (start >= 0) & (start <= num_rows)
     fits = fits & (height * width <= num_rows - start)
     return (
@@ -31,6 +33,14 @@ def read_level(shapes, starts, level, exists, num_rows):
         tl.where(fits, width, 0).to(tl.int32),
         tl.where(fits, start, 0).to(tl.int32),
     )
+
+
+@triton.jit
+def divide(dividend, divisor):
+    """The quotient, rounded once: Triton's own division of float32 may be off by two units in the last place."""
+    if dividend.dtype == tl.float32:
+        return tl.div_rn(dividend, divisor.to(tl.float32))
+    return dividend / divisor
 
 
 @triton.jit
@@ -68,14 +78,14 @@ def padded(size: int) -> int:
     return 1 << max(int(size) - 1, 0).bit_length()
 
 
-def warps(tile: int) -> int:
+def warps(tile: int, of_a_thread: int = ELEMENTS_OF_A_THREAD) -> int:
     """How many warps share a tile of that many elements."""
     if tile > MOST_ELEMENTS:
         raise RuntimeError(
             f"the triton kernels hold at most {MOST_ELEMENTS} numbers of one sample at a time (levels x channels, each "
             f"rounded up to a power of two); got {tile}: use_backend('grid_sample') takes such operands"
         )
-    return min(max(tile // (32 * ELEMENTS_OF_A_THREAD), 1), MOST_WARPS)
+    return min(max(tile // (32 * of_a_thread), 1), MOST_WARPS)
 
 
 def check_rows(name: str, num_rows: int) -> None:
@@ -93,7 +103,7 @@ def refuse_determinism(deterministic: bool, gradient: str) -> None:
     if deterministic:
         raise RuntimeError(
             f"the triton backend has no deterministic gradient of {gradient}, which is a sum in no certain order: "
-            "use the cuda backend, freeze the features, or "
+            f"use the cuda backend, let {gradient} need none, or call "
             "torch.use_deterministic_algorithms(True, warn_only=True)"
         )
 
@@ -107,6 +117,11 @@ def sums_like(features: Tensor, needed: bool) -> Tensor:
 def empty_like(operand: Tensor, needed: bool) -> Tensor:
     """Memory for the gradient of an operand, contiguous; without elements where it is not needed."""
     return operand.new_empty(operand.shape if needed else (0,))
+
+
+def zeros_like(operand: Tensor, needed: bool) -> Tensor:
+    """The same, filled with zeros."""
+    return operand.new_zeros(operand.shape if needed else (0,))
 
 
 def in_layout_of(operand: Tensor, gradient: Tensor) -> Tensor:

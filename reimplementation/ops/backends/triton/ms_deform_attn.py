@@ -1,17 +1,10 @@
 """Multi-scale deformable attention in Triton.
 
-A program owns one head of a block of neighbouring queries. It walks through levels and points, and takes one sample of
-every query at a time, in a tile
+A program, which owns one head of a block of queries, walks through levels and points (attention_samples.py).
 
-    queries x channels of a head                 8 x 32 in Deformable DETR
-
-so that a lane reads neighbouring channels in vectors, and neighbouring queries, whose samples in an encoder are
-neighbouring pixels, find each other's rows in the L1 cache. Programs of all heads of a block follow one another:
-together they read and write whole rows.
-
-The backward reads the same rows, multiplies them with the output's gradient and sums over the channels, which is all
-that the gradients of weights and locations need; they are the program's own. The value's gradient is everybody's: it is
-added up with atomics, in float32 at least.
+The backward reads the rows that the forward read, multiplies them with the output's gradient and sums over the
+channels, which is all that the gradients of weights and locations need; they are the program's own. The value's
+gradient is everybody's: it is added up with atomics, in float32 at least.
 """
 
 import triton
@@ -19,55 +12,27 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .attention_samples import (
+    SIZES,
+    TOUCHES,
+    add_to_corners,
+    backward_tile,
+    channels_of_head,
+    differentiate,
+    footprint_of,
+    forward_tile,
+    interpolate,
+    place_of_program,
+)
 from .footprint import (
     beside,
+    bounded_level,
     check_rows,
-    corner_pixel,
-    corner_signs,
-    corner_weights,
     empty_like,
-    first_pixel,
     in_layout_of,
-    padded,
-    read_level,
     refuse_determinism,
     sums_like,
-    warps,
 )
-
-SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
-"""Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
-TILE = 256  # elements, queries x channels: one warp, which has nobody to wait for
-
-
-@triton.jit
-def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
-    """What a program owns: the batch element, the head, and the queries, of which the last block may have too many."""
-    block = tl.program_id(0) // num_heads
-    num_blocks = tl.cdiv(num_queries, BLOCK_Q)
-    query = block % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    return (block // num_blocks).to(tl.int64), tl.program_id(0) % num_heads, query
-
-
-@triton.jit
-def load_position(locations, sample, height, width, exists):
-    """Positions in pixels, x and y, and which of the samples' footprints touch the level, NaN's do not."""
-    x = tl.load(locations + 2 * sample, mask=exists, other=0) * width - 0.5
-    y = tl.load(locations + 2 * sample + 1, mask=exists, other=0) * height - 0.5
-    bottom = tl.where(height > 0, height, -1)  # nothing touches an empty level
-    touches = exists & (x > -1) & (x < width) & (y > -1) & (y < bottom)
-    return tl.where(touches, x, 0), tl.where(touches, y, 0), touches
-
-
-@triton.jit
-def corner_channels(
-    corner: tl.constexpr, left, top, height, width, start, touches, row_length, channel, CHANNELS: tl.constexpr
-):
-    """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
-    row, inside = corner_pixel(corner, left, top, height, width, start)
-    inside = inside & touches
-    place = row.to(tl.int64)[:, None] * row_length + channel[None, :]
-    return place, inside[:, None] & (channel < CHANNELS)[None, :], inside
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -84,95 +49,33 @@ def forward_kernel(
     num_levels,
     num_points,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
     first_sample = item * (num_levels * num_points)
     first_row = value + (batch * num_rows * num_heads + head) * CHANNELS
 
-    total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
+    total = tl.zeros([BLOCK_Q, PARTS, BLOCK_D], dtype=wide)
     for level in range(num_levels):
-        height, width, start = read_level(shapes, starts, level, True, num_rows)
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
+        )
         for point in range(num_points):
-            sample = first_sample + (level * num_points + point)
-            x, y, touches = load_position(locations, sample, height, width, exists)
-            weight = tl.load(weights + sample, mask=touches, other=0).to(wide)
-            left, right = first_pixel(x)
-            top, down = first_pixel(y)
-            for corner in tl.static_range(4):
-                place, is_read, _ = corner_channels(
-                    corner, left, top, height, width, start, touches, num_heads * CHANNELS, channel, CHANNELS
-                )
-                along_x, along_y = corner_weights(corner, right, down)
-                pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
-                total += (weight * along_x * along_y)[:, None] * pixel
-    output_at = item[:, None] * CHANNELS + channel[None, :]
-    tl.store(output + output_at, total, mask=exists[:, None] & (channel < CHANNELS)[None, :])
-
-
-@triton.jit
-def differentiate(
-    first_row,
-    toward,
-    left,
-    top,
-    right,
-    down,
-    height,
-    width,
-    start,
-    touches,
-    row_length,
-    channel,
-    CHANNELS: tl.constexpr,
-):
-    """Of a sample of each query: what the output's gradient has in common with the average of the four pixels, and with
-    its slopes along x and along y."""
-    average = tl.zeros([toward.shape[0]], dtype=toward.dtype)
-    slope_x = average
-    slope_y = average
-    for corner in tl.static_range(4):
-        place, is_read, inside = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
-        )
-        along_x, along_y = corner_weights(corner, right, down)
-        pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
-        product = tl.where(inside, tl.sum(pixel * toward, axis=1), 0)
-        sign_x, sign_y = corner_signs(corner)
-        average += along_x * along_y * product
-        slope_x += sign_x * along_y * product
-        slope_y += sign_y * along_x * product
-    return average, slope_x * width, slope_y * height
-
-
-@triton.jit
-def add_to_corners(
-    first_row,
-    added,
-    left,
-    top,
-    right,
-    down,
-    height,
-    width,
-    start,
-    touches,
-    row_length,
-    channel,
-    CHANNELS: tl.constexpr,
-):
-    """Add a tile to the four corners' rows, times what each weighs."""
-    for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(
-            corner, left, top, height, width, start, touches, row_length, channel, CHANNELS
-        )
-        along_x, along_y = corner_weights(corner, right, down)
-        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None], mask=is_read, sem="relaxed")
+            at = first_sample + (level * num_points + point)
+            x = tl.load(locations + 2 * at, mask=exists, other=0)
+            y = tl.load(locations + 2 * at + 1, mask=exists, other=0)
+            footprint = footprint_of(x, y, height, width, start, exists)
+            weight = tl.load(weights + at, mask=footprint[TOUCHES], other=0).to(wide)
+            sample = interpolate(first_row, footprint, num_heads * CHANNELS, channel, is_channel, wide)
+            total += weight[:, None, None] * sample
+    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
+    tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -192,6 +95,7 @@ def backward_kernel(
     num_levels,
     num_points,
     CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -200,38 +104,28 @@ def backward_kernel(
 ):
     wide = locations.dtype.element_ty
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
     first_sample = item * (num_levels * num_points)
     first_element = (batch * num_rows * num_heads + head) * CHANNELS
-    output_at = item[:, None] * CHANNELS + channel[None, :]
-    is_output = exists[:, None] & (channel < CHANNELS)[None, :]
+    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
+    is_output = exists[:, None, None] & is_channel[None, :, :]
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
 
     for level in range(num_levels):
-        height, width, start = read_level(shapes, starts, level, True, num_rows)
+        height, width, start = bounded_level(
+            tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
+        )
         for point in range(num_points):
             sample = first_sample + (level * num_points + point)
-            x, y, touches = load_position(locations, sample, height, width, exists)
-            weight = tl.load(weights + sample, mask=touches, other=0).to(wide)
-            left, right = first_pixel(x)
-            top, down = first_pixel(y)
+            x = tl.load(locations + 2 * sample, mask=exists, other=0)
+            y = tl.load(locations + 2 * sample + 1, mask=exists, other=0)
+            footprint = footprint_of(x, y, height, width, start, exists)
+            weight = tl.load(weights + sample, mask=footprint[TOUCHES], other=0).to(wide)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_element,
-                    toward,
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    touches,
-                    num_heads * CHANNELS,
-                    channel,
-                    CHANNELS,
+                    value + first_element, toward, footprint, num_heads * CHANNELS, channel, is_channel
                 )
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + sample, average, mask=exists)
@@ -241,18 +135,11 @@ def backward_kernel(
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
                 add_to_corners(
                     grad_value + first_element,
-                    toward * weight[:, None],
-                    left,
-                    top,
-                    right,
-                    down,
-                    height,
-                    width,
-                    start,
-                    touches,
+                    toward * weight[:, None, None],
+                    footprint,
                     num_heads * CHANNELS,
                     channel,
-                    CHANNELS,
+                    is_channel,
                 )
 
 
@@ -270,8 +157,7 @@ def forward(
     output = value.new_empty(batch_size, num_queries, num_heads * channels)
     if output.numel() == 0:
         return output
-    block_d = padded(channels)
-    block_q = max(TILE // block_d, 1)
+    parts, block_q, block_d, num_warps = forward_tile(int(channels), value.element_size())
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         value.contiguous(),
         beside(spatial_shapes, value),
@@ -285,9 +171,10 @@ def forward(
         num_levels,
         num_points,
         CHANNELS=int(channels),
+        PARTS=parts,
         BLOCK_Q=block_q,
         BLOCK_D=block_d,
-        num_warps=warps(block_q * block_d),
+        num_warps=num_warps,
     )
     return output
 
@@ -319,8 +206,7 @@ def backward(
     if grad_output.numel() == 0:
         grad_locations, grad_weights = grad_locations.zero_(), grad_weights.zero_()
     else:
-        block_d = padded(channels)
-        block_q = max(TILE // block_d, 1)
+        parts, block_q, block_d, num_warps = backward_tile(int(channels))
         wrap_triton(backward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
             grad_output.contiguous(),
             value.contiguous(),
@@ -337,12 +223,13 @@ def backward(
             num_levels,
             num_points,
             CHANNELS=int(channels),
+            PARTS=parts,
             BLOCK_Q=block_q,
             BLOCK_D=block_d,
             NEEDS_VALUE=needs_value,
             NEEDS_LOCATIONS=needs_sampling_locations,
             NEEDS_WEIGHTS=needs_attention_weights,
-            num_warps=warps(block_q * block_d),
+            num_warps=num_warps,
         )
     return (
         grad_value.to(value.dtype),
