@@ -63,6 +63,24 @@ def measure(
     return _summary([_event_us(step) for _ in range(repeats) for step in steps], "events")
 
 
+def measure_in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int = 30) -> list[Timing]:
+    """Time steps against one another: calls, the host's share included.
+
+    They run in turn, so that what slows the machine down for a while slows all of them. The timings are in their order.
+    """
+    begin = time.perf_counter()
+    for step in list(steps) * WARM_UP:
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        while time.perf_counter() < begin + HOST_WARM_UP_S:
+            for step in steps:
+                _event_us(step)
+    clock, method = (_event_us, "events") if device.type == "cuda" else (_wall_us, "wall")
+    rounds = [[clock(step) for step in steps] for _ in range(repeats)]
+    return [_summary(list(times), method) for times in zip(*rounds)]
+
+
 def measure_host(
     call: Callable[[Any], object],
     device: torch.device,

@@ -9,10 +9,14 @@ from reimplementation.bench.tables import machine_line, ratio, three_digits
 
 from .measure import ClientResult
 
-HEADS = ("model", "dtype", "batch", "pass", "modules", "ms", "", "faster", "attention's share", "", "memory, MB", "")
+HEADS = (
+    *("model", "dtype", "batch", "pass", "modules", "ms", "", "faster", "deformops, ms"),
+    *("attention's share", "", "memory, MB", ""),
+)
 NOTE = (
-    "Each pair: the original, and accelerated, in one run. Share: the part of a forward within the modules that are "
-    "replaced. Memory: the most held beyond model and inputs. Half precision is autocast."
+    "Each pair: the original, and accelerated; deformops where it was there and knows the model; timed in turn. Share: "
+    "the part of a forward within the modules that are replaced. Memory: the most held beyond model and inputs. Half "
+    "precision is autocast."
 )
 
 
@@ -23,6 +27,7 @@ def rows(document: Document) -> Iterator[tuple[str, ...]]:
             *(r.model, r.dtype, str(r.batch), r.passed, str(r.modules)),
             *(three_digits(side.timing.median_us / 1e3) for side in _sides(r)),
             ratio(r.original.timing.median_us, r.accelerated.timing.median_us, "x"),
+            "" if r.deformops is None else three_digits(r.deformops.timing.median_us / 1e3),
             *(f"{side.attention_share:.0%}" for side in _sides(r)),
             *("" if side.extra_bytes is None else three_digits(side.extra_bytes / 1e6) for side in _sides(r)),
         )
