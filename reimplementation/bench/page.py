@@ -37,6 +37,7 @@ leaves out 15 % of the pairs |
 | msda-encoder | multi-scale deformable attention in Deformable DETR's encoder: batch 2, 8 heads of 32 channels, \
 4 points on each of 4 levels of 100 x 152 to 13 x 19 pixels, a query a pixel |
 | msda-decoder | the same levels with 900 queries at random places |
+| msda-decoder-discrete | the same with one pixel for each location instead of four, which is not one kernel |
 | msda-paper | batch 48, one head of 32 channels, 8 points, 15422 queries, levels of 92 x 160 to 12 x 20 pixels |
 | module | the whole `DeformableFeatureAggregation` on a rig; *drop* with attention dropout of 0.15 |
 | attention-layer | the whole `MSDeformAttn` at the sizes of *msda-encoder*, half precision under autocast; \

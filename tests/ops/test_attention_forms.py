@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation import ops
 from reimplementation.ops.pyramid import levels_of_numbers
@@ -173,6 +174,23 @@ class TestDiscrete:
         assert ops.ms_deform_attn(*arguments, method="discrete_by_height").flatten().tolist() == pytest.approx(
             [1, 2, 13, 13, 11, 3, 0]
         )
+
+    def test_steps_share_one_tensor(self):
+        """All that the call makes beside metadata of levels and the output are the centres of pixels, once."""
+        value, _, _, locations, weights = operands()
+        made = set()
+
+        class Storages(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                if isinstance(result, torch.Tensor) and result.shape == locations.shape:
+                    made.add(result.untyped_storage().data_ptr())
+                return result
+
+        shapes = torch.tensor(SHAPES)
+        with Storages():
+            ops.ms_deform_attn(value, shapes, None, locations, weights, method="discrete")
+        assert len(made - {locations.untyped_storage().data_ptr()}) == 1
 
 
 class TestValue:
