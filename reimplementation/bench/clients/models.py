@@ -18,13 +18,14 @@ class ClientModel:
     """A model of transformers.
 
     model: the name of its class. config: makes its configuration, from the package. size: (height, width) of its
-    images. besides: what it takes beside them, by name, for a batch.
+    images. besides: what it takes beside them, by name, for a batch. frozen: the names of modules that do not learn.
     """
 
     model: str
     config: Callable[[Any], Any]
     size: tuple[int, int]
     besides: Callable[[int], dict[str, Tensor]] = lambda batch: {}
+    frozen: tuple[str, ...] = ()
 
     def build(self, device: torch.device) -> nn.Module:
         import transformers
@@ -32,7 +33,10 @@ class ClientModel:
         config = self.config(transformers)
         with torch.random.fork_rng(), device:  # random weights take a CPU longer than all that is timed
             torch.manual_seed(0)
-            return getattr(transformers, self.model)(config).to(device)
+            model = getattr(transformers, self.model)(config).to(device)
+        for name in self.frozen:
+            model.get_submodule(name).requires_grad_(False)
+        return model
 
     def inputs(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -127,7 +131,13 @@ MODELS = {
     "rt_detr_v2_r18": ClientModel("RTDetrV2ForObjectDetection", lambda t: t.RTDetrV2Config(**_resnet18(t)), SQUARE),
     "lw_detr": ClientModel("LwDetrForObjectDetection", _lw_detr, SQUARE),
     "rf_detr": ClientModel("RfDetrForObjectDetection", lambda t: t.RfDetrConfig(), (560, 560)),
-    "omdet_turbo": ClientModel("OmDetTurboForObjectDetection", _omdet_turbo, SQUARE, _classes),
+    "omdet_turbo": ClientModel(
+        "OmDetTurboForObjectDetection",
+        _omdet_turbo,
+        SQUARE,
+        _classes,
+        frozen=("language_backbone",),  # it keeps what it makes of a text, also from one step to the next
+    ),
     "mm_grounding_dino": ClientModel(
         "MMGroundingDinoForObjectDetection", lambda t: t.MMGroundingDinoConfig(), LANDSCAPE, _text
     ),
