@@ -71,7 +71,8 @@ def test_figures(tmp_path, capsys):
         assert result["modules"] == 2
         for side in ("original", "accelerated"):
             assert result[side]["timing"]["median_us"] > 0
-            assert 0.1 < result[side]["attention_share"] < 1
+            share = result[side]["attention_share"]
+            assert share is None if result["passed"] == "training" else 0.1 < share < 1
     assert "stand_in" in picture.read_text()
 
     assert main(["bench", "--clients", "--read", str(file), "--markdown"]) == 0

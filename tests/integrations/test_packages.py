@@ -131,7 +131,7 @@ def test_rfdetr_exports():
 
 def test_the_door_that_transformers_has_for_kernels():
     kernels = pytest.importorskip("kernels", reason="needs the package kernels")
-    pytest.importorskip("transformers", minversion="5")
+    import_or_skip("transformers", "5")
     from reimplementation.integrations.hub_kernels import kernel_mapping
     from tests.integrations.tiny import MODELS
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from reimplementation.integrations import accelerate, accelerated
+from tests.integrations.stand_ins import import_or_skip
 from tests.ops.agreement import KernelCalls
 from tests.reference import relative_error
 
-transformers = pytest.importorskip("transformers", minversion="5", reason="needs the extra `transformers`")
+transformers = import_or_skip("transformers", "5")
 
 from tests.integrations.tiny import MODELS, model_of, outputs_of  # noqa: E402
 

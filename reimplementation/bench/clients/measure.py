@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reimplementation.bench import results
 from reimplementation.bench.memory import extra_memory
@@ -28,12 +28,12 @@ class Side:
     """A model as it is, or on somebody's ops.
 
     timing: of one step, with what the host does. attention_share: the part of a forward that its attention modules
-    take, those that `accelerate` replaces, each with its linear layers. extra_bytes: the most memory that a step held
-    beyond the model and its inputs; None if unknown.
+    take, those that `accelerate` replaces, each with its linear layers; None of a step of training. extra_bytes: the
+    most memory that a step held beyond the model and its inputs; None if unknown.
     """
 
     timing: Timing
-    attention_share: float
+    attention_share: float | None
     extra_bytes: int | None
 
 
@@ -138,19 +138,16 @@ class _Step:
 
     def __init__(self, runner: Runner, inputs: dict[str, Tensor], device: torch.device, dtype: str, passed: str):
         self.runner, self._inputs, self._device, self._half = runner, inputs, device, DTYPES[dtype]
-        self._trains = passed == "training"
-        runner.model.train(self._trains)
+        self.trains = passed == "training"
+        runner.model.train(self.trains)
 
     def __call__(self) -> None:
-        if not self._trains:
-            self.inference()
-            return
-        self.runner.model.zero_grad()
-        _loss(self._forward()).backward()
-
-    @torch.no_grad()
-    def inference(self) -> None:
-        self._forward()
+        if self.trains:
+            self.runner.model.zero_grad()
+            _loss(self._forward()).backward()
+        else:
+            with torch.no_grad():
+                self._forward()
 
     def _forward(self) -> object:
         with torch.autocast(self._device.type, self._half) if self._half is not None else nullcontext():
@@ -161,7 +158,7 @@ def _measure_sides(steps: Sequence[_Step], device: torch.device, repeats: int) -
     timings = measure_in_turn(steps, device, repeats)
     sides = []
     for step, timing in zip(steps, timings):
-        share = _share(step.inference, step.runner.attention, device, max(3, repeats // 4))
+        share = None if step.trains else _share(step, device, max(3, repeats // 4))
         sides.append(Side(timing, share, extra_memory(step, device)))
         step.runner.model.zero_grad()
     return sides
@@ -182,12 +179,12 @@ def _loss(outputs: object) -> Tensor:
     return sum((t.float().masked_fill(~t.isfinite(), 0).square().mean() for t in tensors), start=torch.zeros(()))
 
 
-def _share(step: Callable[[], None], modules: Sequence[nn.Module], device: torch.device, repeats: int) -> float:
-    """The part of a step's time that passes within the modules."""
+def _share(step: _Step, device: torch.device, repeats: int) -> float:
+    """The part of a step's time that passes within its attention modules."""
     clock = _Clock(device)
     handles = [
         handle
-        for module in modules
+        for module in step.runner.attention
         for handle in (
             module.register_forward_pre_hook(lambda *_: clock.mark()),
             module.register_forward_hook(lambda *_: clock.mark()),

@@ -28,7 +28,7 @@ def rows(document: Document) -> Iterator[tuple[str, ...]]:
             *(three_digits(side.timing.median_us / 1e3) for side in _sides(r)),
             ratio(r.original.timing.median_us, r.accelerated.timing.median_us, "x"),
             "" if r.deformops is None else three_digits(r.deformops.timing.median_us / 1e3),
-            *(f"{side.attention_share:.0%}" for side in _sides(r)),
+            *("" if side.attention_share is None else f"{side.attention_share:.0%}" for side in _sides(r)),
             *("" if side.extra_bytes is None else three_digits(side.extra_bytes / 1e6) for side in _sides(r)),
         )
 
