@@ -77,7 +77,9 @@ def test_figures(tmp_path, capsys):
 
     assert main(["bench", "--clients", "--read", str(file), "--markdown"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\n| stand_in | float32 |") == 4
+    assert "In float32, batch 1:" in shown and "In float32, batch 2:" in shown
+    rows = [line for line in shown.splitlines() if line.startswith("| stand_in |")]
+    assert [row.count(" → ") for row in rows] == [4, 4]
 
 
 def test_half_precision_is_autocast(tmp_path):
