@@ -19,7 +19,8 @@ CHANNELS, HEADS = 32, 4
 class Tiny:
     """A model: its class's name, its configuration, what it takes beside pixels, how many modules attend by our op.
 
-    frozen: the names of modules that do not learn.
+    frozen: the names of modules that do not learn. traceable: whether no code of its own reads a tensor on the host,
+    which no tracer follows.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Tiny:
     besides: Callable[[int], dict[str, torch.Tensor]] = lambda batch: {}
     size: tuple[int, int] = (HEIGHT, WIDTH)
     frozen: tuple[str, ...] = ()
+    traceable: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -382,13 +384,14 @@ EVERY_MODEL = (
         classes_and_tasks,
         size=(64, 64),
         frozen=("language_backbone",),  # the model keeps what it makes of a text, also from one step to the next
+        traceable=False,
     ),
     Tiny("lw_detr", "LwDetrForObjectDetection", lw_detr, 2, size=(64, 64)),
     Tiny("rf_detr", "RfDetrForObjectDetection", rf_detr, 2, size=(64, 64)),
     Tiny("pp_doclayout_v2", "PPDocLayoutV2ForObjectDetection", pp_doclayout_v2, 2),
     Tiny("pp_doclayout_v3", "PPDocLayoutV3ForObjectDetection", pp_doclayout_v3, 2),
     Tiny("mask2former", "Mask2FormerForUniversalSegmentation", mask2former, 2),
-    Tiny("oneformer", "OneFormerForUniversalSegmentation", oneformer, 2, task),
+    Tiny("oneformer", "OneFormerForUniversalSegmentation", oneformer, 2, task, traceable=False),
     Tiny("pp_doclayout_v4", "PPDocLayoutV4ForObjectDetection", pp_doclayout_v4, 2),
 )
 MODELS = tuple(tiny for tiny in EVERY_MODEL if hasattr(transformers, tiny.model))
