@@ -66,7 +66,7 @@ rfdetr() {
 }
 
 groundingdino() {
-    install torchvision timm transformers addict yapf opencv-python-headless
+    install torchvision timm transformers addict yapf opencv-python-headless pycocotools
     install --no-deps groundingdino-py
     run groundingdino
 }
