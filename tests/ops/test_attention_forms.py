@@ -275,15 +275,16 @@ class TestTraced:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_onnx():
+@pytest.mark.parametrize("method", METHODS)
+def test_onnx(method):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     arguments = of_height(4)
-    program = torch.onnx.export(Forms().eval(), arguments, dynamo=True, verbose=False)
+    program = torch.onnx.export(Forms(method).eval(), arguments, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     named = {given.name: t.numpy() for given, t in zip(session.get_inputs(), arguments)}
     (output,) = session.run(None, named)
-    assert relative_error(torch.from_numpy(output), Forms()(*arguments)) <= 10 * TOLERANCE[torch.float32]
+    assert relative_error(torch.from_numpy(output), Forms(method)(*arguments)) <= 10 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(

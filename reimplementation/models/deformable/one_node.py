@@ -126,7 +126,9 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def _wanted(t: Tensors, needs: Tensors) -> tuple[bool, bool, bool]:
     """Which of the gradients that take long are wanted: of the maps, of what places key points, and of the encoder."""
-    through_points = needs.points_weight or needs.points_bias or (t.points_weight is not None and needs.instance_feature)
+    through_points = (
+        needs.points_weight or needs.points_bias or (t.points_weight is not None and needs.instance_feature)
+    )
     return bool(needs.feature_maps), bool(needs.places or through_points), any(needs.encoder)
 
 
