@@ -83,6 +83,12 @@ onedl_mmcv() {
     run mmcv
 }
 
+dfine() {
+    install torchvision scipy pyyaml
+    install --no-deps pydfine
+    run dfine
+}
+
 libreyolo() {
     install torchvision requests pyyaml opencv-python-headless scipy tqdm
     install --no-deps libreyolo
@@ -90,7 +96,7 @@ libreyolo() {
 }
 
 if [ $# -eq 0 ]; then
-    set -- transformers transformers_newest transformers_whole ultralytics rfdetr groundingdino mmcv_lite onedl_mmcv libreyolo
+    set -- transformers transformers_newest transformers_whole ultralytics rfdetr groundingdino mmcv_lite onedl_mmcv dfine libreyolo
 fi
 for name in "$@"; do
     echo "== $name"

@@ -37,6 +37,13 @@ MODULES = {
         (CHANNELS, HEADS, LEVELS, 2),
         {"value_proj_ratio": 0.5, "batch_first": True},
     ),
+    "dfine": ("dfine.backends.native.dfine_decoder", "MSDeformableAttention", (CHANNELS, HEADS, LEVELS, [3, 6, 3]), {}),
+    "dfine discrete": (
+        "dfine.backends.native.dfine_decoder",
+        "MSDeformableAttention",
+        (CHANNELS, HEADS, LEVELS, [4, 2, 4]),
+        {"method": "discrete"},
+    ),
     "libreyolo D-FINE": (
         "libreyolo.models.dfine.decoder",
         "MSDeformableAttention",
