@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 WARM_UP = 3
 STEPS_A_GRAPH = 12  # at least, of short steps: the start of a graph is then lost among them
@@ -79,6 +81,18 @@ def measure_in_turn(steps: Sequence[Callable[[], object]], device: torch.device,
     clock, method = (_event_us, "events") if device.type == "cuda" else (_wall_us, "wall")
     rounds = [[clock(step) for step in steps] for _ in range(repeats)]
     return [_summary(list(times), method) for times in zip(*rounds)]
+
+
+def gpu_time(step: Callable[[], object], device: torch.device) -> float | None:
+    """Microseconds of all kernels of a step together, without what they wait for the host; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells the terminal that it starts and stops
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profiled.key_averages())
 
 
 def measure_host(

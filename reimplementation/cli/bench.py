@@ -73,7 +73,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="FILE",
         type=Path,
-        help="measure nothing: show these files' figures; with --json, join those of one machine (not with --clients)",
+        help="measure nothing: show these files' figures; with --json, join those of one machine",
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures as bars, as PNG, SVG, …")
@@ -115,11 +115,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run_clients(options: argparse.Namespace, figures: Path | None, picture: Path | None) -> None:
-    """Time other people's models, or show those of a file."""
+    """Time other people's models, or show those of files."""
     if options.read:
-        if len(options.read) > 1:
-            raise ValueError(f"--clients shows one file of --read; got {len(options.read)}")
-        document = results.read_one(options.read[0], clients.ClientResult)
+        document, *others = results.read(options.read, clients.ClientResult)
+        if others:
+            raise ValueError(f"--clients shows one machine's figures; those read are of {1 + len(others)}")
         if figures:
             document.write(figures)
     else:

@@ -75,6 +75,14 @@ def test_figures(tmp_path, capsys):
             assert share is None if result["passed"] == "training" else 0.1 < share < 1
     assert "stand_in" in picture.read_text()
 
+    other = tmp_path / "again.json"
+    assert main([*BENCH, "--batch", "2", "--passes", "forward", "--json", str(other)]) == 0
+    both = tmp_path / "both.json"
+    assert main(["bench", "--clients", "--read", str(file), str(other), "--json", str(both)]) == 0
+    again, joined = (json.loads(path.read_text())["results"] for path in (other, both))
+    assert joined == [again[0] if (r["passed"], r["batch"]) == ("forward", 2) else r for r in found]
+    capsys.readouterr()
+
     assert main(["bench", "--clients", "--read", str(file), "--markdown"]) == 0
     shown = capsys.readouterr().out
     assert "In float32, batch 1:" in shown and "In float32, batch 2:" in shown

@@ -30,18 +30,18 @@ def test_what_determinism_costs_is_the_worst_of_the_figures(tmp_path):
 
 
 def test_models_of_others_have_a_row_each(tmp_path):
-    def side(us: float, share: float | None) -> Side:
-        return Side(Timing(us, 0.0, "events"), share, int(us * 1e5))
+    def side(us: float, share: float | None, gpu_us: float | None = None) -> Side:
+        return Side(Timing(us, 0.0, "events"), share, int(us * 1e5), gpu_us)
 
     (tmp_path / "results" / "clients").mkdir(parents=True)
     document(result()).write(tmp_path / "results" / "some.json")
     common = "a_detector", "cuda", "bfloat16", 8
     document(
         ClientResult(*common, "forward", 12, side(123e3, 0.7), side(50e3, 0.25), side(61e3, 0.4)),
-        ClientResult(*common, "training", 12, side(327e3, None), side(120e3, None)),
+        ClientResult(*common, "training", 12, side(327e3, None, 300e3), side(120e3, None, 100e3)),
     ).write(tmp_path / "results" / "clients" / "some.json")
     written = page.render(tmp_path)
-    cells = "123 → 50", "2.46x", "61", "327 → 120", "2.73x", "", "32.7 → 12", "70% → 25%"
+    cells = "123 → 50", "2.46x", "", "61", "327 → 120", "2.73x", "3.00x", "", "32.7 → 12", "70% → 25%"
     assert f"| a_detector | {' | '.join(cells)} |" in written
 
 

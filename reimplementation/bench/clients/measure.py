@@ -13,7 +13,7 @@ from torch import Tensor
 from reimplementation.bench import results
 from reimplementation.bench.memory import extra_memory
 from reimplementation.bench.results import Document
-from reimplementation.bench.timing import Timing, measure_in_turn
+from reimplementation.bench.timing import Timing, gpu_time, measure_in_turn
 
 from .models import MODELS, versions
 from .sides import PEER, Runner, peer_version, runners
@@ -29,12 +29,14 @@ class Side:
 
     timing: of one step, with what the host does. attention_share: the part of a forward that its attention modules
     take, those that `accelerate` replaces, each with its linear layers; None of a step of training. extra_bytes: the
-    most memory that a step held beyond the model and its inputs; None if unknown.
+    most memory that a step held beyond the model and its inputs; None if unknown. gpu_us: of the step's kernels alone,
+    which do not depend on the host; None on a CPU.
     """
 
     timing: Timing
     attention_share: float | None
     extra_bytes: int | None
+    gpu_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class ClientResult:
     original: Side
     accelerated: Side
     deformops: Side | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.model, self.device, self.dtype, str(self.batch), self.passed
 
     @property
     def speedup(self) -> float:
@@ -159,7 +165,7 @@ def _measure_sides(steps: Sequence[_Step], device: torch.device, repeats: int) -
     sides = []
     for step, timing in zip(steps, timings):
         share = None if step.trains else _share(step, device, max(3, repeats // 4))
-        sides.append(Side(timing, share, extra_memory(step, device)))
+        sides.append(Side(timing, share, extra_memory(step, device), gpu_time(step, device)))
         step.runner.model.zero_grad()
     return sides
 

@@ -94,12 +94,21 @@ def _resnet18(transformers: Any) -> dict[str, Any]:
     }
 
 
+def _swin_tiny(transformers: Any, first_stage: int) -> Any:
+    stages = [f"stage{number}" for number in range(first_stage, 5)]
+    return transformers.SwinConfig(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], out_features=stages)
+
+
+def _mask2former(transformers: Any) -> Any:
+    return transformers.Mask2FormerConfig(backbone_config=_swin_tiny(transformers, first_stage=1))
+
+
 def _omdet_turbo(transformers: Any) -> Any:
-    swin = transformers.SwinConfig(
-        embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], out_features=["stage2", "stage3", "stage4"]
-    )
     return transformers.OmDetTurboConfig(
-        use_timm_backbone=False, backbone=None, backbone_config=swin, apply_layernorm_after_vision_backbone=False
+        use_timm_backbone=False,
+        backbone=None,
+        backbone_config=_swin_tiny(transformers, first_stage=2),
+        apply_layernorm_after_vision_backbone=False,
     )
 
 
@@ -121,7 +130,7 @@ MODELS = {
     "grounding_dino": ClientModel(
         "GroundingDinoForObjectDetection", lambda t: t.GroundingDinoConfig(), LANDSCAPE, _text
     ),
-    "mask2former": ClientModel("Mask2FormerForUniversalSegmentation", lambda t: t.Mask2FormerConfig(), LANDSCAPE),
+    "mask2former": ClientModel("Mask2FormerForUniversalSegmentation", _mask2former, LANDSCAPE),
     "oneformer": ClientModel(
         "OneFormerForUniversalSegmentation", lambda t: t.OneFormerConfig(is_training=False), (512, 512), _task
     ),

@@ -15,8 +15,8 @@ HEADS = (
 )
 NOTE = (
     "Each pair: the original, and accelerated; deformops where it was there and knows the model; timed in turn. Share: "
-    "the part of a forward within the modules that are replaced. Memory: the most held beyond model and inputs. Half "
-    "precision is autocast."
+    "the part of a forward within the modules that are replaced. Memory: the most held beyond model and inputs. GPU "
+    "alone: the kernels of a step, without what they wait for the host. Half precision is autocast."
 )
 
 
@@ -62,7 +62,7 @@ def markdown(document: Document) -> str:
 
 
 MARKDOWN_HEADS = (
-    *("model", "forward, ms", "", "deformops", "training, ms", "", "deformops"),
+    *("model", "forward, ms", "", "GPU alone", "deformops", "training, ms", "", "GPU alone", "deformops"),
     *("memory in training, GB", "attention's share of a forward"),
 )
 
@@ -72,6 +72,7 @@ def _cells(passes: dict[str, ClientResult]) -> Iterator[str]:
         r = passes.get(passed)
         yield _change(r, lambda side: three_digits(side.timing.median_us / 1e3))
         yield f"{r.speedup:.2f}x" if r else ""
+        yield ratio(r.original.gpu_us, r.accelerated.gpu_us, "x") if r else ""
         yield three_digits(r.deformops.timing.median_us / 1e3) if r and r.deformops else ""
     yield _change(passes.get("training"), lambda side: three_digits((side.extra_bytes or 0) / 1e9))
     yield _change(passes.get("forward"), lambda side: f"{side.attention_share or 0:.0%}")
