@@ -13,7 +13,7 @@ from torch import nn
 
 from reimplementation.bench import timing
 from reimplementation.bench.clients import measure, models
-from reimplementation.bench.clients.sides import PEER, runners
+from reimplementation.bench.clients.sides import PEER, Runner, runners
 from reimplementation.cli import main
 from reimplementation.integrations.replacement import Accelerated
 from tests.integrations.test_acceleration import CHANNELS, LEVELS, SHAPES, MSDeformAttn
@@ -114,6 +114,17 @@ def test_the_original_stays_what_it_is():
     assert sides["original"].model is model and type(model.first) is MSDeformAttn
     assert sides["original"].attention == [model.first, model.second]
     assert all(isinstance(module, Accelerated) for module in sides["accelerated"].attention)
+
+
+def test_attention_is_timed_without_hooks():
+    """With one, a module would compute its attention weights too."""
+    model, seen = Detector(), []
+    forward = model.first.forward
+    model.first.forward = lambda *arguments: seen.append(len(model.first._forward_hooks)) or forward(*arguments)
+    runner = Runner(model, [model.first, model.second])
+    step = measure._Step(runner, StandIn().inputs(1, "cpu"), torch.device("cpu"), "float32", "forward")
+    assert 0 < measure._share(step, torch.device("cpu"), 3) < 1
+    assert set(seen) == {0} and "forward" not in vars(model.second)
 
 
 @pytest.fixture

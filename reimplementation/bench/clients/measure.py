@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reimplementation.bench import results
 from reimplementation.bench.memory import extra_memory
@@ -188,16 +189,10 @@ def _loss(outputs: object) -> Tensor:
 def _share(step: _Step, device: torch.device, repeats: int) -> float:
     """The part of a step's time that passes within its attention modules."""
     clock = _Clock(device)
-    handles = [
-        handle
-        for module in step.runner.attention
-        for handle in (
-            module.register_forward_pre_hook(lambda *_: clock.mark()),
-            module.register_forward_hook(lambda *_: clock.mark()),
-        )
-    ]
     within = total = 0.0
-    try:
+    with ExitStack() as stack:
+        for module in step.runner.attention:
+            stack.enter_context(clock.between(module))
         for _ in range(repeats):
             clock.mark()
             step()
@@ -205,9 +200,6 @@ def _share(step: _Step, device: torch.device, repeats: int) -> float:
             first, *inner, last = clock.read()
             total += last - first
             within += sum(end - begin for begin, end in zip(inner[::2], inner[1::2]))
-    finally:
-        for handle in handles:
-            handle.remove()
     return within / total
 
 
@@ -225,6 +217,23 @@ class _Clock:
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
+
+    @contextmanager
+    def between(self, module: nn.Module) -> Iterator[None]:
+        """Marks where a module's forward begins and ends; not by hooks, for which modules compute more."""
+        forward = module.forward
+
+        def marked(*arguments: Any, **named: Any) -> Any:
+            self.mark()
+            output = forward(*arguments, **named)
+            self.mark()
+            return output
+
+        module.forward = marked  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del module.forward
 
     def read(self) -> list[float]:
         """The marks since the last reading, from the first on."""
