@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from reimplementation import cli, ops
+from reimplementation.bench.inputs import attention_inputs
 from reimplementation.integrations import clients
 from reimplementation.integrations.replacement import Accelerated
 from reimplementation.models.deformable import SparseBox3DKeyPointsGenerator
@@ -158,7 +159,7 @@ class TestMigration:
 
 class TestIntegrations:
     def test_one_call(self, capsys):
-        (code, _) = code_blocks(DOCS / "integrations.md", "python")
+        (code, *_) = code_blocks(DOCS / "integrations.md", "python")
         model = torch.nn.Sequential(MSDeformAttn())
         report = run(code, model=model)["report"]
         assert "same results as before" in capsys.readouterr().out and isinstance(model[0], Accelerated)
@@ -166,7 +167,7 @@ class TestIntegrations:
 
     def test_the_door_for_kernels(self, monkeypatch):
         """The package is tested in tests/integrations/test_packages.py, where it is installed."""
-        (_, code) = code_blocks(DOCS / "integrations.md", "python")
+        (_, code, _) = code_blocks(DOCS / "integrations.md", "python")
         asked = []
         provide(
             monkeypatch,
@@ -178,6 +179,26 @@ class TestIntegrations:
         run(code, model="a model")
         mapping, call = asked
         assert set(mapping["MultiScaleDeformableAttention"]) == {"cuda", "cpu"} and call == ("a model", "training")
+
+    def test_the_slot_of_libreyolo(self, monkeypatch):
+        """The package is tested there, too."""
+        (*_, code) = code_blocks(DOCS / "integrations.md", "python")
+        slot = ["theirs"]
+        provide(
+            monkeypatch,
+            "libreyolo.kernels",
+            resolve=lambda name: slot[-1],
+            register=lambda op, attend, *, name: slot.append((op, attend)),
+            unregister=lambda name, whose: slot.__setitem__(slice(1, None), []),
+        )
+        names = run(code)
+        ((name, attend),) = slot[1:]
+        assert name == "ms_deform_attn"
+        inputs = attention_inputs("small-decoder")
+        given = inputs.value, inputs.spatial_shapes, inputs.sampling_locations, inputs.attention_weights
+        assert torch.equal(attend(*given), ops.ms_deform_attn(*inputs))
+        names["empty_slot"]()
+        assert slot == ["theirs"]
 
     def test_every_package_is_named(self):
         text = (DOCS / "integrations.md").read_text()

@@ -19,12 +19,14 @@ from reimplementation.bench.gathers import gathers
 from reimplementation.bench.inputs import (
     AggregationInputs,
     AttentionInputs,
+    DiscreteAttentionInputs,
     OpInputs,
     UnfusedAttentionProblem,
     aggregation_inputs,
     aggregation_problem,
     attention_inputs,
     attention_problem,
+    discrete_attention_inputs,
 )
 from reimplementation.bench.memory import extra_memory, kept_memory
 from reimplementation.bench.peers import PEER_PASSES, PEERS, peer_steps
@@ -254,6 +256,7 @@ CASES: dict[str, Case] = {
     "msda-encoder": OpCase(AttentionInputs, partial(attention_inputs, "encoder")),
     "msda-encoder-bs1": OpCase(AttentionInputs, partial(attention_inputs, "encoder", 1)),
     "msda-decoder": OpCase(AttentionInputs, partial(attention_inputs, "decoder")),
+    "msda-decoder-discrete": OpCase(DiscreteAttentionInputs, partial(discrete_attention_inputs, "decoder")),
     "msda-paper": OpCase(AttentionInputs, partial(attention_inputs, "paper")),
     "msda-small": OpCase(AttentionInputs, partial(attention_inputs, "small-encoder")),
     "module-bs1": ModuleCase(partial(aggregation_problem, batch_size=1)),

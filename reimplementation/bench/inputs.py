@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ class AttentionInputs(OpInputs):
     level_start_index: Tensor
     sampling_locations: Tensor
     attention_weights: Tensor
+
+
+@dataclass(frozen=True)
+class DiscreteAttentionInputs(AttentionInputs):
+    """The same for ``method="discrete"``, which takes one pixel for each location."""
 
 
 def aggregation_inputs(
@@ -246,6 +251,11 @@ ATTENTION_CASES = {
     "small-decoder": AttentionSizes(1, ((16, 20), (8, 10)), 50, num_heads=4, channels=16, num_points=4),
     "one-query": AttentionSizes(1, ((8, 10),), 1, num_heads=1, channels=8, num_points=1),
 }
+
+
+def discrete_attention_inputs(case: str = "decoder", **settings: Any) -> DiscreteAttentionInputs:
+    """`attention_inputs` whose samples are single pixels."""
+    return DiscreteAttentionInputs(*attention_inputs(case, **settings))
 
 
 def attention_inputs(

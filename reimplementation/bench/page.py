@@ -8,6 +8,8 @@ from pathlib import Path
 
 from reimplementation.bench import results, sweep
 from reimplementation.bench.cases import CASES
+from reimplementation.bench.clients import tables as client_tables
+from reimplementation.bench.clients.measure import ClientResult
 from reimplementation.bench.comparison import OURS, Comparison, ModelRun, OpTimes, read_comparison
 from reimplementation.bench.results import Document
 from reimplementation.bench.tables import default_us, markdown, markdown_table, ratio, three_digits
@@ -21,7 +23,7 @@ in [benchmarks](../benchmarks); whatever is edited here by hand is lost.
 ## What you gain
 
 {gains}
-## What is measured
+{clients}## What is measured
 
 `python -m reimplementation bench` measures on your machine; `--cases rig-small msda-small` takes seconds on a CPU.
 
@@ -37,6 +39,7 @@ leaves out 15 % of the pairs |
 | msda-encoder | multi-scale deformable attention in Deformable DETR's encoder: batch 2, 8 heads of 32 channels, \
 4 points on each of 4 levels of 100 x 152 to 13 x 19 pixels, a query a pixel |
 | msda-decoder | the same levels with 900 queries at random places |
+| msda-decoder-discrete | the same with one pixel for each location instead of four, which is not one kernel |
 | msda-paper | batch 48, one head of 32 channels, 8 points, 15422 queries, levels of 92 x 160 to 12 x 20 pixels |
 | module | the whole `DeformableFeatureAggregation` on a rig; *drop* with attention dropout of 0.15 |
 | attention-layer | the whole `MSDeformAttn` at the sizes of *msda-encoder*, half precision under autocast; \
@@ -89,10 +92,24 @@ A machine has one file, and a picture of the same name beside it. Where a run is
 python -m reimplementation bench --device cuda --dtypes float32 float16 bfloat16 --floor --peers \\
   --json benchmarks/results/nvidia-h200.json --plot benchmarks/results/nvidia-h200.png
 python -m reimplementation bench --device cpu --json benchmarks/results/cpu-2-cores.json
+python -m reimplementation bench --clients --peers --device cuda --dtypes bfloat16 --batch 8 1 \\
+  --json benchmarks/results/clients/nvidia-h200.json
+python -m reimplementation bench --clients --device cpu --passes forward \\
+  --json benchmarks/results/clients/cpu-2-cores.json
 python -m reimplementation sweep --device cuda \\
   --json benchmarks/sweep/nvidia-h200-float32.json --plot benchmarks/sweep/nvidia-h200.png
 python -m reimplementation bench --page benchmarks > docs/benchmarks.md
 ```
+"""
+
+CLIENTS = """\
+## Other people's models, by one call
+
+`integrations.accelerate` puts our ops into them; [integrations.md](integrations.md) says which it knows. The models are
+those of Hugging Face transformers, with random weights and at their usual sizes.
+
+{tables}
+
 """
 
 GAINS = """\
@@ -141,7 +158,7 @@ SHOWN_RUN = ("bfloat16-autocast", 8)
 
 
 def render(folder: Path) -> str:
-    """The page, from the results in a folder: results/*.json, results/peers/*.json and sweep/*.json.
+    """The page, from the files in a folder: results/*.json, results/peers/*.json, results/clients/*.json, sweep/*.json.
 
     Raises:
         ValueError: there are no results, or a file holds something else.
@@ -153,6 +170,7 @@ def render(folder: Path) -> str:
     comparisons = [read_comparison(path) for path in sorted((folder / "results" / "peers").glob("*.json"))]
     return PAGE.format(
         gains="\n".join(map(_gains, comparisons)),
+        clients=_clients(sorted((folder / "results" / "clients").glob("*.json"))),
         figures="\n".join(_figures(path, document) for path, document in documents),
         determinism=_determinism([document for _, document in documents]),
         sweeps="\n".join(_sweep(path) for path in sorted((folder / "sweep").glob("*.json"))),
@@ -170,6 +188,11 @@ def _gains(comparison: Comparison) -> str:
         models=_models(comparison.models),
         speedups=_speedups(comparison.models),
     )
+
+
+def _clients(files: list[Path]) -> str:
+    tables = [client_tables.markdown(results.read_one(path, ClientResult)) for path in files]
+    return CLIENTS.format(tables="\n\n".join(tables)) if tables else ""
 
 
 def _op_gains(comparison: Comparison) -> str:

@@ -49,6 +49,11 @@ class Result:
     kept_bytes: int | None = None
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """What is timed how: of two figures with the same, the later one counts."""
+        return self.case, self.device, self.backend, self.dtype, self.passed
+
+    @property
     def is_ours(self) -> bool:
         """Whether kernels of the extension ran, with which Triton's, plain PyTorch and peers are compared."""
         return self.backend in OF_THE_EXTENSION
@@ -102,14 +107,16 @@ def describe(
     return Document(machine, versions, datetime.date.today().isoformat(), results)
 
 
-def read(paths: Sequence[Path]) -> list[Document]:
+def read(paths: Sequence[Path], kind: type = Result) -> list[Document]:
     """The documents in files; those of one machine and its versions become one, on a GPU whatever the host's threads.
+
+    Their results are of the dataclass ``kind``, which has a key, whose first part is what belongs together.
 
     Raises:
         ValueError: a file holds no results of the benchmark; the message names it.
     """
     merged: list[Document] = []
-    for document in (read_one(path, Result) for path in paths):
+    for document in (read_one(path, kind) for path in paths):
         for i, other in enumerate(merged):
             if _belong_together(other, document):
                 merged[i] = _joined(other, document)
@@ -175,9 +182,9 @@ def _belong_together(first: Document, second: Document) -> bool:
 
 def _joined(first: Document, second: Document) -> Document:
     """Both documents' results, case by case; where both have a figure, the second's."""
-    cases = list(dict.fromkeys(r.case for r in first.results + second.results))
-    figures = {(r.case, r.device, r.backend, r.dtype, r.passed): r for r in first.results + second.results}
-    ordered = sorted(figures.values(), key=lambda r: cases.index(r.case))
+    cases = list(dict.fromkeys(r.key[0] for r in first.results + second.results))
+    figures = {r.key: r for r in first.results + second.results}
+    ordered = sorted(figures.values(), key=lambda r: cases.index(r.key[0]))
     dates = sorted({*first.date.split(", "), second.date})
     versions = first.versions | second.versions
     return Document(first.machine | second.machine, versions, ", ".join(dates), ordered)

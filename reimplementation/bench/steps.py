@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reimplementation import ops
 from reimplementation.bench.feature_aggregation import FeatureAggregationInputs
-from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, OpInputs
+from reimplementation.bench.inputs import AggregationInputs, AttentionInputs, DiscreteAttentionInputs, OpInputs
 from reimplementation.ops.backends.triton import NAMESPACE as TRITON_NAMESPACE
 from reimplementation.ops.backends.triton import OPS as TRITON_OPS
 
@@ -32,6 +32,7 @@ class Op:
     leaves: the places of the operands that the backward has gradients of.
     settings: what the operators take behind the operands.
     keeps: whether the operator returns something for its backward beside its output.
+    composed: whether the function does more than call that operator.
     """
 
     function: Function
@@ -39,9 +40,12 @@ class Op:
     leaves: tuple[int, ...] = (0, 3, 4)
     settings: tuple = ()
     keeps: bool = False
+    composed: bool = False
 
     def has_kernels(self, backend: str) -> bool:
-        """Whether a backend has kernels of this op; where not, its formula runs, whose backward is autograd's."""
+        """Whether a backend has kernels of all of it; where not, PyTorch runs too, and the backward is autograd's."""
+        if self.composed:
+            return False
         return backend in ("cuda", "cpu") or (backend == "triton" and self.name in TRITON_OPS)
 
     def backward_step(self, inputs: OpInputs, backend: str, passed: str) -> Callable[[], object]:
@@ -66,6 +70,9 @@ OPS: dict[type[OpInputs], Op] = {
         keeps=True,
     ),
     AttentionInputs: Op(ops.ms_deform_attn, "ms_deform_attn"),
+    DiscreteAttentionInputs: Op(
+        partial(ops.ms_deform_attn, method="discrete"), "ms_deform_attn", leaves=(0, 4), composed=True
+    ),
 }
 
 

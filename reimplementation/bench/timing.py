@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 WARM_UP = 3
 STEPS_A_GRAPH = 12  # at least, of short steps: the start of a graph is then lost among them
@@ -61,6 +63,36 @@ def measure(
             return _summary(times, "graph")
     _warm_up_host(lambda: [_event_us(step) for step in steps])
     return _summary([_event_us(step) for _ in range(repeats) for step in steps], "events")
+
+
+def measure_in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int = 30) -> list[Timing]:
+    """Time steps against one another: calls, the host's share included.
+
+    They run in turn, so that what slows the machine down for a while slows all of them. The timings are in their order.
+    """
+    begin = time.perf_counter()
+    for step in list(steps) * WARM_UP:
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        while time.perf_counter() < begin + HOST_WARM_UP_S:
+            for step in steps:
+                _event_us(step)
+    clock, method = (_event_us, "events") if device.type == "cuda" else (_wall_us, "wall")
+    rounds = [[clock(step) for step in steps] for _ in range(repeats)]
+    return [_summary(list(times), method) for times in zip(*rounds)]
+
+
+def gpu_time(step: Callable[[], object], device: torch.device) -> float | None:
+    """Microseconds of all kernels of a step together, without what they wait for the host; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells the terminal that it starts and stops
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profiled.key_averages())
 
 
 def measure_host(

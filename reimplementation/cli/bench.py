@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from reimplementation import ops
 from reimplementation.bench import page, peers, results
 from reimplementation.bench.cases import CASES, DEFAULT_CASES, DTYPES, PASSES
 from reimplementation.bench.clients import measure as clients
+from reimplementation.bench.clients import sides
 from reimplementation.bench.clients import tables as client_tables
 from reimplementation.bench.clients.models import MODELS
 from reimplementation.bench.detector import measure as detector
@@ -48,7 +50,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help=f"time other packages' kernels too, where they are installed: {', '.join(peers.PEERS)}",
+        help=f"time other packages' kernels too, where they are installed: {', '.join(peers.PEERS)}; of --clients, "
+        f"{sides.PEER} where it knows the model",
     )
     parser.add_argument(
         "--floor", action="store_true", help="CUDA: time a kernel too that only gathers the same rows; needs nvcc"
@@ -82,7 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="FILE",
         type=Path,
-        help="measure nothing: show these files' figures; with --json, join those of one machine (not with --clients)",
+        help="measure nothing: show these files' figures; with --json, join those of one machine",
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the figures as bars, as PNG, SVG, …")
@@ -127,15 +130,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run_clients(options: argparse.Namespace, figures: Path | None, picture: Path | None) -> None:
-    """Time other people's models, or show those of a file."""
+    """Time other people's models, or show those of files."""
     if options.read:
-        if len(options.read) > 1:
-            raise ValueError(f"--clients shows one file of --read; got {len(options.read)}")
-        document = results.read_one(options.read[0], clients.ClientResult)
+        document, *others = results.read(options.read, clients.ClientResult)
+        if others:
+            raise ValueError(f"--clients shows one machine's figures; those read are of {1 + len(others)}")
+        if figures:
+            document.write(figures)
     else:
-        document = _measure_clients(options)
-    if figures:
-        document.write(figures)
+        document = _measure_clients(options, figures)
     if options.markdown:
         print(client_tables.markdown(document))
     else:
@@ -159,7 +162,9 @@ def _run_detector(options: argparse.Namespace, figures: Path | None) -> None:
             options.dtypes or ["float32", "bfloat16"],
             options.passes or detector.DEFAULT_PASSES,
         )
-        document = _with_progress(detector.measure_all, choice, arguments.device(options.device), options.repeats)
+        with _progress(len(choice)) as (begins, fails):
+            device = arguments.device(options.device)
+            document = detector.measure_all(choice, device, options.repeats, begins=begins, fails=fails)
     if figures:
         document.write(figures)
     if options.markdown:
@@ -175,15 +180,23 @@ def _check_known(options: argparse.Namespace, of: str, dtypes: tuple[str, ...], 
             raise ValueError(f"{option} of {of} are {', '.join(known)}; got {', '.join(given)}")
 
 
-def _measure_clients(options: argparse.Namespace) -> Document:
+def _measure_clients(options: argparse.Namespace, figures: Path | None) -> Document:
+    """Time other people's models; a file of figures is written after each of them."""
     _check_known(options, "--clients", tuple(clients.DTYPES), clients.PASSES)
+    reason = sides.why_no_peer() if options.peers else None
+    if reason:
+        warnings.warn(f"{sides.PEER} is left out: {reason}", RuntimeWarning, stacklevel=1)
     choice = clients.Choice(
         options.clients or list(MODELS),
         options.dtypes or ["float32"],
         options.batch,
         options.passes or clients.PASSES,
+        options.peers and reason is None,
     )
-    return _with_progress(clients.measure_all, choice, arguments.device(options.device), options.repeats)
+    device = arguments.device(options.device)
+    with _progress(len(choice)) as (begins, says):
+        keeps = (lambda document: document.write(figures)) if figures else (lambda document: None)
+        return clients.measure_all(choice, device, options.repeats, clients.Listener(begins, says, keeps))
 
 
 def _measure(options: argparse.Namespace) -> Document:
@@ -196,27 +209,21 @@ def _measure(options: argparse.Namespace) -> Document:
         _backends(options, device),
         options.passes or PASSES,
     )
-    return _with_progress(measure_all, choice, device, options.repeats)
+    with _progress(len(choice)) as (begins, fails):
+        return measure_all(choice, device, options.repeats, begins=begins, fails=fails)
 
 
-def _with_progress(
-    measure: Callable[..., Document],
-    choice: Choice | clients.Choice | detector.Choice,
-    device: torch.device,
-    repeats: int,
-) -> Document:
-    """Measure behind a progress bar; what fails or is missing is said on stderr."""
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """A progress bar on stderr: what tells it that something begins, and what says a line above it."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(choice))
-        return measure(
-            choice,
-            device,
-            repeats,
-            begins=lambda what: progress.update(task, advance=1, description=what),
-            fails=lambda message: progress.console.print(message, markup=False, soft_wrap=True),
+        task = progress.add_task("", total=total)
+        yield (
+            lambda what: progress.update(task, advance=1, description=what),
+            lambda message: progress.console.print(message, markup=False, soft_wrap=True),
         )
 
 

@@ -59,6 +59,7 @@ PACKAGES = (
     Client("mmcv-lite", ("2.2.0",), "MultiScaleDeformableAttention"),
     Client("onedl-mmcv", ("2.3.6",), "MultiScaleDeformableAttention"),
     Client("groundingdino-py", ("0.4.0",), "Grounding DINO"),
+    Client("pydfine", ("0.2.1",), "D-FINE"),
     Client("libreyolo", ("1.6.0",), "D-FINE, DEIM, RT-DETR, RT-DETRv2, Deformable DETR"),
 )
 REPOSITORIES = (

@@ -118,10 +118,13 @@ def _whole(number: Any) -> Any:
 
 
 def _centres_of_pixels(locations: Tensor, shapes: Tensor, by_height: bool) -> Tensor:
-    """(N, Lq, M, L, P, 2): the centre of the pixel that each location is in, or nearest to."""
+    """(N, Lq, M, L, P, 2): the centre of the pixel that each location is in, or nearest to.
+
+    A pixel is that of ``int(location * (W, H) + 0.5)``, rounded step by step as there. All steps share one tensor.
+    """
     check_shape("sampling_locations", locations, ("N", "Lq", "M", "L", "P", 2), {"L": shapes.shape[0]})
     locations = at_least_float32(locations.detach())
     size = shapes.flip(-1).to(locations.device, locations.dtype, non_blocking=True)[:, None]
     last = (size[..., 1:] if by_height else size) - 1
-    pixel = (locations * size + 0.5).trunc()
-    return (torch.minimum(pixel.clamp(min=0), last) + 0.5) / size
+    pixel = (locations * size).add_(0.5).clamp_(torch.zeros_like(last), last).trunc_()
+    return pixel.add_(0.5).div_(size)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from reimplementation.bench import page
+from reimplementation.bench.clients.measure import ClientResult, Side
 from reimplementation.bench.comparison import OpTimes, read_comparison
+from reimplementation.bench.timing import Timing
 from tests.bench.figures import document, result
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,22 @@ def test_what_determinism_costs_is_the_worst_of_the_figures(tmp_path):
     ).write(tmp_path / "results" / "some.json")
     written = page.render(tmp_path).replace("\n", " ")
     assert "up to 3.3 times as long (msda-decoder in float16, NVIDIA H200)" in written
+
+
+def test_models_of_others_have_a_row_each(tmp_path):
+    def side(us: float, share: float | None, gpu_us: float | None = None) -> Side:
+        return Side(Timing(us, 0.0, "events"), share, int(us * 1e5), gpu_us)
+
+    (tmp_path / "results" / "clients").mkdir(parents=True)
+    document(result()).write(tmp_path / "results" / "some.json")
+    common = "a_detector", "cuda", "bfloat16", 8
+    document(
+        ClientResult(*common, "forward", 12, side(123e3, 0.7), side(50e3, 0.25), side(61e3, 0.4)),
+        ClientResult(*common, "training", 12, side(327e3, None, 300e3), side(120e3, None, 100e3)),
+    ).write(tmp_path / "results" / "clients" / "some.json")
+    written = page.render(tmp_path)
+    cells = "123 → 50", "2.46x", "", "61", "327 → 120", "2.73x", "3.00x", "", "32.7 → 12", "70% → 25%"
+    assert f"| a_detector | {' | '.join(cells)} |" in written
 
 
 def test_one_file_a_machine():

@@ -24,9 +24,9 @@ install() {
     "$env/bin/python" -m pip install --quiet --constraint constraints-clients.txt --constraint build/clients/torch.txt "$@"
 }
 
-# run NAME...: the tests whose names hold one of these words; that any was run, not skipped, is seen to.
+# run WORDS [OPTION...]: the tests whose names hold one of these words; that any was run, not skipped, is seen to.
 run() {
-    HF_HUB_OFFLINE=1 "$env/bin/python" -m pytest -p no:xdist -q tests/integrations -k "$1" --junit-xml "$env/tests.xml"
+    HF_HUB_OFFLINE=1 "$env/bin/python" -m pytest -p no:xdist -q tests/integrations -k "$1" "${@:2}" --junit-xml "$env/tests.xml"
     "$env/bin/python" - "$env/tests.xml" <<'CODE'
 import sys
 import xml.etree.ElementTree
@@ -42,10 +42,15 @@ transformers() {
     run "test_transformers or kernels"
 }
 
+transformers_whole() {
+    install transformers
+    run test_whole_models -m slow
+}
+
 transformers_newest() {
     install transformers
     "$env/bin/python" -m pip install --quiet --no-deps transformers==5.24.0
-    run test_transformers
+    run "test_transformers or (test_whole_models and pp_doclayout_v4)" -m "slow or not slow"
 }
 
 ultralytics() {
@@ -61,7 +66,7 @@ rfdetr() {
 }
 
 groundingdino() {
-    install torchvision timm transformers addict yapf opencv-python-headless
+    install torchvision timm transformers addict yapf opencv-python-headless pycocotools
     install --no-deps groundingdino-py
     run groundingdino
 }
@@ -78,14 +83,20 @@ onedl_mmcv() {
     run mmcv
 }
 
+dfine() {
+    install torchvision scipy pyyaml
+    install --no-deps pydfine
+    run dfine
+}
+
 libreyolo() {
-    install torchvision requests pyyaml opencv-python-headless scipy
+    install torchvision requests pyyaml opencv-python-headless scipy tqdm
     install --no-deps libreyolo
     run libreyolo
 }
 
 if [ $# -eq 0 ]; then
-    set -- transformers transformers_newest ultralytics rfdetr groundingdino mmcv_lite onedl_mmcv libreyolo
+    set -- transformers transformers_newest transformers_whole ultralytics rfdetr groundingdino mmcv_lite onedl_mmcv dfine libreyolo
 fi
 for name in "$@"; do
     echo "== $name"

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 
-def import_or_skip(name: str) -> types.ModuleType:
-    """The module, with stand-ins for what it cannot load; skips the test where its package is not installed."""
+def import_or_skip(name: str, minversion: str | None = None) -> types.ModuleType:
+    """The module, with stand-ins for what it cannot load; skips where its package is not installed, or is older."""
     package = name.partition(".")[0]
-    pytest.importorskip(package, reason=f"needs the package {package}; see `make test-clients`")
     _name_operators_of_torchvision()
+    pytest.importorskip(package, minversion, f"needs the package {package}; see `make test-clients`")
     if package == "mmcv":
         sys.modules.setdefault("mmcv._ext", _AnyFunction("mmcv._ext"))
     return importlib.import_module(name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reimplementation.integrations import accelerate
+from reimplementation.integrations.libreyolo import empty_slot, fill_slot
 from reimplementation.integrations.probe import Probe
 from tests.integrations.stand_ins import import_or_skip
 from tests.ops.agreement import KernelCalls
@@ -35,6 +36,13 @@ MODULES = {
         "MultiScaleDeformableAttention",
         (CHANNELS, HEADS, LEVELS, 2),
         {"value_proj_ratio": 0.5, "batch_first": True},
+    ),
+    "dfine": ("dfine.backends.native.dfine_decoder", "MSDeformableAttention", (CHANNELS, HEADS, LEVELS, [3, 6, 3]), {}),
+    "dfine discrete": (
+        "dfine.backends.native.dfine_decoder",
+        "MSDeformableAttention",
+        (CHANNELS, HEADS, LEVELS, [4, 2, 4]),
+        {"method": "discrete"},
     ),
     "libreyolo D-FINE": (
         "libreyolo.models.dfine.decoder",
@@ -129,9 +137,31 @@ def test_rfdetr_exports():
     torch.testing.assert_close(program.module()(**given), module(**given))
 
 
+def test_the_slot_of_libreyolo():
+    """LW-DETR's core, of whose value (N, heads, channels, rows) the slot gets a transposed view."""
+    core = import_or_skip("libreyolo.models.lwdetr.nn").ms_deform_attn_core_pytorch
+    probe = Probe()
+    shapes = probe.shapes(LEVELS)
+    value = probe.rows(LEVELS, HEADS, 8).permute(0, 2, 3, 1).contiguous()
+    samples = (value.shape[0], 5, HEADS, LEVELS, 2)
+    given = value, shapes, probe.uniform(*samples, 2) * 1.4 - 0.2, probe.normal(*samples).flatten(3)
+    expected = core(*given)
+    fill_slot()
+    try:
+        with KernelCalls() as calls:
+            got = core(*given)
+    finally:
+        empty_slot()
+    assert not calls.names or calls.names == ["ms_deform_attn"]
+    assert relative_error(got, expected) <= TOLERANCE[torch.float64]
+    with KernelCalls() as calls:
+        assert torch.equal(core(*given), expected)
+    assert not calls.names
+
+
 def test_the_door_that_transformers_has_for_kernels():
     kernels = pytest.importorskip("kernels", reason="needs the package kernels")
-    pytest.importorskip("transformers", minversion="5")
+    import_or_skip("transformers", "5")
     from reimplementation.integrations.hub_kernels import kernel_mapping
     from tests.integrations.tiny import MODELS
 

@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import copy
 import io
-from functools import lru_cache
 
 import pytest
 import torch
 from torch import nn
 
 from reimplementation.integrations import accelerate, accelerated
+from tests.integrations.stand_ins import import_or_skip
 from tests.ops.agreement import KernelCalls
 from tests.reference import relative_error
 
-transformers = pytest.importorskip("transformers", minversion="5", reason="needs the extra `transformers`")
+transformers = import_or_skip("transformers", "5")
 
-from tests.integrations.tiny import MODELS, Tiny  # noqa: E402
+from tests.integrations.tiny import MODELS, model_of, outputs_of  # noqa: E402
 
 every_model = pytest.mark.parametrize("tiny", MODELS, ids=str)
 ROUNDINGS = 1000
 """By how many times as much as the input's last digit a result may be off, of that which it changes the original by."""
-
-
-@lru_cache
-def built(tiny: Tiny) -> nn.Module:
-    return tiny.build()
-
-
-def model_of(tiny: Tiny, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return copy.deepcopy(built(tiny)).to(dtype)
-
-
-def outputs_of(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    found = model(**inputs)
-    return {
-        name: value.masked_fill(~value.isfinite(), 0)
-        for name, value in found.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
 
 
 def results_of(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
@@ -135,22 +117,50 @@ def test_attentions_that_are_asked_for(tiny):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_saved_and_loaded(tmp_path):
+@every_model
+def test_saved_and_loaded(tiny, tmp_path):
     """An accelerated model is saved as the original is, and a loaded one is an original."""
-    tiny = MODELS[0]
     model, inputs = model_of(tiny), tiny.inputs(torch.float32)
     accelerate(model)
     with torch.no_grad():
-        expected = outputs_of(model, inputs)["logits"]
+        expected = outputs_of(copy.deepcopy(model), inputs)
         model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path).eval()
+        loaded = getattr(transformers, tiny.model).from_pretrained(tmp_path).eval()
         assert len(accelerate(loaded).replaced) == tiny.modules
-        torch.testing.assert_close(outputs_of(loaded, inputs)["logits"], expected)
+        got = outputs_of(loaded, inputs)
+    for name, value in expected.items():
+        assert relative_error(got[name], value) <= ROUNDINGS * torch.finfo(value.dtype).eps, name
+
+
+def losses_in_training(model: nn.Module, inputs: dict) -> list[float]:
+    """Before each of some steps that change all parameters, and behind the last."""
+    torch.manual_seed(0)  # what is dropped out
+    optimizer, losses = torch.optim.SGD(model.train().parameters(), lr=1e-2), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = sum(value.square().mean() for value in outputs_of(model, inputs).values() if value.requires_grad)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@every_model
+def test_trained(tiny):
+    """Steps of training take the model where they take the original."""
+    inputs = tiny.inputs(torch.float64)
+    expected = losses_in_training(model_of(tiny, torch.float64), inputs)
+    model = model_of(tiny, torch.float64)
+    accelerate(model)
+    got = losses_in_training(model, inputs)
+    assert len(set(expected)) == len(expected)
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("tiny", [MODELS[0], MODELS[5], MODELS[14]], ids=str)
 class TestAttentionModule:
-    """One module of a model, within a compiler and an exporter: whole models break their own graphs."""
+    """One module of a model, within a compiler and an exporter. Whole models take minutes: see test_whole_models.py."""
 
     @pytest.fixture
     def called(self, tiny):

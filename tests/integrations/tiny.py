@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import transformers
@@ -16,7 +17,11 @@ CHANNELS, HEADS = 32, 4
 
 @dataclass(frozen=True)
 class Tiny:
-    """A model: its class's name, its configuration, what it takes beside pixels, how many modules attend by our op."""
+    """A model: its class's name, its configuration, what it takes beside pixels, how many modules attend by our op.
+
+    frozen: the names of modules that do not learn. traceable: whether no code of its own reads a tensor on the host,
+    which no tracer follows.
+    """
 
     name: str
     model: str
@@ -24,6 +29,8 @@ class Tiny:
     modules: int
     besides: Callable[[int], dict[str, torch.Tensor]] = lambda batch: {}
     size: tuple[int, int] = (HEIGHT, WIDTH)
+    frozen: tuple[str, ...] = ()
+    traceable: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -43,6 +50,8 @@ class Tiny:
             if norms:  # they learn what they shall normalise
                 calibrated(**self.inputs(torch.float32))
                 model.load_state_dict(calibrated.state_dict())
+        for name in self.frozen:
+            model.get_submodule(name).requires_grad_(False)
         return model.eval()
 
     def inputs(self, dtype: torch.dtype, batch: int = 2) -> dict[str, torch.Tensor]:
@@ -367,14 +376,42 @@ EVERY_MODEL = (
     Tiny("deimv2", "Deimv2ForObjectDetection", deimv2, 2),
     Tiny("grounding_dino", "GroundingDinoForObjectDetection", grounding_dino, 4, text),
     Tiny("mm_grounding_dino", "MMGroundingDinoForObjectDetection", mm_grounding_dino, 4, text),
-    Tiny("omdet_turbo", "OmDetTurboForObjectDetection", omdet_turbo, 2, classes_and_tasks, size=(64, 64)),
+    Tiny(
+        "omdet_turbo",
+        "OmDetTurboForObjectDetection",
+        omdet_turbo,
+        2,
+        classes_and_tasks,
+        size=(64, 64),
+        frozen=("language_backbone",),  # the model keeps what it makes of a text, also from one step to the next
+        traceable=False,
+    ),
     Tiny("lw_detr", "LwDetrForObjectDetection", lw_detr, 2, size=(64, 64)),
     Tiny("rf_detr", "RfDetrForObjectDetection", rf_detr, 2, size=(64, 64)),
     Tiny("pp_doclayout_v2", "PPDocLayoutV2ForObjectDetection", pp_doclayout_v2, 2),
     Tiny("pp_doclayout_v3", "PPDocLayoutV3ForObjectDetection", pp_doclayout_v3, 2),
     Tiny("mask2former", "Mask2FormerForUniversalSegmentation", mask2former, 2),
-    Tiny("oneformer", "OneFormerForUniversalSegmentation", oneformer, 2, task),
+    Tiny("oneformer", "OneFormerForUniversalSegmentation", oneformer, 2, task, traceable=False),
     Tiny("pp_doclayout_v4", "PPDocLayoutV4ForObjectDetection", pp_doclayout_v4, 2),
 )
 MODELS = tuple(tiny for tiny in EVERY_MODEL if hasattr(transformers, tiny.model))
 """Those that the installed version has."""
+
+
+@lru_cache
+def _built(tiny: Tiny) -> nn.Module:
+    return tiny.build()
+
+
+def model_of(tiny: Tiny, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return copy.deepcopy(_built(tiny)).to(dtype)
+
+
+def outputs_of(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    """The outputs that are numbers, with zeros in place of infinities, by which models mask what does not count."""
+    found = model(**inputs)
+    return {
+        name: value.masked_fill(~value.isfinite(), 0)
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }

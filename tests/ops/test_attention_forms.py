@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation import ops
 from reimplementation.ops.pyramid import levels_of_numbers
@@ -174,6 +175,23 @@ class TestDiscrete:
             [1, 2, 13, 13, 11, 3, 0]
         )
 
+    def test_steps_share_one_tensor(self):
+        """All that the call makes beside metadata of levels and the output are the centres of pixels, once."""
+        value, _, _, locations, weights = operands()
+        made = set()
+
+        class Storages(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                if isinstance(result, torch.Tensor) and result.shape == locations.shape:
+                    made.add(result.untyped_storage().data_ptr())
+                return result
+
+        shapes = torch.tensor(SHAPES)
+        with Storages():
+            ops.ms_deform_attn(value, shapes, None, locations, weights, method="discrete")
+        assert len(made - {locations.untyped_storage().data_ptr()}) == 1
+
 
 class TestValue:
     def test_as_a_list_of_levels(self, backend_device):
@@ -257,15 +275,16 @@ class TestTraced:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_onnx():
+@pytest.mark.parametrize("method", METHODS)
+def test_onnx(method):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     arguments = of_height(4)
-    program = torch.onnx.export(Forms().eval(), arguments, dynamo=True, verbose=False)
+    program = torch.onnx.export(Forms(method).eval(), arguments, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     named = {given.name: t.numpy() for given, t in zip(session.get_inputs(), arguments)}
     (output,) = session.run(None, named)
-    assert relative_error(torch.from_numpy(output), Forms()(*arguments)) <= 10 * TOLERANCE[torch.float32]
+    assert relative_error(torch.from_numpy(output), Forms(method)(*arguments)) <= 10 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(

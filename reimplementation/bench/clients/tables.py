@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from reimplementation.bench.results import Document
-from reimplementation.bench.tables import machine_line, ratio, three_digits
+from reimplementation.bench.tables import machine_line, markdown_table, ratio, three_digits
 
-from .measure import ClientResult
+from .measure import PASSES, ClientResult, Side
 
-HEADS = ("model", "dtype", "batch", "pass", "modules", "ms", "", "faster", "attention's share", "", "memory, MB", "")
+HEADS = (
+    *("model", "dtype", "batch", "pass", "modules", "ms", "", "faster", "deformops, ms"),
+    *("attention's share", "", "memory, MB", ""),
+)
 NOTE = (
-    "Each pair: the original, and accelerated, in one run. Share: the part of a forward within the modules that are "
-    "replaced. Memory: the most held beyond model and inputs. Half precision is autocast."
+    "Each pair: the original, and accelerated; deformops where it was there and knows the model; timed in turn. Share: "
+    "the part of a forward within the modules that are replaced. Memory: the most held beyond model and inputs. GPU "
+    "alone: the kernels of a step, without what they wait for the host. Half precision is autocast."
 )
 
 
@@ -23,7 +27,8 @@ def rows(document: Document) -> Iterator[tuple[str, ...]]:
             *(r.model, r.dtype, str(r.batch), r.passed, str(r.modules)),
             *(three_digits(side.timing.median_us / 1e3) for side in _sides(r)),
             ratio(r.original.timing.median_us, r.accelerated.timing.median_us, "x"),
-            *(f"{side.attention_share:.0%}" for side in _sides(r)),
+            "" if r.deformops is None else three_digits(r.deformops.timing.median_us / 1e3),
+            *("" if side.attention_share is None else f"{side.attention_share:.0%}" for side in _sides(r)),
             *("" if side.extra_bytes is None else three_digits(side.extra_bytes / 1e6) for side in _sides(r)),
         )
 
@@ -43,11 +48,39 @@ def print_table(document: Document) -> None:
 
 
 def markdown(document: Document) -> str:
-    heads = [head or "ours" for head in HEADS]
-    aligned = ["---" if head in ("model", "dtype", "pass") else "---:" for head in heads]
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, aligned, *rows(document))]
-    return f"{machine_line(document)}. {NOTE}\n\n" + "\n".join(lines)
+    """A table for each dtype and batch, a row a model."""
+    ways = dict.fromkeys((r.dtype, r.batch) for r in document.results)
+    parts = [f"{machine_line(document)}. {NOTE}"]
+    for dtype, batch in ways:
+        passes: dict[str, dict[str, ClientResult]] = {}
+        for r in document.results:
+            if (r.dtype, r.batch) == (dtype, batch):
+                passes.setdefault(r.model, {})[r.passed] = r
+        lines = [(model, *_cells(found)) for model, found in passes.items()]
+        parts.append(f"In {dtype}, batch {batch}:\n\n{markdown_table(MARKDOWN_HEADS, lines, texts=1)}")
+    return "\n\n".join(parts)
 
 
-def _sides(result: ClientResult) -> tuple:
+MARKDOWN_HEADS = (
+    *("model", "forward, ms", "", "GPU alone", "deformops", "training, ms", "", "GPU alone", "deformops"),
+    *("memory in training, GB", "attention's share of a forward"),
+)
+
+
+def _cells(passes: dict[str, ClientResult]) -> Iterator[str]:
+    for passed in PASSES:
+        r = passes.get(passed)
+        yield _change(r, lambda side: three_digits(side.timing.median_us / 1e3))
+        yield f"{r.speedup:.2f}x" if r else ""
+        yield ratio(r.original.gpu_us, r.accelerated.gpu_us, "x") if r else ""
+        yield three_digits(r.deformops.timing.median_us / 1e3) if r and r.deformops else ""
+    yield _change(passes.get("training"), lambda side: three_digits((side.extra_bytes or 0) / 1e9))
+    yield _change(passes.get("forward"), lambda side: f"{side.attention_share or 0:.0%}")
+
+
+def _change(result: ClientResult | None, shown: Callable[[Side], str]) -> str:
+    return "" if result is None else " → ".join(map(shown, _sides(result)))
+
+
+def _sides(result: ClientResult) -> tuple[Side, Side]:
     return result.original, result.accelerated
