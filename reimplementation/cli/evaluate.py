@@ -49,14 +49,16 @@ def run(options: argparse.Namespace) -> None:
 
     from reimplementation.models.sparsedrive import SparseDrive
     from reimplementation.training.held_out import judge, moments
+    from reimplementation.training.synthetic_frames import HeldOutDrives
 
     model = SparseDrive(config.model)
     model.load_state_dict(document["model"])
     model = model.to(device)
+    frames = HeldOutDrives(data, config.model, device)
     steps = track(
-        moments(model, data, device, config.precision),
+        moments(model, frames, device, config.precision),
         "driving",
-        total=data.frames_per_drive,
+        total=frames.num_batches,
         console=Console(stderr=True),
         transient=True,
     )

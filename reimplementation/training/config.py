@@ -11,6 +11,7 @@ from reimplementation.models.sparsedrive.config import SparseDriveConfig
 from reimplementation.models.sparsedrive.mappings import read_dataclass, write_dataclass
 
 PRECISIONS = ("float32", "bfloat16")
+PARTS = ("images", "heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class TrainingConfig:
     num_steps         how often the parameters move
     batch_size        frames a step, of all processes together
     precision         "float32", or "bfloat16": the network runs under autocast, and parameters stay float32
+    compile           parts that `torch.compile` makes faster, after a minute or two: "images" (backbone and neck), "heads"
     checkpoint_every  steps
     keep_checkpoints  how many stay on the disk, the newest ones
     """
@@ -79,6 +81,7 @@ class TrainingConfig:
     batch_size: int = 8
     seed: int = 0
     precision: str = "float32"
+    compile: tuple[str, ...] = ()
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     data: DataConfig = field(default_factory=DataConfig)
@@ -94,6 +97,8 @@ class TrainingConfig:
         )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if unknown := sorted(set(self.compile) - set(PARTS)):
+            raise ValueError(f"compile must be some of {', '.join(PARTS)}; got {', '.join(unknown)}")
 
     @classmethod
     def from_dict(cls, values: object) -> TrainingConfig:

@@ -1,4 +1,4 @@
-"""A detector on drives that no training saw: what is there, what it finds, and how good that is."""
+"""A detector on frames that no training saw: what is there, what it finds, and how good that is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 from reimplementation.models.sparsedrive import SparseDrive, SparseDriveConfig
 
-from .batches import Batch, SyntheticFrames
-from .config import DataConfig
+from .batches import Batch, HeldOutFrames
 from .evaluate import DetectionMetrics, EvalBoxes, evaluate_detections, within_class_range
 from .map_metrics import EvalLines, MapMetrics, evaluate_lines
 
@@ -48,28 +47,27 @@ class Evaluation:
 
 @torch.no_grad()
 def moments(
-    model: SparseDrive, data: DataConfig, device: torch.device, precision: str = "float32"
+    model: SparseDrive, frames: HeldOutFrames, device: torch.device, precision: str = "float32"
 ) -> Iterator[tuple[list[Sample], list[Sample]]]:
-    """Drive the held-out drives of a configuration, all side by side.
+    """Let a detector see the frames that it is judged by.
 
     Args:
         model: on the device; it is put into evaluation.
-        data: the drives.
+        frames: the frames.
         device: where.
         precision: "float32", or "bfloat16" for autocast.
 
     Yields:
-        Frame by frame what is there and what is found, both with an entry a drive, as `SparseDrive.decode` gives it.
+        Batch by batch what is there and what is found, both with an entry a frame, as `SparseDrive.decode` gives it.
     """
     model.eval()
-    frames = SyntheticFrames(data, model.config, device, held_out=True)
-    state = model.initial_state(data.num_validation_drives)
-    for frame in range(data.frames_per_drive):
-        batch = frames.batch([(drive, frame) for drive in range(data.num_validation_drives)])
+    state = model.initial_state(frames.num_slots)
+    for number in range(frames.num_batches):
+        batch, counts = frames.at(number)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs, state = model(batch.images, batch.metas, state, every_layer=False)
         found = [{name: x.float().cpu().numpy() for name, x in sample.items()} for sample in model.decode(outputs)]
-        yield _truth(batch), found
+        yield tuple([s for s, is_new in zip(samples, counts) if is_new] for samples in (_truth(batch), found))
 
 
 def judge(frames: Sequence[tuple[list[Sample], list[Sample]]], config: SparseDriveConfig) -> Evaluation:

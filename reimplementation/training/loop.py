@@ -6,8 +6,7 @@ next is in the checkpoint. So a training that was stopped goes on as if it had n
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +19,16 @@ from reimplementation.models.sparsedrive.denoising import DenoisingState
 from reimplementation.models.sparsedrive.detector import State
 
 from . import checkpoint
-from .batches import Batch, SyntheticFrames, places_at, slots_of
+from .batches import Batch, Frames, slots_of
 from .config import TrainingConfig
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
+from .stopwatch import Stopwatch
+from .synthetic_frames import SyntheticFrames, SyntheticTraining
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
-MAY_CHANGE = ("checkpoint_every", "keep_checkpoints")  # of a configuration, when a training goes on
+MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "compile")  # of a configuration, when a training goes on
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Training:
     def __init__(self, config: TrainingConfig, folder: Path, process: Process):
         self.config, self.folder, self.process = config, folder, process
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
-        self.frames = SyntheticFrames(config.data, config.model, process.device)
+        self.frames: Frames = SyntheticTraining(
+            SyntheticFrames(config.data, config.model, process.device), self.slots, config.batch_size
+        )
         torch.manual_seed(config.seed)
         self.model = SparseDrive(config.model).train().to(process.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -63,6 +66,9 @@ class Training:
         folder.mkdir(parents=True, exist_ok=True)
         self._go_on_from(checkpoint.load_newest(folder))
         self.network = _distributed(self.model, process)
+        _compile(self.model, config.compile)
+        self._upcoming: tuple[int, Batch] | None = None
+        self._beside = torch.cuda.Stream(process.device) if process.device.type == "cuda" else None
 
     def run(self, on_step: Callable[[dict], None], is_stopped: Callable[[], bool]) -> Outcome:
         """Train until the last step, or until ``is_stopped`` says so; what was done is in a checkpoint then.
@@ -76,6 +82,7 @@ class Training:
             RuntimeError: the loss is no finite number.
         """
         journal = Journal(self.folder, self.step) if self.process.is_first else None
+        self.stopwatch = Stopwatch(self.process.device)
         stopped, saved = False, None
         try:
             while self.step < self.config.num_steps and not stopped:
@@ -110,31 +117,54 @@ class Training:
         return path
 
     def _one_step(self, is_stopped: Callable[[], bool]) -> tuple[dict, bool]:
-        began = time.perf_counter()
+        """The numbers of a step, and whether the training is to stop.
+
+        The host reads the loss before the optimizer may use it. Between two readings lie the optimizer's work in the
+        step before, this step's, and the drawing of the next batch, which goes on while the GPU is busy with this one.
+        """
         config = self.config
         torch.manual_seed((config.seed * 1_000_003 + self.step) * 1009 + self.process.rank)
-        places, passes = places_at(self.step, self.slots, config.batch_size, config.data)
-        batch = self.frames.batch(places, passes)
+        batch = self._take_batch()
         factor = rate_factor(self.step, config.num_steps, config.optimizer)
         set_rate(self.optimizer, factor)
-        terms = self._losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            outputs, self.state = self.network(batch.images, batch.metas, self.state, batch.targets)
+        self.stopwatch.ends("forward")
+        if self.step + 1 < config.num_steps:
+            self._upcoming = self.step + 1, self._prepare(self.step + 1)
+        self.stopwatch.ends("data")
+        terms = self.model.loss(outputs, batch.targets)
+        self.stopwatch.ends("loss")
         torch.stack(list(terms.values())).sum().backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_norm)
+        self.stopwatch.ends("backward")
         shared = torch.stack([*terms.values(), norm, norm.new_tensor(float(is_stopped()))]).detach()
         *values, norm_value, stops = self.process.mean(shared).tolist()
+        times = self.stopwatch.read()
         self._check(dict(zip(terms, values)), norm_value)
         self.optimizer.step()
-        seconds = time.perf_counter() - began
+        self.stopwatch.ends("optimizer")
         row = {"step": self.step, "loss": sum(values), **dict(zip(terms, values)), "grad_norm": norm_value}
-        row |= {"lr": config.optimizer.lr * factor, "seconds": seconds}
-        return row, stops > 0
+        row |= {"lr": config.optimizer.lr * factor, "seconds": sum(times.values())}
+        return row | {f"seconds_{phase}": seconds for phase, seconds in times.items()}, stops > 0
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        is_half = self.config.precision == "bfloat16"
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=is_half):
-            outputs, self.state = self.network(batch.images, batch.metas, self.state, batch.targets)
-        return self.model.loss(outputs, batch.targets)
+    def _take_batch(self) -> Batch:
+        """This step's batch, which the step before has prepared unless it was another run's."""
+        if self._upcoming is None or self._upcoming[0] != self.step:
+            self._upcoming = self.step, self._prepare(self.step)
+        (_, batch), self._upcoming = self._upcoming, None
+        if self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+        self.stopwatch.ends("data")
+        return batch
+
+    def _prepare(self, step: int) -> Batch:
+        """A step's batch. A GPU makes it beside its other work, which nothing here waits for."""
+        if self._beside is None:
+            return self.frames.at(step)
+        with torch.cuda.stream(self._beside):
+            return self.frames.at(step)
 
     def _check(self, terms: dict[str, float], norm: float) -> None:
         """Raise where the step would spoil the parameters; every process sees the same numbers, and raises."""
@@ -171,6 +201,13 @@ class Training:
             name: STATES[name](**{key: value[own].to(self.process.device) for key, value in remembered.items()})
             for name, remembered in document["state"].items()
         }
+
+
+def _compile(model: SparseDrive, parts: Sequence[str]) -> None:
+    """Let `torch.compile` take some parts of a model."""
+    modules = {"images": (model.img_backbone, model.img_neck), "heads": tuple(model.heads.values())}
+    for module in (module for part in parts for module in modules[part]):
+        module.compile()
 
 
 def _distributed(model: SparseDrive, process: Process) -> nn.Module:

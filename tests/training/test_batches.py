@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from reimplementation.training.batches import SyntheticFrames, places_at, slots_of
+from reimplementation.training.batches import slots_of
+from reimplementation.training.synthetic_frames import SyntheticFrames, places_at
 from tests.training.tiny import MODEL, TINY
 
 

@@ -8,14 +8,15 @@ import torch
 
 from reimplementation.models.sparsedrive import SparseDrive
 from reimplementation.training.held_out import ATTRIBUTES, attributes, judge, moments
+from reimplementation.training.synthetic_frames import HeldOutDrives
 from tests.training.tiny import MODEL, TINY
 
 
 @pytest.fixture(scope="module")
 def driven():
     torch.manual_seed(0)
-    data = dataclasses.replace(TINY.data, num_validation_drives=2)
-    return list(moments(SparseDrive(MODEL), data, torch.device("cpu")))
+    frames = HeldOutDrives(dataclasses.replace(TINY.data, num_validation_drives=2), MODEL, "cpu")
+    return list(moments(SparseDrive(MODEL), frames, torch.device("cpu")))
 
 
 def test_the_truth_is_perfect(driven):
