@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reimplementation.training import checkpoint
 from reimplementation.training.config import TrainingConfig
@@ -14,6 +15,11 @@ from reimplementation.training.evaluate import DISTANCES, ERRORS
 from reimplementation.training.held_out import Evaluation
 
 from . import arguments
+
+if TYPE_CHECKING:
+    import torch
+
+    from reimplementation.training.batches import HeldOutFrames
 
 ERROR_NAMES = dict(zip(ERRORS, ("mATE", "mASE", "mAOE", "mAVE", "mAAE")))
 
@@ -27,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--work-dir", metavar="DIR", required=True, help="of the training")
     parser.add_argument("--checkpoint", metavar="FILE", help="another than the newest one")
+    parser.add_argument("--data", metavar="DIR", help="frames of files, as `train` takes them, instead of drives")
     parser.add_argument("--drives", metavar="N", type=arguments.positive, help="how many (default: the training's)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--picture", metavar="FILE", help="draw the curves of precision over recall there")
@@ -49,12 +56,11 @@ def run(options: argparse.Namespace) -> None:
 
     from reimplementation.models.sparsedrive import SparseDrive
     from reimplementation.training.held_out import judge, moments
-    from reimplementation.training.synthetic_frames import HeldOutDrives
 
     model = SparseDrive(config.model)
     model.load_state_dict(document["model"])
     model = model.to(device)
-    frames = HeldOutDrives(data, config.model, device)
+    frames = _frames(options.data, dataclasses.replace(config, data=data), device)
     steps = track(
         moments(model, frames, device, config.precision),
         "driving",
@@ -63,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         transient=True,
     )
     evaluation = judge(list(steps), model.config)
-    _print_tables(evaluation, f"{path}, {data.num_validation_drives} drives")
+    _print_tables(evaluation, f"{path}, {options.data or f'{data.num_validation_drives} drives'}")
     if output is not None:
         output.write_text(json.dumps({"step": document["step"], **evaluation.to_dict()}, indent=1) + "\n")
         print(f"numbers: {output}")
@@ -72,6 +78,17 @@ def run(options: argparse.Namespace) -> None:
 
         draw_curves(picture, evaluation.boxes)
         print(f"picture: {picture}")
+
+
+def _frames(folder: str | None, config: TrainingConfig, device: torch.device) -> HeldOutFrames:
+    if folder is None:
+        from reimplementation.training.synthetic_frames import HeldOutDrives
+
+        return HeldOutDrives(config.data, config.model, device)
+    from reimplementation.training.file_frames import FrameReader, HeldOutFiles
+    from reimplementation.training.recordings import Recordings
+
+    return HeldOutFiles(FrameReader(Recordings(folder), config.data, config.model, config.seed), device)
 
 
 def _read(folder: str, file: str | None) -> tuple[Path, dict]:

@@ -14,7 +14,7 @@ from reimplementation.training.config import TrainingConfig
 from . import arguments
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-DATA = ("synthetic",)
+SYNTHETIC = "synthetic"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,7 +25,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "Under torchrun the processes share each batch.",
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="the training, as YAML")
-    parser.add_argument("--data", choices=DATA, default="synthetic", help="what to train on (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        default=SYNTHETIC,
+        help="a folder in nuScenes' layout, or with a rig's sample.json (default: %(default)s drives)",
+    )
     parser.add_argument("--work-dir", metavar="DIR", required=True, help="for checkpoints and metrics")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.set_defaults(run=run)
@@ -37,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
 
     config = TrainingConfig.from_yaml(options.config)
     with join(arguments.device(options.device)) as process, asked_to_stop() as is_stopped:
-        training = Training(config, Path(options.work_dir), process)
+        data = None if options.data == SYNTHETIC else Path(options.data)
+        training = Training(config, Path(options.work_dir), process, data)
         if process.is_first and training.step > 0:
             print(f"going on after step {training.step} of {config.num_steps}")
         with progress(config.num_steps, training.step, process.is_first) as on_step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +32,9 @@ class Frames(Protocol):
 
     def at(self, step: int) -> Batch:
         """The batch of a step: the same whenever it is asked for."""
+
+    def boxes(self) -> Iterator[np.ndarray]:
+        """The boxes (n, 9) of some or all frames, to know where boxes are."""
 
 
 class HeldOutFrames(Protocol):

@@ -10,19 +10,32 @@ from reimplementation.models.checks import check_positive
 from reimplementation.models.sparsedrive.config import SparseDriveConfig
 from reimplementation.models.sparsedrive.mappings import read_dataclass, write_dataclass
 
+from .augmentation import AugmentationConfig
+
 PRECISIONS = ("float32", "bfloat16")
 PARTS = ("images", "heads")
+ANCHORS = ("spread", "clusters")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Synthetic drives.
+    """Synthetic drives, or a data set's files.
 
     image_wh               pixels of the images that the network sees
+
+    Of synthetic drives:
+
     seed                   of the town; drives that are held out are another town's
     num_drives             how many are driven, over and over; None: always new ones
     frames_per_drive       at two a second
     num_validation_drives  held out, to evaluate on
+
+    Of files:
+
+    validation_scenes      held out by their names; none: all scenes are learnt from, and evaluated on
+    scene_parts            sequences that a scene is cut into, so that a batch's frames differ more
+    num_workers            processes that read images beside each training process; 0: it reads them itself
+    augmentation           None: frames are seen as they are
     """
 
     image_wh: tuple[int, ...] = (704, 256)
@@ -30,11 +43,18 @@ class DataConfig:
     num_drives: int | None = None
     frames_per_drive: int = FRAMES_PER_DRIVE
     num_validation_drives: int = 8
+    validation_scenes: tuple[str, ...] = ()
+    scene_parts: int = 2
+    num_workers: int = 4
+    augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
 
     def __post_init__(self) -> None:
         if len(self.image_wh) != 2 or min(self.image_wh) < 32:
             raise ValueError(f"image_wh must be a width and a height of at least 32 pixels; got {self.image_wh}")
         check_positive(frames_per_drive=self.frames_per_drive, num_validation_drives=self.num_validation_drives)
+        check_positive(scene_parts=self.scene_parts)
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative; got {self.num_workers}")
         if self.num_drives is not None:
             check_positive(num_drives=self.num_drives)
 
@@ -72,7 +92,8 @@ class TrainingConfig:
     num_steps         how often the parameters move
     batch_size        frames a step, of all processes together
     precision         "float32", or "bfloat16": the network runs under autocast, and parameters stay float32
-    compile           parts that `torch.compile` makes faster, after a minute or two: "images" (backbone and neck), "heads"
+    compile           parts that `torch.compile` makes faster after a minute: "images" (backbone and neck), "heads"
+    anchors           "spread" evenly, or the centres of "clusters" of the boxes to learn from, found by k-means
     checkpoint_every  steps
     keep_checkpoints  how many stay on the disk, the newest ones
     """
@@ -82,6 +103,7 @@ class TrainingConfig:
     seed: int = 0
     precision: str = "float32"
     compile: tuple[str, ...] = ()
+    anchors: str = "clusters"
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     data: DataConfig = field(default_factory=DataConfig)
@@ -97,6 +119,8 @@ class TrainingConfig:
         )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.anchors not in ANCHORS:
+            raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}; got {self.anchors!r}")
         if unknown := sorted(set(self.compile) - set(PARTS)):
             raise ValueError(f"compile must be some of {', '.join(PARTS)}; got {', '.join(unknown)}")
 

@@ -19,11 +19,14 @@ from reimplementation.models.sparsedrive.denoising import DenoisingState
 from reimplementation.models.sparsedrive.detector import State
 
 from . import checkpoint
+from .anchors import clustered
 from .batches import Batch, Frames, slots_of
 from .config import TrainingConfig
+from .file_frames import FileTraining, FrameReader
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
+from .recordings import Recordings
 from .stopwatch import Stopwatch
 from .synthetic_frames import SyntheticFrames, SyntheticTraining
 
@@ -47,24 +50,26 @@ class Training:
         config: what to train; of the folder's training, if there is one.
         folder: for checkpoints and metrics.
         process: of one, or of several that share each batch.
+        data: a folder of frames, as `Recordings` reads it; None: synthetic drives.
 
     Raises:
-        ValueError: the folder holds a training of another configuration.
+        ValueError: the folder holds a training of another configuration, or the data cannot be read.
     """
 
-    def __init__(self, config: TrainingConfig, folder: Path, process: Process):
+    def __init__(self, config: TrainingConfig, folder: Path, process: Process, data: Path | None = None):
         self.config, self.folder, self.process = config, folder, process
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
-        self.frames: Frames = SyntheticTraining(
-            SyntheticFrames(config.data, config.model, process.device), self.slots, config.batch_size
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.load_newest(folder)
+        self.frames = _open_frames(config, data, self.slots, process.device)
         torch.manual_seed(config.seed)
         self.model = SparseDrive(config.model).train().to(process.device)
+        if found is None and config.anchors == "clusters":
+            _cluster_anchors(self.model, self.frames, config)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.state: State = self.model.initial_state(len(self.slots))
         self.step = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._go_on_from(checkpoint.load_newest(folder))
+        self._go_on_from(found)
         self.network = _distributed(self.model, process)
         _compile(self.model, config.compile)
         self._upcoming: tuple[int, Batch] | None = None
@@ -201,6 +206,21 @@ class Training:
             name: STATES[name](**{key: value[own].to(self.process.device) for key, value in remembered.items()})
             for name, remembered in document["state"].items()
         }
+
+
+def _open_frames(config: TrainingConfig, data: Path | None, slots: Sequence[int], device: torch.device) -> Frames:
+    if data is None:
+        frames = SyntheticFrames(config.data, config.model, device)
+        return SyntheticTraining(frames, slots, config.batch_size)
+    reader = FrameReader(Recordings(data), config.data, config.model, config.seed)
+    return FileTraining(reader, slots, config.batch_size, device)
+
+
+@torch.no_grad()
+def _cluster_anchors(model: SparseDrive, frames: Frames, config: TrainingConfig) -> None:
+    """Let the boxes' anchors start where boxes are; the same in every process."""
+    anchor = model.heads["det"].instance_bank.anchor
+    anchor.copy_(clustered(anchor, frames.boxes(), config.model.det, config.seed))
 
 
 def _compile(model: SparseDrive, parts: Sequence[str]) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reimplementation.data.rendering import Rendering, render
-from reimplementation.data.synthetic import Drive, Moment, synthetic_rig
+from reimplementation.data.synthetic import CLASSES, Drive, Moment, synthetic_rig
 from reimplementation.models.sparsedrive.config import SparseDriveConfig
 
 from .batches import SECONDS_BETWEEN_PASSES, Batch, normalised, on_device
 from .config import DataConfig
 from .map_metrics import resample
+
+SEEN_DRIVES = 64  # are looked at to know where boxes are
 
 
 class SyntheticFrames:
@@ -35,6 +37,8 @@ class SyntheticFrames:
         self.rig = synthetic_rig(*data.image_wh)
         if len(self.rig.cameras) != model.num_cams:
             raise ValueError(f"synthetic drives have {len(self.rig.cameras)} cameras; the model has {model.num_cams}")
+        names = model.det.classes
+        self._label = np.array([names.index(name) if name in names else -1 for name in CLASSES])
         town = 2 * data.seed + held_out
         self._drive = functools.lru_cache(maxsize=256)(lambda index: Drive(index, town, data.frames_per_drive))
 
@@ -49,6 +53,11 @@ class SyntheticFrames:
             targets=self._targets(moments, rendering),
             pictures=rendering.images,
         )
+
+    def boxes(self, drive: int) -> Iterator[np.ndarray]:
+        """The boxes (n, 9) of every frame of a drive, seen or not."""
+        for frame in range(self.data.frames_per_drive):
+            yield _boxes_of(self._drive(drive).moment(frame))
 
     def _metas(self, moments: Sequence[Moment], delay: np.ndarray) -> dict[str, Tensor]:
         count = len(moments)
@@ -65,9 +74,10 @@ class SyntheticFrames:
             objects = moment.objects
             distance = np.linalg.norm(objects.center[:, :2], axis=1)
             kept = (num_points[: len(objects.label)] > 0) & (distance < self.model.det.max_distance)
-            boxes = np.concatenate([objects.center, objects.size, objects.yaw[:, None], objects.velocity], axis=1)
-            targets["labels_3d"].append(torch.from_numpy(objects.label[kept]))
-            targets["boxes_3d"].append(torch.from_numpy(boxes[kept]).float())
+            label = self._label[objects.label]
+            kept &= label >= 0
+            targets["labels_3d"].append(torch.from_numpy(label[kept]))
+            targets["boxes_3d"].append(torch.from_numpy(_boxes_of(moment)[kept]).float())
             targets["instance_id"].append(torch.from_numpy(objects.instance_id[kept]))
         if self.model.map is not None:
             num_points = self.model.map.num_points
@@ -92,6 +102,12 @@ class SyntheticTraining:
 
     def __init__(self, frames: SyntheticFrames, slots: Sequence[int], batch_size: int):
         self._frames, self._slots, self._batch_size = frames, slots, batch_size
+
+    def boxes(self) -> Iterator[np.ndarray]:
+        """The boxes (n, 9) of drives from beginning to end, of `SEEN_DRIVES` at most."""
+        count = self._frames.data.num_drives
+        for drive in range(SEEN_DRIVES if count is None else min(count, SEEN_DRIVES)):
+            yield from self._frames.boxes(drive)
 
     def at(self, step: int) -> Batch:
         """The batch of a step."""
@@ -128,3 +144,9 @@ def places_at(step: int, slots: Sequence[int], batch_size: int, data: DataConfig
         places.append((drive if data.num_drives is None else drive % data.num_drives, frame))
         passes.append(0 if data.num_drives is None else drive // data.num_drives)
     return places, passes
+
+
+def _boxes_of(moment: Moment) -> np.ndarray:
+    """(n, 9): x, y, z, sizes, yaw, vx, vy."""
+    objects = moment.objects
+    return np.concatenate([objects.center, objects.size, objects.yaw[:, None], objects.velocity], axis=1)

@@ -17,18 +17,12 @@ from reimplementation.cli.train import asked_to_stop
 from reimplementation.training import journal
 from reimplementation.training.config import TrainingConfig
 from tests.markdown import ROOT, commands
-from tests.training.tiny import TINY
+from tests.training.tiny import TINY, written
 
 pytest.importorskip("scipy")
 pytest.importorskip("rich")
-yaml = pytest.importorskip("yaml")
+pytest.importorskip("yaml")
 EXAMPLE = ROOT / "examples" / "train" / "tiny.yaml"
-
-
-def written(config: TrainingConfig, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.to_dict()))
-    return path
 
 
 def test_the_page_as_it_is_typed(tmp_path, monkeypatch, capsys):

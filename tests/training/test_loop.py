@@ -12,7 +12,7 @@ from reimplementation.training import checkpoint, journal
 from reimplementation.training.loop import Training
 from reimplementation.training.optimization import make_optimizer, rate_factor
 from reimplementation.training.processes import join
-from tests.training.tiny import ALONE, TINY
+from tests.training.tiny import ALONE, TINY, numbers
 
 pytest.importorskip("scipy")
 
@@ -23,12 +23,6 @@ def never() -> bool:
 
 def quietly(row: dict) -> None:
     pass
-
-
-def numbers(folder) -> list[dict]:
-    """The rows of a journal without the times."""
-    rows = journal.read(folder)
-    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")

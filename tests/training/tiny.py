@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import yaml
 
 from reimplementation.models.sparsedrive.config import BankConfig
+from reimplementation.training import journal
 from reimplementation.training.config import DataConfig, OptimizerConfig, TrainingConfig
 from reimplementation.training.processes import Process
 from tests.models.sparsedrive.small import BOX_HEAD, CONFIG, MAP_HEAD
@@ -33,3 +35,16 @@ TINY = TrainingConfig(
     model=MODEL,
 )
 ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def numbers(folder) -> list[dict]:
+    """The rows of a journal without the times."""
+    rows = journal.read(folder)
+    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+
+
+def written(config: TrainingConfig, path):
+    """The path, where the configuration is now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    return path
