@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     from reimplementation.training.held_out import judge, moments
 
     model = SparseDrive(config.model)
-    model.load_state_dict(document["model"])
+    model.load_state_dict(checkpoint.parameters_to_judge(document))
     model = model.to(device)
     frames = _frames(options.data, dataclasses.replace(config, data=data), device)
     steps = track(

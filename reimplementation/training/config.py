@@ -93,6 +93,8 @@ class TrainingConfig:
     batch_size        frames a step, of all processes together
     precision         "float32", or "bfloat16": the network runs under autocast, and parameters stay float32
     compile           parts that `torch.compile` makes faster after a minute: "images" (backbone and neck), "heads"
+    recompute         whether blocks and layers forget what they computed, and compute it again: less memory, more time
+    average_decay     of the parameters' average over the steps, which is then what is judged; None: the last ones are
     anchors           "spread" evenly, or the centres of "clusters" of the boxes to learn from, found by k-means
     checkpoint_every  steps
     keep_checkpoints  how many stay on the disk, the newest ones
@@ -103,6 +105,8 @@ class TrainingConfig:
     seed: int = 0
     precision: str = "float32"
     compile: tuple[str, ...] = ()
+    recompute: bool = False
+    average_decay: float | None = None
     anchors: str = "clusters"
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
@@ -119,6 +123,8 @@ class TrainingConfig:
         )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.average_decay is not None and not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay must be in [0, 1); got {self.average_decay}")
         if self.anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}; got {self.anchors!r}")
         if unknown := sorted(set(self.compile) - set(PARTS)):

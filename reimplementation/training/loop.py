@@ -20,18 +20,25 @@ from reimplementation.models.sparsedrive.detector import State
 
 from . import checkpoint
 from .anchors import clustered
+from .averaging import ParameterAverage
 from .batches import Batch, Frames, slots_of
 from .config import TrainingConfig
 from .file_frames import FileTraining, FrameReader
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
+from .recomputation import recompute
 from .recordings import Recordings
 from .stopwatch import Stopwatch
 from .synthetic_frames import SyntheticFrames, SyntheticTraining
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
-MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "compile")  # of a configuration, when a training goes on
+MAY_CHANGE = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "compile",
+    "recompute",
+)  # of a configuration, when a training goes on
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,12 @@ class Training:
             _cluster_anchors(self.model, self.frames, config)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.state: State = self.model.initial_state(len(self.slots))
+        decay = config.average_decay
+        self.average = None if decay is None else ParameterAverage(self.model, decay)
         self.step = 0
         self._go_on_from(found)
+        if config.recompute:
+            recompute(self.model)
         self.network = _distributed(self.model, process)
         _compile(self.model, config.compile)
         self._upcoming: tuple[int, Batch] | None = None
@@ -117,6 +128,8 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "state": state,
             }
+            if self.average is not None:
+                document["average"] = self.average.state_dict()
             path = checkpoint.save(self.folder, self.step, document, self.config.keep_checkpoints)
         self.process.wait()
         return path
@@ -149,6 +162,8 @@ class Training:
         times = self.stopwatch.read()
         self._check(dict(zip(terms, values)), norm_value)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.step)
         self.stopwatch.ends("optimizer")
         row = {"step": self.step, "loss": sum(values), **dict(zip(terms, values)), "grad_norm": norm_value}
         row |= {"lr": config.optimizer.lr * factor, "seconds": sum(times.values())}
@@ -200,6 +215,8 @@ class Training:
             )
         self.model.load_state_dict(document["model"])
         self.optimizer.load_state_dict(document["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(document["average"])
         self.step = document["step"]
         own = slice(self.slots.start, self.slots.stop)
         self.state = {
