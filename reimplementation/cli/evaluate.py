@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reimplementation.training import checkpoint
 from reimplementation.training.config import TrainingConfig
-from reimplementation.training.evaluate import DISTANCES, ERRORS
+from reimplementation.training.evaluate import DISTANCES, ERROR_DISTANCE, ERRORS
 from reimplementation.training.held_out import Evaluation
 
 from . import arguments
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from reimplementation.training.batches import HeldOutFrames
+    from reimplementation.training.held_out import Judged
 
+SHOWN_FRAME = 4  # of the first slot: by then instances have gone from frame to frame
 ERROR_NAMES = dict(zip(ERRORS, ("mATE", "mASE", "mAOE", "mAVE", "mAAE")))
 
 
@@ -37,12 +40,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--drives", metavar="N", type=arguments.positive, help="how many (default: the training's)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--picture", metavar="FILE", help="draw the curves of precision over recall there")
+    parser.add_argument("--frame-picture", metavar="FILE", help="draw what is there and what is found in a frame there")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     picture = arguments.picture("--picture", options.picture)
+    frame_picture = arguments.picture("--frame-picture", options.frame_picture)
     output = arguments.file("--json", options.json)
     device = arguments.device(options.device)
     path, document = _read(options.work_dir, options.checkpoint)
@@ -68,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
         console=Console(stderr=True),
         transient=True,
     )
-    evaluation = judge(list(steps), model.config)
+    kept: list[Judged] = []
+    evaluation = judge(_keep(steps, min(SHOWN_FRAME, frames.num_batches - 1), kept), model.config)
     _print_tables(evaluation, f"{path}, {options.data or f'{data.num_validation_drives} drives'}")
     if output is not None:
         output.write_text(json.dumps({"step": document["step"], **evaluation.to_dict()}, indent=1) + "\n")
@@ -78,6 +84,23 @@ def run(options: argparse.Namespace) -> None:
 
         draw_curves(picture, evaluation.boxes)
         print(f"picture: {picture}")
+    if frame_picture is not None:
+        from reimplementation.training.frame_drawing import Column, draw_frame
+
+        (judged,) = kept
+        columns = [Column("there", judged.truth[0]), Column("found", judged.found[0])]
+        batch = judged.batch
+        pictures, projections = (x[0].cpu().numpy() for x in (batch.pictures, batch.metas["projection_mat"]))
+        draw_frame(frame_picture, pictures, projections, columns, model.config.det.classes)
+        print(f"picture of a frame: {frame_picture}")
+
+
+def _keep(steps: Iterable[Judged], number: int, kept: list[Judged]) -> Iterator[Judged]:
+    """The steps, the one of this number of which is kept too."""
+    for index, judged in enumerate(steps):
+        if index == number:
+            kept.append(judged)
+        yield judged
 
 
 def _frames(folder: str | None, config: TrainingConfig, device: torch.device) -> HeldOutFrames:
@@ -117,6 +140,8 @@ def _print_tables(evaluation: Evaluation, title: str) -> None:
     console.print(table)
     errors = ", ".join(f"{ERROR_NAMES[name]} {_shown(value)}" for name, value in boxes.mean_errors.items())
     console.print(f"mAP {_shown(boxes.mean_average_precision)}, NDS {_shown(boxes.nd_score)}, {errors}")
+    average = _shown(evaluation.average_precision_of_present(ERROR_DISTANCE))
+    console.print(f"AP at {ERROR_DISTANCE:g} m of the {len(evaluation.present)} classes that are there: {average}")
     if evaluation.lines is not None:
         console.print(f"map lines: mAP {_shown(evaluation.lines.mean_average_precision)}")
 
