@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,12 +59,12 @@ def run(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from reimplementation.models.sparsedrive import SparseDrive
-    from reimplementation.training.held_out import judge, moments
+    from reimplementation.training.held_out import judge, keeping, moments
 
     model = SparseDrive(config.model)
     model.load_state_dict(checkpoint.parameters_to_judge(document))
     model = model.to(device)
-    frames = _frames(options.data, dataclasses.replace(config, data=data), device)
+    frames = open_frames(options.data, dataclasses.replace(config, data=data), device)
     steps = track(
         moments(model, frames, device, config.precision),
         "driving",
@@ -74,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         transient=True,
     )
     kept: list[Judged] = []
-    evaluation = judge(_keep(steps, min(SHOWN_FRAME, frames.num_batches - 1), kept), model.config)
+    evaluation = judge(keeping(steps, min(SHOWN_FRAME, frames.num_batches - 1), kept), model.config)
     _print_tables(evaluation, f"{path}, {options.data or f'{data.num_validation_drives} drives'}")
     if output is not None:
         output.write_text(json.dumps({"step": document["step"], **evaluation.to_dict()}, indent=1) + "\n")
@@ -85,25 +84,14 @@ def run(options: argparse.Namespace) -> None:
         draw_curves(picture, evaluation.boxes)
         print(f"picture: {picture}")
     if frame_picture is not None:
-        from reimplementation.training.frame_drawing import Column, draw_frame
+        from reimplementation.training.frame_drawing import draw_found
 
-        (judged,) = kept
-        columns = [Column("there", judged.truth[0]), Column("found", judged.found[0])]
-        batch = judged.batch
-        pictures, projections = (x[0].cpu().numpy() for x in (batch.pictures, batch.metas["projection_mat"]))
-        draw_frame(frame_picture, pictures, projections, columns, model.config.det.classes)
+        draw_found(frame_picture, {"found": kept[0]}, model.config.det.classes)
         print(f"picture of a frame: {frame_picture}")
 
 
-def _keep(steps: Iterable[Judged], number: int, kept: list[Judged]) -> Iterator[Judged]:
-    """The steps, the one of this number of which is kept too."""
-    for index, judged in enumerate(steps):
-        if index == number:
-            kept.append(judged)
-        yield judged
-
-
-def _frames(folder: str | None, config: TrainingConfig, device: torch.device) -> HeldOutFrames:
+def open_frames(folder: str | None, config: TrainingConfig, device: torch.device) -> HeldOutFrames:
+    """What a detector of this training is judged by: a folder's frames, or drives; anew from the first one."""
     if folder is None:
         from reimplementation.training.synthetic_frames import HeldOutDrives
 

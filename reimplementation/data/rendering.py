@@ -2,15 +2,14 @@
 
 A ray enters a box where it has entered all three of its slabs (Kay and Kajiya, SIGGRAPH 1986). That is arithmetic on
 every pixel alike, so that a GPU draws many frames at once; only boxes that a camera may see are tried. `painting.py`
-says what the rays bring home. On a GPU the arithmetic is compiled, where the compiler of PyTorch is: one by one its
-hundreds of small steps would each read and write every pixel.
+says what the rays bring home. On a GPU with Triton the boxes are tried by a kernel, `tracing.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ NEAR = 0.1  # metres: nothing nearer to a camera is drawn
 PROBES = (-0.8, 0.0, 0.8)  # in half extents: a grid of points in each box, at which the lidar looks
 SIGHT = 150.0  # metres: a crossing that is farther takes less than a sixth of a pixel's height
 NUM_CROSSINGS, NUM_DIVIDERS = 8, 2  # that are within sight at most, the divider in the middle not counted
-TOGETHER = 8  # boxes that a kernel tries before it writes down which one was the nearest
 
 
 class Rendering(NamedTuple):
@@ -78,9 +76,7 @@ def render(moments: Sequence[Moment], rig: Rig, device: torch.device | str = "cp
     rays = _Rays(*(part.expand(len(moments), *part.shape) for part in _camera_rays(rig, device)))
     boxes = _boxes_in_view(moments, rig, device)
     depth, nearest = _trace(rays, boxes)
-    images, box_ids, depth = _compiled(_paint, device)(
-        rays, boxes, _appearance(moments, boxes), _scenery(moments, device), depth, nearest
-    )
+    images, box_ids, depth = _paint(rays, boxes, _appearance(moments, boxes), _scenery(moments, device), depth, nearest)
     shape = (len(moments), len(rig.cameras), height, width)
     return Rendering(
         images=images.view(*shape, 3),
@@ -88,13 +84,6 @@ def render(moments: Sequence[Moment], rig: Rig, device: torch.device | str = "cp
         depth=depth.view(shape),
         num_points=_lidar_points(moments, device),
     )
-
-
-@functools.cache
-def _compiled(function: Callable, device: torch.device) -> Callable:
-    """The function as one kernel or a few, of any sizes, where a compiler for the device is."""
-    has_compiler = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return torch.compile(function, dynamic=True) if has_compiler else function
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,14 +100,15 @@ def _camera_rays(rig: Rig, device: torch.device) -> _Rays:
 
 def _boxes_in_view(moments: Sequence[Moment], rig: Rig, device: torch.device) -> _Boxes:
     """The boxes whose surrounding sphere reaches into a camera's pyramid of view."""
-    rows = [[_in_view(moment, camera) for camera in rig.cameras] for moment in moments]
-    return _gather_boxes(moments, rows, device)
+    center, size, _ = _objects(moments)
+    radius = np.linalg.norm(size, axis=-1) / 2
+    in_view = [(radius > 0) & _in_view(center, radius, camera) for camera in rig.cameras]
+    return _gather_boxes(moments, np.stack(in_view, axis=1), device)
 
 
-def _in_view(moment: Moment, camera: Camera) -> np.ndarray:
-    center = moment.objects.center @ camera.world_to_camera[:3, :3].T + camera.world_to_camera[:3, 3]
-    radius = np.linalg.norm(moment.objects.size, axis=1) / 2
-    x, y, z = center.T
+def _in_view(center: np.ndarray, radius: np.ndarray, camera: Camera) -> np.ndarray:
+    """Whether spheres (…, 3), (…) reach into what a camera sees."""
+    x, y, z = np.moveaxis(center @ camera.world_to_camera[:3, :3].T + camera.world_to_camera[:3, 3], -1, 0)
     inside = z > -radius
     for focal, middle, extent, across in (
         (camera.intrinsics[0, 0], camera.intrinsics[0, 2], camera.width, x),
@@ -127,25 +117,30 @@ def _in_view(moment: Moment, camera: Camera) -> np.ndarray:
         low, high = -middle / focal, (extent - middle) / focal  # slopes of the pyramid's sides
         inside &= across - low * z > -radius * np.hypot(1, low)
         inside &= high * z - across > -radius * np.hypot(1, high)
-    return np.nonzero(inside)[0]
+    return inside
 
 
-def _gather_boxes(moments: Sequence[Moment], rows: Sequence[Sequence[np.ndarray]], device: torch.device) -> _Boxes:
-    """Boxes by their rows for every view of every moment, padded to a multiple of `TOGETHER`.
+def _objects(moments: Sequence[Moment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centres and sizes (bs, n, 3) and yaws (bs, n) of the moments' objects, padded by such without extent."""
+    most = max(1, max(len(moment.objects.label) for moment in moments))
+    packed = np.zeros((len(moments), most, 7))
+    for row, moment in zip(packed, moments):
+        objects = moment.objects
+        row[: len(objects.label)] = np.concatenate([objects.center, objects.size, objects.yaw[:, None]], axis=1)
+    return packed[..., :3], packed[..., 3:6], packed[..., 6]
 
-    Padding is a box without extent, which no ray enters.
-    """
-    most = max(1, max(len(row) for views in rows for row in views))
-    shape = (len(moments), len(rows[0]), -(-most // TOGETHER) * TOGETHER)
-    row = np.full(shape, -1, dtype=np.int64)
-    center, half, cos_sin = np.zeros((*shape, 3)), np.zeros((*shape, 3)), np.zeros((*shape, 2))
-    for i, (moment, views) in enumerate(zip(moments, rows)):
-        for j, found in enumerate(views):
-            place = (i, j, slice(len(found)))
-            row[place] = found
-            center[place], half[place] = moment.objects.center[found], moment.objects.size[found] / 2
-            cos_sin[place] = np.stack([np.cos(moment.objects.yaw[found]), np.sin(moment.objects.yaw[found])], axis=1)
-    return _Boxes(*(_tensor(x, device) for x in (center, half, cos_sin)), _tensor(row, device))
+
+def _gather_boxes(moments: Sequence[Moment], in_view: np.ndarray, device: torch.device) -> _Boxes:
+    """The objects that are in each view, (bs, v, n) bool; padding, up to the longest list, has no extent."""
+    center, size, yaw = (values[:, None] for values in _objects(moments))
+    most = max(1, in_view.sum(axis=-1).max())
+    row = np.argsort(~in_view, axis=-1, kind="stable")[..., :most]  # those in view first, in their order
+    is_box = np.take_along_axis(in_view, row, axis=-1)
+    of_row = row[..., None]
+    half = np.where(is_box[..., None], np.take_along_axis(size, of_row, axis=2) / 2, 0)
+    cos_sin = np.take_along_axis(np.stack([np.cos(yaw), np.sin(yaw)], axis=-1), of_row, axis=2)
+    parts = (np.take_along_axis(center, of_row, axis=2), half, cos_sin, np.where(is_box, row, -1))
+    return _Boxes(*(_tensor(part, device) for part in parts))
 
 
 def _trace(rays: _Rays, boxes: _Boxes) -> tuple[Tensor, Tensor]:
@@ -154,6 +149,10 @@ def _trace(rays: _Rays, boxes: _Boxes) -> tuple[Tensor, Tensor]:
     A GPU traces all views at once. A processor traces one after another, whose rays its cache holds, and tries no
     padding.
     """
+    if boxes.row.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from .tracing import trace
+
+        return trace(*rays, *boxes[:3], NEAR)
     if boxes.row.device.type != "cpu":
         return _trace_views(rays, boxes)
     bs, views = boxes.row.shape[:2]
@@ -167,27 +166,14 @@ def _trace(rays: _Rays, boxes: _Boxes) -> tuple[Tensor, Tensor]:
 
 
 def _trace_views(rays: _Rays, boxes: _Boxes) -> tuple[Tensor, Tensor]:
-    device = boxes.row.device
-    nearer = _compiled(_nearer, device)
-    distance = torch.full(rays.direction.shape[:-1], torch.inf, device=device)
-    nearest = torch.full(rays.direction.shape[:-1], -1, device=device)
-    numbers = torch.arange(boxes.row.shape[2], device=device)
-    parts = (part.split(TOGETHER, dim=2) for part in (boxes.center, boxes.half, boxes.cos_sin))
-    for center, half, cos_sin, number in zip(*parts, numbers.split(TOGETHER)):
-        distance, nearest = nearer(rays, center, half, cos_sin, number, distance, nearest)
-    return distance, nearest
-
-
-def _nearer(
-    rays: _Rays, center: Tensor, half: Tensor, cos_sin: Tensor, number: Tensor, distance: Tensor, nearest: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`_trace`'s answer, after some boxes more: center, half (bs, v, k, 3), cos_sin (bs, v, k, 2), number (k,)."""
     dx, dy, dz = rays.direction.unbind(-1)
     inverse_z = 1 / dz
-    for k in range(number.shape[0]):
-        cos, sin = cos_sin[:, :, k].unbind(-1)
-        x, y, z = (rays.origin - center[:, :, k]).unbind(-1)
-        half_x, half_y, half_z = (extent[..., None] for extent in half[:, :, k].unbind(-1))
+    distance = torch.full_like(dx, torch.inf)
+    nearest = torch.full(dx.shape, -1, device=dx.device)
+    for k in range(boxes.row.shape[2]):
+        cos, sin = boxes.cos_sin[:, :, k].unbind(-1)
+        x, y, z = (rays.origin - boxes.center[:, :, k]).unbind(-1)
+        half_x, half_y, half_z = (half[..., None] for half in boxes.half[:, :, k].unbind(-1))
         begins, ends = _slab((cos * x + sin * y)[..., None], half_x, 1 / (cos[..., None] * dx + sin[..., None] * dy))
         for near, far in (
             _slab((cos * y - sin * x)[..., None], half_y, 1 / (cos[..., None] * dy - sin[..., None] * dx)),
@@ -196,7 +182,7 @@ def _nearer(
             begins, ends = torch.maximum(begins, near), torch.minimum(ends, far)
         is_nearest = (begins < ends) & (begins > NEAR) & (begins < distance)
         distance = torch.where(is_nearest, begins, distance)
-        nearest = torch.where(is_nearest, number[k], nearest)
+        nearest = torch.where(is_nearest, k, nearest)
     return distance, nearest
 
 
@@ -286,8 +272,8 @@ def _padded(places: Sequence[float], count: int) -> list[float]:
 
 def _lidar_points(moments: Sequence[Moment], device: torch.device) -> Tensor:
     """How many points of a grid in each box no other box hides from the lidar (bs, n)."""
-    rows = [[np.arange(len(moment.objects.label))] for moment in moments]
-    boxes = _gather_boxes(moments, rows, device)
+    exists = _objects(moments)[1][..., 0] > 0
+    boxes = _gather_boxes(moments, exists[:, None], device)
     grid = _tensor(np.stack(np.meshgrid(*[PROBES] * 3, indexing="ij"), axis=-1).reshape(-1, 3), device)
     local = boxes.half[:, 0, :, None] * grid
     cos, sin = boxes.cos_sin[:, 0, :, None].unbind(-1)

@@ -14,6 +14,7 @@ from .augmentation import AugmentationConfig
 
 PRECISIONS = ("float32", "bfloat16")
 PARTS = ("images", "heads")
+PRESETS = Path(__file__).with_name("presets")
 ANCHORS = ("spread", "clusters")
 
 
@@ -28,7 +29,8 @@ class DataConfig:
     seed                   of the town; drives that are held out are another town's
     num_drives             how many are driven, over and over; None: always new ones
     frames_per_drive       at two a second
-    num_validation_drives  held out, to evaluate on
+    num_validation_drives  to evaluate on; they are held out
+    validate_on_learnt     evaluate on the drives that are learnt from instead: what is learnt by heart
 
     Of files:
 
@@ -43,6 +45,7 @@ class DataConfig:
     num_drives: int | None = None
     frames_per_drive: int = FRAMES_PER_DRIVE
     num_validation_drives: int = 8
+    validate_on_learnt: bool = False
     validation_scenes: tuple[str, ...] = ()
     scene_parts: int = 2
     num_workers: int = 4
@@ -143,6 +146,14 @@ class TrainingConfig:
     def to_dict(self) -> dict:
         """Plain dicts, lists, numbers and text."""
         return write_dataclass(self)
+
+    @classmethod
+    def preset(cls, name: str) -> TrainingConfig:
+        """A training that comes with the package; a ValueError names those that there are."""
+        names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+        if name not in names:
+            raise ValueError(f"there is no preset {name!r}, but {', '.join(names)}")
+        return cls.from_yaml(PRESETS / f"{name}.yaml")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainingConfig:

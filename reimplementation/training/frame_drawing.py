@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,6 +13,8 @@ from matplotlib.patches import Polygon
 
 from reimplementation.data.rig import Box
 
+from .held_out import Judged
+
 MIN_SCORE = 0.3  # what scores less is not drawn
 RANGE = 55.0  # metres that the view from above shows to every side
 CAMERA_COLUMNS = 3
@@ -21,34 +22,27 @@ NEAR = 0.3  # metres: an edge that comes nearer to a camera is cut off there
 EDGE_POINTS = 20
 
 
-class Column(NamedTuple):
-    """What stands under a title: boxes of a sample, as `SparseDrive.decode` gives them in arrays."""
-
-    title: str
-    sample: Mapping[str, np.ndarray]
-
-
-def draw_frame(
-    path: Path, pictures: np.ndarray, projections: np.ndarray, columns: Sequence[Column], classes: Sequence[str]
-) -> None:
-    """Draw a frame; the format follows the file's suffix.
+def draw_found(path: Path, found: Mapping[str, Judged], classes: Sequence[str]) -> None:
+    """Draw a batch's first frame: what is there, and what was found; the format follows the file's suffix.
 
     Args:
         path: the file.
-        pictures: (num_cams, H, W, 3) uint8.
-        projections: (num_cams, 4, 4), to their pixels.
-        columns: what to draw side by side.
+        found: the batch, as detectors were judged in it, by the titles that they get.
         classes: the names that labels are places in.
     """
+    (first, *_) = found.values()
+    columns = {"there": first.truth[0], **{title: judged.found[0] for title, judged in found.items()}}
+    pictures = first.batch.pictures[0].cpu().numpy()
+    projections = first.batch.metas["projection_mat"][0].cpu().numpy()
     palette = colormaps["tab20"].colors
     colors = {name: palette[2 * i % 20 + i // 10] for i, name in enumerate(classes)}
     rows = -(-len(pictures) // CAMERA_COLUMNS)
     width, height = 7.0, 7.0 + 7.0 * rows / CAMERA_COLUMNS * pictures.shape[1] / pictures.shape[2]
     figure = Figure(figsize=(width * len(columns), height + 0.8), layout="constrained")
     parts = figure.subfigures(1, len(columns), squeeze=False)[0]
-    for part, column in zip(parts, columns):
-        boxes = _boxes(column.sample, classes)
-        part.suptitle(f"{column.title}: {len(boxes)} boxes")
+    for part, (title, sample) in zip(parts, columns.items()):
+        boxes = _boxes(sample, classes)
+        part.suptitle(f"{title}: {len(boxes)} boxes")
         grid = part.add_gridspec(rows + 1, CAMERA_COLUMNS, height_ratios=[*[1] * rows, CAMERA_COLUMNS * 2.2])
         for index, (picture, matrix) in enumerate(zip(pictures, projections)):
             _draw_view(part.add_subplot(grid[divmod(index, CAMERA_COLUMNS)]), picture, matrix, boxes, colors)

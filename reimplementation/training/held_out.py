@@ -110,6 +110,14 @@ def judge(frames: Iterable[Judged], config: SparseDriveConfig) -> Evaluation:
     )
 
 
+def keeping(frames: Iterable[Judged], number: int, kept: list[Judged]) -> Iterator[Judged]:
+    """The same frames; the batch of this number is put into a list as it passes."""
+    for index, judged in enumerate(frames):
+        if index == number:
+            kept.append(judged)
+        yield judged
+
+
 def attributes(label: np.ndarray, velocity: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """The attribute (n,) that a box's class and speed suggest, a place in `ATTRIBUTES`; -1: its class has none."""
     kinds = [_ATTRIBUTES_OF.get(name) for name in classes]

@@ -69,10 +69,7 @@ class Training:
         folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.load_newest(folder)
         self.frames = _open_frames(config, data, self.slots, process.device)
-        torch.manual_seed(config.seed)
-        self.model = SparseDrive(config.model).train().to(process.device)
-        if found is None and config.anchors == "clusters":
-            _cluster_anchors(self.model, self.frames, config)
+        self.model = new_model(config, None if found else self.frames).train().to(process.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.state: State = self.model.initial_state(len(self.slots))
         decay = config.average_decay
@@ -115,6 +112,13 @@ class Training:
         if saved is None and (saved := checkpoint.newest(self.folder)) is None:
             saved = self.save()
         return Outcome(self.step, self.step == self.config.num_steps, saved)
+
+    def judged_model(self) -> SparseDrive:
+        """The detector as it is judged: with the average of its parameters, where there is one."""
+        model = SparseDrive(self.config.model)
+        averages = {} if self.average is None else self.average.state_dict()
+        model.load_state_dict(self.model.state_dict() | averages)
+        return model.to(self.process.device)
 
     def save(self) -> Path:
         """Write a checkpoint, in the first process; the others wait."""
@@ -234,10 +238,19 @@ def _open_frames(config: TrainingConfig, data: Path | None, slots: Sequence[int]
 
 
 @torch.no_grad()
-def _cluster_anchors(model: SparseDrive, frames: Frames, config: TrainingConfig) -> None:
-    """Let the boxes' anchors start where boxes are; the same in every process."""
-    anchor = model.heads["det"].instance_bank.anchor
-    anchor.copy_(clustered(anchor, frames.boxes(), config.model.det, config.seed))
+def new_model(config: TrainingConfig, frames: Frames | None) -> SparseDrive:
+    """The detector as a training begins with it, the same in every process.
+
+    Args:
+        config: of the training.
+        frames: where boxes are, for anchors that are to start there; None: parameters will be loaded anyway.
+    """
+    torch.manual_seed(config.seed)
+    model = SparseDrive(config.model)
+    if frames is not None and config.anchors == "clusters":
+        anchor = model.heads["det"].instance_bank.anchor
+        anchor.copy_(clustered(anchor, frames.boxes(), config.model.det, config.seed))
+    return model
 
 
 def _compile(model: SparseDrive, parts: Sequence[str]) -> None:

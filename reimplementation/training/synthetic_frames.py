@@ -115,14 +115,14 @@ class SyntheticTraining:
 
 
 class HeldOutDrives:
-    """`HeldOutFrames` of synthetic drives in a town that no training sees, a drive a slot.
+    """`HeldOutFrames` of synthetic drives, a drive a slot, in a town that no training sees; or those that are learnt.
 
     Args:
         data, model, device: as for `SyntheticFrames`.
     """
 
     def __init__(self, data: DataConfig, model: SparseDriveConfig, device: torch.device | str):
-        self._frames = SyntheticFrames(data, model, device, held_out=True)
+        self._frames = SyntheticFrames(data, model, device, held_out=not data.validate_on_learnt)
         self.num_slots, self.num_batches = data.num_validation_drives, data.frames_per_drive
 
     def at(self, number: int) -> tuple[Batch, np.ndarray]:
