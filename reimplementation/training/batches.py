@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet's red, green and blue, in 0..255
 SECONDS_BETWEEN_PASSES = 1e4  # when a sequence is seen again, it is long after
@@ -25,6 +27,37 @@ class Batch(NamedTuple):
     metas: dict[str, Tensor]
     targets: dict[str, list[Tensor]]
     pictures: Tensor
+
+
+class Stream:
+    """Samples of a data set, step after step, which other processes read ahead.
+
+    Args:
+        dataset: whose samples a batch is made of.
+        places: which samples a step wants.
+        num_workers: how many processes read; 0: this one does, when it is asked.
+    """
+
+    def __init__(self, dataset: Dataset, places: Callable[[int], list], num_workers: int):
+        self._dataset, self._places, self._num_workers = dataset, places, num_workers
+        self._next_step: int | None = None
+        self._samples: Iterator[list] = iter(())
+
+    def at(self, step: int) -> list:
+        """A step's samples. The step behind the last one is at hand; any other begins anew."""
+        if step != self._next_step:
+            self._samples = iter(self._loader(step))
+        self._next_step = step + 1
+        return next(self._samples)
+
+    def _loader(self, first_step: int) -> DataLoader:
+        return DataLoader(
+            self._dataset,
+            batch_sampler=map(self._places, itertools.count(first_step)),
+            num_workers=self._num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # not the one that the training draws from
+        )
 
 
 class Frames(Protocol):

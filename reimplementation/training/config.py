@@ -23,6 +23,7 @@ class DataConfig:
     """Synthetic drives, or a data set's files.
 
     image_wh               pixels of the images that the network sees
+    num_workers            processes that read frames beside each training process; 0: it reads them itself
 
     Of synthetic drives:
 
@@ -36,7 +37,6 @@ class DataConfig:
 
     validation_scenes      held out by their names; none: all scenes are learnt from, and evaluated on
     scene_parts            sequences that a scene is cut into, so that a batch's frames differ more
-    num_workers            processes that read images beside each training process; 0: it reads them itself
     augmentation           None: frames are seen as they are
     """
 

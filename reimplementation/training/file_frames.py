@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from reimplementation.data.synthetic import CLASSES
 from reimplementation.models.sparsedrive.config import SparseDriveConfig
 
 from .augmentation import Seen, View, draw_view, grid_mask, recoloured, seen_as, turned
-from .batches import SECONDS_BETWEEN_PASSES, Batch, normalised, on_device
+from .batches import SECONDS_BETWEEN_PASSES, Batch, Stream, normalised, on_device
 from .config import DataConfig
 from .recordings import Recordings
 
@@ -106,7 +106,7 @@ class FileTraining:
         self._sequences = [part for tokens in learnt for part in _parts(tokens, reader.data.scene_parts)]
         if not self._sequences:
             raise ValueError(f"{reader.recordings.folder} has no scene to learn from beside validation_scenes")
-        self._begun: tuple[int, Iterator[list[Frame]]] | None = None
+        self._stream = Stream(reader, self.places, reader.data.num_workers)
 
     def boxes(self) -> Iterator[np.ndarray]:
         """The boxes (n, 9) of every frame, no image of which is read."""
@@ -114,12 +114,8 @@ class FileTraining:
             yield self._reader.recordings.keyframe(token, with_images=False).boxes
 
     def at(self, step: int) -> Batch:
-        """The batch of a step; reading goes on for the steps behind it."""
-        if self._begun is None or self._begun[0] != step:
-            self._begun = step, iter(self._loader(step))
-        frames = next(self._begun[1])
-        self._begun = step + 1, self._begun[1]
-        batch = batch_of(frames, self._device)
+        """The batch of a step."""
+        batch = batch_of(self._stream.at(step), self._device)
         augmentation = self._reader.data.augmentation
         random = np.random.default_rng((self._reader.seed, step))
         if augmentation is None or random.random() >= augmentation.grid_mask:
@@ -149,9 +145,6 @@ class FileTraining:
         order = np.random.default_rng((self._reader.seed, lap)).permutation(len(self._sequences)).tolist()
         return order, list(itertools.accumulate(len(self._sequences[sequence]) for sequence in order))
 
-    def _loader(self, first_step: int) -> DataLoader:
-        return _loader(self._reader, (self.places(step) for step in itertools.count(first_step)))
-
 
 class HeldOutFiles:
     """`HeldOutFrames` of files: the validation scenes, or all of them if none were named.
@@ -171,12 +164,12 @@ class HeldOutFiles:
         self.num_slots = min(num_slots, len(chosen))
         self._lines = [list(itertools.chain(*chosen[slot :: self.num_slots])) for slot in range(self.num_slots)]
         self.num_batches = max(map(len, self._lines))
-        self._batches = iter(_loader(reader, map(self._places, range(self.num_batches))))
+        self._stream = Stream(reader, self._places, reader.data.num_workers)
         self._device = torch.device(device)
 
     def at(self, number: int) -> tuple[Batch, np.ndarray]:
-        """The next batch: they are asked for in order."""
-        return batch_of(next(self._batches), self._device), np.array([number < len(line) for line in self._lines])
+        """A batch, and which slots count."""
+        return batch_of(self._stream.at(number), self._device), np.array([number < len(line) for line in self._lines])
 
     def _places(self, number: int) -> list[Place]:
         tokens = (line[min(number, len(line) - 1)] for line in self._lines)
@@ -251,16 +244,6 @@ def _parts(tokens: list[str], count: int) -> list[list[str]]:
     """A scene's frames in parts of about the same length, none of them empty."""
     cuts = [len(tokens) * part // count for part in range(count + 1)]
     return [tokens[begin:end] for begin, end in zip(cuts, cuts[1:]) if begin < end]
-
-
-def _loader(reader: FrameReader, places: Iterator[list[Place]]) -> DataLoader:
-    return DataLoader(
-        reader,
-        batch_sampler=places,
-        num_workers=reader.data.num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # not the one that the training draws from, which would then depend on the start
-    )
 
 
 def _check_model(reader: FrameReader) -> None:

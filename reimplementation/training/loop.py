@@ -30,7 +30,7 @@ from .processes import Process
 from .recomputation import recompute
 from .recordings import Recordings
 from .stopwatch import Stopwatch
-from .synthetic_frames import SyntheticFrames, SyntheticTraining
+from .synthetic_frames import training_drives
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
 MAY_CHANGE = (
@@ -231,8 +231,7 @@ class Training:
 
 def _open_frames(config: TrainingConfig, data: Path | None, slots: Sequence[int], device: torch.device) -> Frames:
     if data is None:
-        frames = SyntheticFrames(config.data, config.model, device)
-        return SyntheticTraining(frames, slots, config.batch_size)
+        return training_drives(config.data, config.model, device, slots, config.batch_size)
     reader = FrameReader(Recordings(data), config.data, config.model, config.seed)
     return FileTraining(reader, slots, config.batch_size, device)
 

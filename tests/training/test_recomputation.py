@@ -7,7 +7,7 @@ import torch
 
 from reimplementation.models.sparsedrive import SparseDrive
 from reimplementation.training.recomputation import recompute
-from reimplementation.training.synthetic_frames import SyntheticFrames
+from reimplementation.training.synthetic_frames import Place, SyntheticFrames
 from tests.training.tiny import MODEL, TINY
 
 pytest.importorskip("scipy")
@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 def test_gradients_are_equal():
     """With dropout, whose draws are drawn again, and with norms, which see every batch once."""
     config = dataclasses.replace(MODEL, dropout=0.1, attn_drop=0.1)
-    batch = SyntheticFrames(TINY.data, config, "cpu").batch([(0, 0), (1, 1)])
+    batch = SyntheticFrames(TINY.data, config, "cpu", lambda step: [Place(0, 0), Place(1, 1)]).at(0)
     found, kept = [], []
     for again in (False, True):
         torch.manual_seed(0)

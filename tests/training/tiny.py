@@ -30,7 +30,7 @@ TINY = TrainingConfig(
     batch_size=2,
     checkpoint_every=100,
     keep_checkpoints=2,
-    data=DataConfig(image_wh=(64, 32), num_drives=3, frames_per_drive=3, num_validation_drives=1),
+    data=DataConfig(image_wh=(64, 32), num_workers=0, num_drives=3, frames_per_drive=3, num_validation_drives=1),
     optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
     model=MODEL,
 )
