@@ -24,6 +24,7 @@ from .averaging import ParameterAverage
 from .batches import Batch, Frames, slots_of
 from .config import TrainingConfig
 from .file_frames import FileTraining, FrameReader
+from .graphs import GraphedNetwork
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
@@ -33,12 +34,8 @@ from .stopwatch import Stopwatch
 from .synthetic_frames import training_drives
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
-MAY_CHANGE = (
-    "checkpoint_every",
-    "keep_checkpoints",
-    "compile",
-    "recompute",
-)  # of a configuration, when a training goes on
+# What may be another in the configuration when a training goes on.
+MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "compile", "graph", "recompute")
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,8 @@ class Training:
 
     def __init__(self, config: TrainingConfig, folder: Path, process: Process, data: Path | None = None):
         self.config, self.folder, self.process = config, folder, process
+        if config.graph and (process.device.type != "cuda" or process.world_size > 1):
+            raise ValueError(f"graph is for a GPU and one process; got {process.device} and {process.world_size}")
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
         folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.load_newest(folder)
@@ -78,7 +77,7 @@ class Training:
         self._go_on_from(found)
         if config.recompute:
             recompute(self.model)
-        self.network = _distributed(self.model, process)
+        self.network: Callable = _distributed(self.model, process)
         _compile(self.model, config.compile)
         self._upcoming: tuple[int, Batch] | None = None
         self._beside = torch.cuda.Stream(process.device) if process.device.type == "cuda" else None
@@ -97,6 +96,10 @@ class Training:
         journal = Journal(self.folder, self.step) if self.process.is_first else None
         self.stopwatch = Stopwatch(self.process.device)
         stopped, saved = False, None
+        if self.config.graph and not isinstance(self.network, GraphedNetwork) and self.step < self.config.num_steps:
+            self._upcoming = self.step, self._prepare(self.step)
+            torch.cuda.synchronize()
+            self.network = GraphedNetwork(self.model, self._upcoming[1], self.state, self.config.precision)
         try:
             while self.step < self.config.num_steps and not stopped:
                 row, stopped = self._one_step(is_stopped)
