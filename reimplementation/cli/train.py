@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from reimplementation.training.loop import Training
     from reimplementation.training.processes import join
 
+    Path(options.work_dir).mkdir(parents=True, exist_ok=True)
     show = arguments.picture("--show", options.show)
     config = TrainingConfig.preset(options.preset) if options.preset else TrainingConfig.from_yaml(options.config)
     with join(arguments.device(options.device)) as process, asked_to_stop() as is_stopped:

@@ -30,8 +30,8 @@ class Journal:
         """Write a step down: ``step`` and numbers."""
         self._file.write(json.dumps(row) + "\n")
         if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, row["step"])
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], row["step"])
 
     def close(self) -> None:
         """Finish the files."""

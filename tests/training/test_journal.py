@@ -1,0 +1,43 @@
+"""TensorBoard's files are written where its package is: here a stand-in for it."""
+
+import sys
+import types
+
+from reimplementation.training import journal
+
+
+class Writer:
+    """Remembers what it is told, as `torch.utils.tensorboard.SummaryWriter` takes it."""
+
+    made: list = []
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.is_open = folder, purge_step, [], True
+        self.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        assert self.is_open
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.is_open = False
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setattr(Writer, "made", [])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    record = journal.Journal(tmp_path, first_step=3)
+    record.write({"step": 3, "loss": 2.5, "lr": 0.1})
+    record.close()
+    (writer,) = Writer.made
+    assert (writer.folder, writer.purge_step, writer.is_open) == (str(tmp_path), 3, False)
+    assert sorted(writer.scalars) == [("loss", 2.5, 3), ("lr", 0.1, 3)]
+    assert journal.read(tmp_path) == [{"step": 3, "loss": 2.5, "lr": 0.1}]
+
+
+def test_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it could not be imported
+    record = journal.Journal(tmp_path, first_step=0)
+    record.write({"step": 0, "loss": 1.0})
+    record.close()
+    assert [path.name for path in tmp_path.iterdir()] == [journal.METRICS]
