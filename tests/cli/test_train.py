@@ -18,7 +18,7 @@ from reimplementation.cli.train import asked_to_stop
 from reimplementation.training import config, journal
 from reimplementation.training.config import TrainingConfig
 from tests.markdown import ROOT, commands
-from tests.training.tiny import TINY, written
+from tests.training.tiny import ALIKE, TINY, numbers, written
 
 pytest.importorskip("scipy")
 pytest.importorskip("rich")
@@ -37,7 +37,7 @@ def test_the_page_as_it_is_typed(tmp_path, monkeypatch, capsys):
     assert main(train) == 0
     said = capsys.readouterr().out
     assert "step 4 of 4: finished" in said and re.search("before: mAP 0.0.*after: mAP ", said, re.DOTALL)
-    assert main(train) == 0
+    assert main(train[: train.index("--show")]) == 0
     assert "going on after step 4 of 4" in capsys.readouterr().out
     assert main(evaluate) == 0
     said = capsys.readouterr().out
@@ -46,6 +46,22 @@ def test_the_page_as_it_is_typed(tmp_path, monkeypatch, capsys):
     assert document["step"] == 4 and set(document["boxes"]["classes"]) == set(TINY.model.det.classes)
     for name in ("tiny.png", "frame.png", "tiny/shown.png"):
         assert (tmp_path / "work" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_as_it_is_typed(tmp_path, monkeypatch, capsys):
+    """With few and small images: `make-dataset`, and the two commands on its folder."""
+    pytest.importorskip("PIL")
+    monkeypatch.chdir(tmp_path)
+    few = dataclasses.replace(TINY, num_steps=1, model=dataclasses.replace(TINY.model, map=None))
+    written(few, tmp_path / "files.yaml")
+    (tmp_path / "work").mkdir()
+    typed = [words[3:] for words in commands(ROOT / "docs" / "training.md") if "work/town" in words]
+    make_dataset = next(words for words in typed if words[0] == "make-dataset")
+    assert main([*make_dataset, "--frames", "2", "--width", "96", "--height", "48"]) == 0
+    for words in typed:
+        assert words == make_dataset or main(words) == 0
+    said = capsys.readouterr().out
+    assert len(typed) == 3 and "step 1 of 1: finished" in said and "mAP" in said
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -86,6 +102,23 @@ def test_sigterm_and_on(tmp_path):
     subprocess.run(parts, check=True, cwd=ROOT)
     whole, parts = ([row["loss"] for row in journal.read(tmp_path / name)] for name in ("whole", "parts"))
     assert len(whole) == 40 and parts == whole
+
+
+@pytest.mark.slow
+def test_torchrun_as_it_is_typed(tmp_path):
+    """On the CPU, with gloo: two processes, whose halves of a batch are alike, see the losses of one."""
+    (words,) = (words for words in commands(ROOT / "docs" / "training.md") if words[0] == "torchrun")
+    written(ALIKE, tmp_path / "drives.yaml")
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:-1], "cpu"]
+    subprocess.run(torchrun, check=True, cwd=tmp_path, env=surroundings)
+    alone = [sys.executable, *words[words.index("-m") : -3], tmp_path / "alone"]
+    subprocess.run(alone, check=True, cwd=tmp_path, env=surroundings)
+    ours, theirs = numbers(tmp_path / "work" / "drives"), numbers(tmp_path / "alone")
+    assert len(ours) == len(theirs) == ALIKE.num_steps
+    assert ours[0]["det_loss_cls_0"] == pytest.approx(theirs[0]["det_loss_cls_0"], rel=1e-5)
+    for row, expected in zip(ours, theirs):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=0.02)
 
 
 def test_signals_only_ask():

@@ -2,20 +2,18 @@
 
 import collections
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
 
 from reimplementation.cli import main
-from reimplementation.training import checkpoint
 from reimplementation.training.augmentation import AugmentationConfig, Seen
 from reimplementation.training.config import DataConfig
 from reimplementation.training.file_frames import FileTraining, FrameReader, HeldOutFiles, depth_maps
 from reimplementation.training.loop import Training
 from reimplementation.training.recordings import Recordings
-from tests.training.tiny import ALONE, MODEL, TINY, numbers, written
+from tests.training.tiny import ALONE, MODEL, TINY, numbers
 
 pytest.importorskip("PIL")
 pytest.importorskip("scipy")
@@ -117,17 +115,6 @@ def test_stopped_and_gone_on_with(folder, tmp_path):
     first.run(lambda row: None, lambda: first.step == 1)
     Training(config, tmp_path / "parts", ALONE, folder).run(lambda row: None, lambda: False)
     assert len(numbers(tmp_path / "parts")) == 4 and numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-
-
-def test_train_and_evaluate(folder, tmp_path, capsys):
-    config = dataclasses.replace(TINY, num_steps=1, model=BOXES_ALONE, data=DATA)
-    path = written(config, tmp_path / "config.yaml")
-    words = ["--data", str(folder), "--work-dir", str(tmp_path / "work")]
-    assert main(["train", "--config", str(path), *words]) == 0
-    assert checkpoint.newest(tmp_path / "work").name == "step-00000001.pt"
-    assert main(["evaluate", *words, "--json", str(tmp_path / "numbers.json")]) == 0
-    assert str(folder) in capsys.readouterr().out.replace("\n", "")
-    assert json.loads((tmp_path / "numbers.json").read_text())["step"] == 1
 
 
 def test_held_out_scenes(folder):

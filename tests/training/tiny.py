@@ -37,6 +37,14 @@ TINY = TrainingConfig(
 ALONE = Process(0, 1, torch.device("cpu"))
 
 
+ALIKE = dataclasses.replace(  # both halves of a batch are the same frame, so that norms see the same in half of it
+    TINY,
+    num_steps=3,
+    data=dataclasses.replace(TINY.data, num_drives=1, frames_per_drive=1),
+    model=dataclasses.replace(TINY.model, dropout=0.0, attn_drop=0.0),
+)
+
+
 def numbers(folder) -> list[dict]:
     """The rows of a journal without the times."""
     rows = journal.read(folder)
