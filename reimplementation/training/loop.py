@@ -266,8 +266,9 @@ def _distributed(model: SparseDrive, process: Process) -> nn.Module:
     """The model whose gradients are the mean over all processes, and whose norms see all of the batch on GPUs."""
     if process.world_size == 1:
         return model
-    # A detector of fewer levels than the backbone has stages leaves the last stages without gradients.
-    settings: dict = {"find_unused_parameters": model.config.num_levels < len(model.img_backbone.out_channels)}
+    # A detector of fewer levels than a ResNet has stages leaves the last stages without gradients.
+    is_cut = model.config.backbone is None and model.config.num_levels < len(model.img_backbone.out_channels)
+    settings: dict = {"find_unused_parameters": is_cut}
     if process.device.type == "cuda":
         model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
         settings["device_ids"] = [process.device.index]
