@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _show(path: Path, training: Training, options: argparse.Namespace) -> None:
     """Judge the detector as the training began and as it ended, and draw what each finds in one frame."""
+    from reimplementation.training.building import new_model
     from reimplementation.training.frame_drawing import draw_found
     from reimplementation.training.held_out import judge, keeping, moments
-    from reimplementation.training.loop import new_model
 
     config, device = training.config, training.process.device
     models = {"before": new_model(config, training.frames).to(device), "after": training.judged_model()}

@@ -6,32 +6,28 @@ next is in the checkpoint. So a training that was stopped goes on as if it had n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from reimplementation.models.sparsedrive import SparseDrive, TemporalState
 from reimplementation.models.sparsedrive.denoising import DenoisingState
 from reimplementation.models.sparsedrive.detector import State
 
 from . import checkpoint
-from .anchors import clustered
 from .averaging import ParameterAverage
-from .batches import Batch, Frames, slots_of
+from .batches import Batch, slots_of
+from .building import compile_parts, distributed, new_model, training_frames
 from .config import TrainingConfig
-from .file_frames import FileTraining, FrameReader
 from .graphs import GraphedNetwork
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
 from .recomputation import recompute
-from .recordings import Recordings
 from .stopwatch import Stopwatch
-from .synthetic_frames import training_drives
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
 # What may be another in the configuration when a training goes on.
@@ -67,7 +63,7 @@ class Training:
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
         folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.load_newest(folder)
-        self.frames = _open_frames(config, data, self.slots, process.device)
+        self.frames = training_frames(config, data, self.slots, process.device)
         self.model = new_model(config, None if found else self.frames).train().to(process.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.state: State = self.model.initial_state(len(self.slots))
@@ -77,8 +73,8 @@ class Training:
         self._go_on_from(found)
         if config.recompute:
             recompute(self.model)
-        self.network: Callable = _distributed(self.model, process)
-        _compile(self.model, config.compile)
+        self.network: Callable = distributed(self.model, process)
+        compile_parts(self.model, config.compile)
         self._upcoming: tuple[int, Batch] | None = None
         self._beside = torch.cuda.Stream(process.device) if process.device.type == "cuda" else None
 
@@ -96,10 +92,8 @@ class Training:
         journal = Journal(self.folder, self.step) if self.process.is_first else None
         self.stopwatch = Stopwatch(self.process.device)
         stopped, saved = False, None
-        if self.config.graph and not isinstance(self.network, GraphedNetwork) and self.step < self.config.num_steps:
-            self._upcoming = self.step, self._prepare(self.step)
-            torch.cuda.synchronize()
-            self.network = GraphedNetwork(self.model, self._upcoming[1], self.state, self.config.precision)
+        if self.config.graph and self.step < self.config.num_steps:
+            self._capture()
         try:
             while self.step < self.config.num_steps and not stopped:
                 row, stopped = self._one_step(is_stopped)
@@ -176,6 +170,13 @@ class Training:
         row |= {"lr": config.optimizer.lr * factor, "seconds": sum(times.values())}
         return row | {f"seconds_{phase}": seconds for phase, seconds in times.items()}, stops > 0
 
+    def _capture(self) -> None:
+        """Have the network captured with the batch that comes next."""
+        if not isinstance(self.network, GraphedNetwork):
+            self._upcoming = self.step, self._prepare(self.step)
+            torch.cuda.synchronize()
+            self.network = GraphedNetwork(self.model, self._upcoming[1], self.state, self.config.precision)
+
     def _take_batch(self) -> Batch:
         """This step's batch, which the step before has prepared unless it was another run's."""
         if self._upcoming is None or self._upcoming[0] != self.step:
@@ -230,49 +231,6 @@ class Training:
             name: STATES[name](**{key: value[own].to(self.process.device) for key, value in remembered.items()})
             for name, remembered in document["state"].items()
         }
-
-
-def _open_frames(config: TrainingConfig, data: Path | None, slots: Sequence[int], device: torch.device) -> Frames:
-    if data is None:
-        return training_drives(config.data, config.model, device, slots, config.batch_size)
-    reader = FrameReader(Recordings(data), config.data, config.model, config.seed)
-    return FileTraining(reader, slots, config.batch_size, device)
-
-
-@torch.no_grad()
-def new_model(config: TrainingConfig, frames: Frames | None) -> SparseDrive:
-    """The detector as a training begins with it, the same in every process.
-
-    Args:
-        config: of the training.
-        frames: where boxes are, for anchors that are to start there; None: parameters will be loaded anyway.
-    """
-    torch.manual_seed(config.seed)
-    model = SparseDrive(config.model)
-    if frames is not None and config.anchors == "clusters":
-        anchor = model.heads["det"].instance_bank.anchor
-        anchor.copy_(clustered(anchor, frames.boxes(), config.model.det, config.seed))
-    return model
-
-
-def _compile(model: SparseDrive, parts: Sequence[str]) -> None:
-    """Let `torch.compile` take some parts of a model."""
-    modules = {"images": (model.img_backbone, model.img_neck), "heads": tuple(model.heads.values())}
-    for module in (module for part in parts for module in modules[part]):
-        module.compile()
-
-
-def _distributed(model: SparseDrive, process: Process) -> nn.Module:
-    """The model whose gradients are the mean over all processes, and whose norms see all of the batch on GPUs."""
-    if process.world_size == 1:
-        return model
-    # A detector of fewer levels than a ResNet has stages leaves the last stages without gradients.
-    is_cut = model.config.backbone is None and model.config.num_levels < len(model.img_backbone.out_channels)
-    settings: dict = {"find_unused_parameters": is_cut}
-    if process.device.type == "cuda":
-        model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
-        settings["device_ids"] = [process.device.index]
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
 
 
 def _fields(state: TemporalState | DenoisingState, process: Process) -> dict[str, Tensor]:
