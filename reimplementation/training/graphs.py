@@ -48,8 +48,9 @@ class GraphedNetwork:
         if form != self._form:
             raise ValueError("a batch must have the form of the one that the network was captured with")
         outputs, new_state = unflat(self._network.form, self._network(*inputs))
+        # Times and poses go through to the new state: without a copy the next call would overwrite what it reads.
         tensors, form = flat(new_state)
-        return outputs, unflat(form, [tensor.detach() for tensor in tensors])
+        return outputs, unflat(form, [tensor.detach().clone() for tensor in tensors])
 
 
 class _Flat(nn.Module):
