@@ -50,8 +50,12 @@ class DriveReader(Dataset):
     def __init__(self, data: DataConfig, num_points: int, *, held_out: bool = False):
         self._data, self._num_points, self._town = data, num_points, 2 * data.seed + held_out
 
+    def moment(self, place: Place) -> Moment:
+        """What is where in a frame."""
+        return self._drive(place.drive).moment(place.frame)
+
     def __getitem__(self, place: Place) -> Scene:
-        moment = self._drive(place.drive).moment(place.frame)
+        moment = self.moment(place)
         lines = [resample(line[None], self._num_points) for line in moment.map_lines]
         return Scene(moment, np.concatenate(lines), SECONDS_BETWEEN_PASSES * place.lap)
 
@@ -105,7 +109,7 @@ class SyntheticFrames:
         count = self.data.num_drives
         for drive in range(SEEN_DRIVES if count is None else min(count, SEEN_DRIVES)):
             for frame in range(self.data.frames_per_drive):
-                yield _boxes_of(self._reader[Place(drive, frame)].moment)
+                yield _boxes_of(self._reader.moment(Place(drive, frame)))
 
     def _metas(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         count = len(scenes)
