@@ -95,7 +95,7 @@ def test_a_sequence_is_changed_alike(folder):
     frames = training(folder, 1, augmentation=AugmentationConfig())
     plain = training(folder, 1)
     relative = []
-    for step in range(16):
+    for step in (0, 1, 6, 7, 8, 9):
         (place,) = frames.places(step)
         changed, unchanged = (source.at(step).metas["projection_mat"][0, 0].double() for source in (frames, plain))
         relative.append((place.lap, place.sequence, torch.linalg.solve(unchanged, changed, left=False)))

@@ -26,13 +26,14 @@ class Writer:
 def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setattr(Writer, "made", [])
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    record = journal.Journal(tmp_path, first_step=3)
-    record.write({"step": 3, "loss": 2.5, "lr": 0.1})
+    record = journal.Journal(tmp_path, first_step=10)
+    record.write({"step": 10, "loss": 2.5, "lr": 0.1})
+    record.write({"step": 11, "loss": 2.25, "lr": 0.1})
     record.close()
     (writer,) = Writer.made
-    assert (writer.folder, writer.purge_step, writer.is_open) == (str(tmp_path), 3, False)
-    assert sorted(writer.scalars) == [("loss", 2.5, 3), ("lr", 0.1, 3)]
-    assert journal.read(tmp_path) == [{"step": 3, "loss": 2.5, "lr": 0.1}]
+    assert (writer.folder, writer.purge_step, writer.is_open) == (str(tmp_path), 10, False)
+    assert sorted(writer.scalars) == [("loss", 2.5, 10), ("lr", 0.1, 10)]  # every tenth step
+    assert [row["loss"] for row in journal.read(tmp_path)] == [2.5, 2.25]
 
 
 def test_without_tensorboard(tmp_path, monkeypatch):
