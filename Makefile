@@ -18,8 +18,8 @@ SETTINGS := $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST) $(REQUIRE_EXT) $(CXX) $(CUDA_H
 	$(REIMPLEMENTATION_NO_CUDA) $(REIMPLEMENTATION_NO_EXT)
 CLANG_FORMAT = find reimplementation build_tools examples -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format
 
-.PHONY: help demo test test-slow test-clients check lint format build wheel fuzz fuzz-sanitized sanitize-cuda test-huge soak \
-	install-matrix clean always
+.PHONY: help demo train-demo test test-slow test-clients check lint format build wheel fuzz fuzz-sanitized sanitize-cuda \
+	test-huge soak install-matrix clean always
 .DEFAULT_GOAL := help
 
 help:  ## list what make can do
@@ -27,6 +27,9 @@ help:  ## list what make can do
 
 demo: build  ## run both ops on the built-in scene, and draw what they see
 	$(BIN)/python -m reimplementation demo
+
+train-demo: build  ## train a small detector for some minutes, and draw what it finds before and after
+	$(BIN)/python -m reimplementation train --preset tiny --work-dir build/train-demo --show build/train-demo/shown.png
 
 test: build  ## run the tests, JOBS at a time (2); those that need a GPU run where there is one
 	$(PYTEST)

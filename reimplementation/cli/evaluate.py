@@ -7,14 +7,22 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reimplementation.training import checkpoint
 from reimplementation.training.config import TrainingConfig
-from reimplementation.training.evaluate import DISTANCES, ERRORS
+from reimplementation.training.evaluate import DISTANCES, ERROR_DISTANCE, ERRORS
 from reimplementation.training.held_out import Evaluation
 
 from . import arguments
 
+if TYPE_CHECKING:
+    import torch
+
+    from reimplementation.training.batches import HeldOutFrames
+    from reimplementation.training.held_out import Judged
+
+SHOWN_FRAME = 4  # of the first slot: by then instances have gone from frame to frame
 ERROR_NAMES = dict(zip(ERRORS, ("mATE", "mASE", "mAOE", "mAVE", "mAAE")))
 
 
@@ -27,15 +35,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--work-dir", metavar="DIR", required=True, help="of the training")
     parser.add_argument("--checkpoint", metavar="FILE", help="another than the newest one")
+    parser.add_argument("--data", metavar="DIR", help="frames of files, as `train` takes them, instead of drives")
     parser.add_argument("--drives", metavar="N", type=arguments.positive, help="how many (default: the training's)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--picture", metavar="FILE", help="draw the curves of precision over recall there")
+    parser.add_argument("--frame-picture", metavar="FILE", help="draw what is there and what is found in a frame there")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     picture = arguments.picture("--picture", options.picture)
+    frame_picture = arguments.picture("--frame-picture", options.frame_picture)
     output = arguments.file("--json", options.json)
     device = arguments.device(options.device)
     path, document = _read(options.work_dir, options.checkpoint)
@@ -48,20 +59,22 @@ def run(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from reimplementation.models.sparsedrive import SparseDrive
-    from reimplementation.training.held_out import judge, moments
+    from reimplementation.training.held_out import judge, keeping, moments
 
     model = SparseDrive(config.model)
-    model.load_state_dict(document["model"])
+    model.load_state_dict(checkpoint.parameters_to_judge(document))
     model = model.to(device)
+    frames = open_frames(options.data, dataclasses.replace(config, data=data), device)
     steps = track(
-        moments(model, data, device, config.precision),
+        moments(model, frames, device, config.precision),
         "driving",
-        total=data.frames_per_drive,
+        total=frames.num_batches,
         console=Console(stderr=True),
         transient=True,
     )
-    evaluation = judge(list(steps), model.config)
-    _print_tables(evaluation, f"{path}, {data.num_validation_drives} drives")
+    kept: list[Judged] = []
+    evaluation = judge(keeping(steps, min(SHOWN_FRAME, frames.num_batches - 1), kept), model.config)
+    _print_tables(evaluation, f"{path}, {options.data or f'{data.num_validation_drives} drives'}")
     if output is not None:
         output.write_text(json.dumps({"step": document["step"], **evaluation.to_dict()}, indent=1) + "\n")
         print(f"numbers: {output}")
@@ -70,6 +83,23 @@ def run(options: argparse.Namespace) -> None:
 
         draw_curves(picture, evaluation.boxes)
         print(f"picture: {picture}")
+    if frame_picture is not None:
+        from reimplementation.training.frame_drawing import draw_found
+
+        draw_found(frame_picture, {"found": kept[0]}, model.config.det.classes)
+        print(f"picture of a frame: {frame_picture}")
+
+
+def open_frames(folder: str | None, config: TrainingConfig, device: torch.device) -> HeldOutFrames:
+    """What a detector of this training is judged by: a folder's frames, or drives; anew from the first one."""
+    if folder is None:
+        from reimplementation.training.synthetic_frames import HeldOutDrives
+
+        return HeldOutDrives(config.data, config.model, device)
+    from reimplementation.training.file_frames import FrameReader, HeldOutFiles
+    from reimplementation.training.recordings import Recordings
+
+    return HeldOutFiles(FrameReader(Recordings(folder), config.data, config.model, config.seed), device)
 
 
 def _read(folder: str, file: str | None) -> tuple[Path, dict]:
@@ -98,6 +128,8 @@ def _print_tables(evaluation: Evaluation, title: str) -> None:
     console.print(table)
     errors = ", ".join(f"{ERROR_NAMES[name]} {_shown(value)}" for name, value in boxes.mean_errors.items())
     console.print(f"mAP {_shown(boxes.mean_average_precision)}, NDS {_shown(boxes.nd_score)}, {errors}")
+    average = _shown(evaluation.average_precision_of_present(ERROR_DISTANCE))
+    console.print(f"AP at {ERROR_DISTANCE:g} m of the {len(evaluation.present)} classes that are there: {average}")
     if evaluation.lines is not None:
         console.print(f"map lines: mAP {_shown(evaluation.lines.mean_average_precision)}")
 

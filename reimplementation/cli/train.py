@@ -8,13 +8,18 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reimplementation.training.config import TrainingConfig
 
 from . import arguments
+from .evaluate import open_frames
+
+if TYPE_CHECKING:
+    from reimplementation.training.loop import Training
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-DATA = ("synthetic",)
+SYNTHETIC = "synthetic"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,9 +29,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Train what a YAML file describes. The same command goes on where it was stopped, by Ctrl+C too. "
         "Under torchrun the processes share each batch.",
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="the training, as YAML")
-    parser.add_argument("--data", choices=DATA, default="synthetic", help="what to train on (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="the training, as YAML")
+    what.add_argument("--preset", metavar="NAME", help="a training that comes with the package: tiny")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        default=SYNTHETIC,
+        help="a folder in nuScenes' layout, or with a rig's sample.json (default: %(default)s drives)",
+    )
     parser.add_argument("--work-dir", metavar="DIR", required=True, help="for checkpoints and metrics")
+    parser.add_argument(
+        "--show", metavar="FILE", help="at the end, judge the detector before and after the training, and draw both"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -35,9 +50,12 @@ def run(options: argparse.Namespace) -> None:
     from reimplementation.training.loop import Training
     from reimplementation.training.processes import join
 
-    config = TrainingConfig.from_yaml(options.config)
+    Path(options.work_dir).mkdir(parents=True, exist_ok=True)
+    show = arguments.picture("--show", options.show)
+    config = TrainingConfig.preset(options.preset) if options.preset else TrainingConfig.from_yaml(options.config)
     with join(arguments.device(options.device)) as process, asked_to_stop() as is_stopped:
-        training = Training(config, Path(options.work_dir), process)
+        data = None if options.data == SYNTHETIC else Path(options.data)
+        training = Training(config, Path(options.work_dir), process, data)
         if process.is_first and training.step > 0:
             print(f"going on after step {training.step} of {config.num_steps}")
         with progress(config.num_steps, training.step, process.is_first) as on_step:
@@ -46,6 +64,27 @@ def run(options: argparse.Namespace) -> None:
         done = "finished" if outcome.is_finished else "stopped; the same command goes on from there"
         print(f"step {outcome.step} of {config.num_steps}: {done}")
         print(f"checkpoint: {outcome.checkpoint}")
+        if show is not None and outcome.is_finished:
+            _show(show, training, options)
+
+
+def _show(path: Path, training: Training, options: argparse.Namespace) -> None:
+    """Judge the detector as the training began and as it ended, and draw what each finds in one frame."""
+    from reimplementation.training.building import new_model
+    from reimplementation.training.frame_drawing import draw_found
+    from reimplementation.training.held_out import judge, keeping, moments
+
+    config, device = training.config, training.process.device
+    models = {"before": new_model(config, training.frames).to(device), "after": training.judged_model()}
+    found = {}
+    for title, model in models.items():
+        frames, kept = open_frames(None if options.data == SYNTHETIC else options.data, config, device), []
+        steps = keeping(moments(model, frames, device, config.precision), frames.num_batches - 1, kept)
+        boxes = judge(steps, config.model).boxes
+        print(f"{title}: mAP {boxes.mean_average_precision:.3f}, NDS {boxes.nd_score:.3f}")
+        found[f"{title}, mAP {boxes.mean_average_precision:.2f}"] = kept[0]
+    draw_found(path, found, config.model.det.classes)
+    print(f"picture: {path}")
 
 
 @contextmanager

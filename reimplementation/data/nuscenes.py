@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .documents import file_below, require_keys
+from .keyframe import Keyframe
 from .quaternions import pose
 from .rig import Camera, Rig
 from .synthetic import CLASSES
@@ -44,31 +44,8 @@ CLASS_OF_CATEGORY = {
     "human.pedestrian.police_officer": "pedestrian",
     "movable_object.trafficcone": "traffic_cone",
 }
+POINT_NUMBERS = 5  # of a point in a file: x, y, z, intensity, ring
 MAX_SECONDS_BETWEEN = 1.5  # of two annotations from which a velocity follows
-
-
-@dataclass(frozen=True, eq=False)
-class Keyframe:
-    """A moment that was annotated.
-
-    token        of the sample
-    timestamp    seconds
-    T_global     (4, 4) from the lidar's frame to the global one
-    rig          the six cameras, in the lidar's frame; with images, if they were asked for
-    labels       (n,) int64, places in `CLASSES`
-    boxes        (n, 9) x, y, z, length, width, height, yaw, vx, vy in the lidar's frame; NaN: a velocity not known
-    instance_id  (n,) int64, the same in all frames
-    num_points   (n,) int64: points of lidar and radar in each box
-    """
-
-    token: str
-    timestamp: float
-    T_global: np.ndarray
-    rig: Rig
-    labels: np.ndarray
-    boxes: np.ndarray
-    instance_id: np.ndarray
-    num_points: np.ndarray
 
 
 class NuScenes:
@@ -126,6 +103,21 @@ class NuScenes:
             instance_id=np.array([self._row_of_instance[row["instance_token"]] for row in rows], dtype=np.int64),
             num_points=np.array([row["num_lidar_pts"] + row["num_radar_pts"] for row in rows], dtype=np.int64),
         )
+
+    def points(self, token: str) -> np.ndarray:
+        """The lidar's cloud of points (n, 3) in a sample, metres in its own frame.
+
+        Raises:
+            ValueError: there is no such file, or it holds no whole number of points.
+        """
+        path = file_below(self.folder, self._data[token][LIDAR]["filename"])
+        try:
+            numbers = np.fromfile(path, dtype=np.float32)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        if len(numbers) % POINT_NUMBERS:
+            raise ValueError(f"{path} must hold {POINT_NUMBERS} numbers a point; got {len(numbers)} numbers")
+        return numbers.reshape(-1, POINT_NUMBERS)[:, :3].astype(np.float64)
 
     def _samples_of(self, scene: dict) -> list[str]:
         tokens, token = [], scene["first_sample_token"]

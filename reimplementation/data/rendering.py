@@ -1,11 +1,14 @@
 """Pictures of synthetic drives, drawn by torch on any device: one ray a pixel, against boxes and a road.
 
 A ray enters a box where it has entered all three of its slabs (Kay and Kajiya, SIGGRAPH 1986). That is arithmetic on
-every pixel alike, so that a GPU draws many frames at once; only boxes that a camera may see are tried.
+every pixel alike, so that a GPU draws many frames at once; only boxes that a camera may see are tried. `painting.py`
+says what the rays bring home. On a GPU with Triton the boxes are tried by a kernel, `tracing.py`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,21 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rig import Rig
-from .synthetic import CLASSES, CROSSING, LIDAR_HEIGHT, PAVEMENT, RANGE, Moment
+from . import painting
+from .rig import Camera, Rig
+from .synthetic import LIDAR_HEIGHT, RANGE, Moment
 
 NEAR = 0.1  # metres: nothing nearer to a camera is drawn
 PROBES = (-0.8, 0.0, 0.8)  # in half extents: a grid of points in each box, at which the lidar looks
-HAZE = 150.0  # metres in which the air hides two thirds
-AMBIENT, DIFFUSE = 0.55, 0.5
-LINE = 0.09  # metres: half the width of a painted line
-_SKY = ((0.80, 0.84, 0.88), (0.42, 0.60, 0.85))  # at the horizon, and above
-_GRASS, _PAVING, _ASPHALT = (0.28, 0.38, 0.20), (0.52, 0.50, 0.48), (0.25, 0.26, 0.28)
-_WHITE, _YELLOW = (0.86, 0.86, 0.84), (0.85, 0.68, 0.25)
-_GLASS, _LAMP, _REAR_LAMP, _SKIN = (0.10, 0.13, 0.17), (0.98, 0.96, 0.85), (0.75, 0.05, 0.05), (0.80, 0.60, 0.48)
-_VEHICLES = ("car", "truck", "construction_vehicle", "bus", "trailer", "motorcycle")
-_WITH_GLASS = ("car", "bus")  # on all sides
-_WITH_WINDSCREEN = ("car", "bus", "truck", "construction_vehicle")
+SIGHT = 150.0  # metres: a crossing that is farther takes less than a sixth of a pixel's height
+NUM_CROSSINGS, NUM_DIVIDERS = 8, 2  # that are within sight at most, the divider in the middle not counted
 
 
 class Rendering(NamedTuple):
@@ -65,7 +61,8 @@ class _Boxes(NamedTuple):
 def render(moments: Sequence[Moment], rig: Rig, device: torch.device | str = "cpu") -> Rendering:
     """Draw moments as a rig of cameras sees them.
 
-    The same moments give the same pictures everywhere, but for the last bit of some pixels, as devices round.
+    The same moments give the same pictures everywhere, but for the last bit of some pixels, as devices round. Nothing
+    waits for a GPU.
 
     Args:
         moments: of any drives.
@@ -76,45 +73,42 @@ def render(moments: Sequence[Moment], rig: Rig, device: torch.device | str = "cp
     (width, height), *others = {(camera.width, camera.height) for camera in rig.cameras}
     if others:
         raise ValueError(f"all cameras must have one size; got {width} x {height} and {others[0]}")
-    rays = _camera_rays(rig, len(moments), device)
+    rays = _Rays(*(part.expand(len(moments), *part.shape) for part in _camera_rays(rig, device)))
     boxes = _boxes_in_view(moments, rig, device)
     depth, nearest = _trace(rays, boxes)
-    color, depth = _paint_background(rays, depth, moments)
-    row = boxes.row.gather(2, nearest.clamp(min=0))
-    is_box = (nearest >= 0) & (row >= 0) & (depth > 0)
-    color = torch.where(is_box[..., None], _paint_boxes(rays, depth, boxes, nearest, moments), color)
-    images = _develop(color, depth, moments)
+    images, box_ids, depth = _paint(rays, boxes, _appearance(moments, boxes), _scenery(moments, device), depth, nearest)
     shape = (len(moments), len(rig.cameras), height, width)
     return Rendering(
         images=images.view(*shape, 3),
-        box_ids=torch.where(is_box, row, -1).view(shape),
+        box_ids=box_ids.view(shape),
         depth=depth.view(shape),
         num_points=_lidar_points(moments, device),
     )
 
 
-def _camera_rays(rig: Rig, batch_size: int, device: torch.device) -> _Rays:
-    """A ray through every pixel's centre, of length 1 along the optical axis."""
+@functools.lru_cache(maxsize=4)
+def _camera_rays(rig: Rig, device: torch.device) -> _Rays:
+    """A ray through every pixel's centre, of length 1 along the optical axis: origin (v, 3), direction (v, r, 3)."""
     origins, directions = [], []
     for camera in rig.cameras:
         u, v = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
         pixels = np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3)
         directions.append(pixels @ np.linalg.inv(camera.intrinsics).T @ camera.world_to_camera[:3, :3])
         origins.append(camera.position)
-    origin, direction = (_tensor(np.stack(x), device)[None] for x in (origins, directions))
-    return _Rays(origin.expand(batch_size, -1, -1), direction.expand(batch_size, -1, -1, -1))
+    return _Rays(*(_tensor(np.stack(x), device) for x in (origins, directions)))
 
 
 def _boxes_in_view(moments: Sequence[Moment], rig: Rig, device: torch.device) -> _Boxes:
     """The boxes whose surrounding sphere reaches into a camera's pyramid of view."""
-    rows = [[_in_view(moment, camera) for camera in rig.cameras] for moment in moments]
-    return _gather_boxes(moments, rows, device)
+    center, size, _ = _objects(moments)
+    radius = np.linalg.norm(size, axis=-1) / 2
+    in_view = [(radius > 0) & _in_view(center, radius, camera) for camera in rig.cameras]
+    return _gather_boxes(moments, np.stack(in_view, axis=1), device)
 
 
-def _in_view(moment: Moment, camera) -> np.ndarray:
-    center = moment.objects.center @ camera.world_to_camera[:3, :3].T + camera.world_to_camera[:3, 3]
-    radius = np.linalg.norm(moment.objects.size, axis=1) / 2
-    x, y, z = center.T
+def _in_view(center: np.ndarray, radius: np.ndarray, camera: Camera) -> np.ndarray:
+    """Whether spheres (…, 3), (…) reach into what a camera sees."""
+    x, y, z = np.moveaxis(center @ camera.world_to_camera[:3, :3].T + camera.world_to_camera[:3, 3], -1, 0)
     inside = z > -radius
     for focal, middle, extent, across in (
         (camera.intrinsics[0, 0], camera.intrinsics[0, 2], camera.width, x),
@@ -123,23 +117,30 @@ def _in_view(moment: Moment, camera) -> np.ndarray:
         low, high = -middle / focal, (extent - middle) / focal  # slopes of the pyramid's sides
         inside &= across - low * z > -radius * np.hypot(1, low)
         inside &= high * z - across > -radius * np.hypot(1, high)
-    return np.nonzero(inside)[0]
+    return inside
 
 
-def _gather_boxes(moments: Sequence[Moment], rows: Sequence[Sequence[np.ndarray]], device: torch.device) -> _Boxes:
-    """Boxes by their rows for every view of every moment, padded to the longest list."""
-    most = max(1, max(len(row) for views in rows for row in views))
-    shape = (len(moments), len(rows[0]), most)
-    row = np.full(shape, -1, dtype=np.int64)
-    center, half, cos_sin = np.zeros((*shape, 3)), np.zeros((*shape, 3)), np.zeros((*shape, 2))
-    for i, (moment, views) in enumerate(zip(moments, rows)):
-        for j, found in enumerate(views):
-            place = (i, j, slice(len(found)))
-            row[place] = found
-            center[place], half[place] = moment.objects.center[found], moment.objects.size[found] / 2
-            cos_sin[place] = np.stack([np.cos(moment.objects.yaw[found]), np.sin(moment.objects.yaw[found])], axis=1)
-    tensors = (_tensor(x, device) for x in (center, half, cos_sin))
-    return _Boxes(*tensors, torch.from_numpy(row).to(device))
+def _objects(moments: Sequence[Moment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centres and sizes (bs, n, 3) and yaws (bs, n) of the moments' objects, padded by such without extent."""
+    most = max(1, max(len(moment.objects.label) for moment in moments))
+    packed = np.zeros((len(moments), most, 7))
+    for row, moment in zip(packed, moments):
+        objects = moment.objects
+        row[: len(objects.label)] = np.concatenate([objects.center, objects.size, objects.yaw[:, None]], axis=1)
+    return packed[..., :3], packed[..., 3:6], packed[..., 6]
+
+
+def _gather_boxes(moments: Sequence[Moment], in_view: np.ndarray, device: torch.device) -> _Boxes:
+    """The objects that are in each view, (bs, v, n) bool; padding, up to the longest list, has no extent."""
+    center, size, yaw = (values[:, None] for values in _objects(moments))
+    most = max(1, in_view.sum(axis=-1).max())
+    row = np.argsort(~in_view, axis=-1, kind="stable")[..., :most]  # those in view first, in their order
+    is_box = np.take_along_axis(in_view, row, axis=-1)
+    of_row = row[..., None]
+    half = np.where(is_box[..., None], np.take_along_axis(size, of_row, axis=2) / 2, 0)
+    cos_sin = np.take_along_axis(np.stack([np.cos(yaw), np.sin(yaw)], axis=-1), of_row, axis=2)
+    parts = (np.take_along_axis(center, of_row, axis=2), half, cos_sin, np.where(is_box, row, -1))
+    return _Boxes(*(_tensor(part, device) for part in parts))
 
 
 def _trace(rays: _Rays, boxes: _Boxes) -> tuple[Tensor, Tensor]:
@@ -148,6 +149,10 @@ def _trace(rays: _Rays, boxes: _Boxes) -> tuple[Tensor, Tensor]:
     A GPU traces all views at once. A processor traces one after another, whose rays its cache holds, and tries no
     padding.
     """
+    if boxes.row.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from .tracing import trace
+
+        return trace(*rays, *boxes[:3], NEAR)
     if boxes.row.device.type != "cpu":
         return _trace_views(rays, boxes)
     bs, views = boxes.row.shape[:2]
@@ -187,73 +192,41 @@ def _slab(origin: Tensor, half: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor
     return middle - reach, middle + reach
 
 
-def _paint_background(rays: _Rays, distance: Tensor, moments: Sequence[Moment]) -> tuple[Tensor, Tensor]:
-    """The colours of sky and road, and how far the ray goes, where no box is nearer; a box below the road is hidden."""
-    dz = rays.direction[..., 2]
-    to_ground = torch.where(dz < 0, -(rays.origin[..., None, 2] + LIDAR_HEIGHT) / dz, torch.inf)
-    elevation = (dz / rays.direction.norm(dim=-1)).clamp(0, 0.4)[..., None] / 0.4
-    horizon, zenith = (dz.new_tensor(color) for color in _SKY)
-    sky = horizon + elevation * (zenith - horizon)
+def _paint(
+    rays: _Rays,
+    boxes: _Boxes,
+    appearance: Sequence[Tensor],
+    scenery: painting.Scenery,
+    distance: Tensor,
+    nearest: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (bs, v, r, 3) uint8, objects (bs, v, r), -1: none, and depths; a box below the road is hidden."""
+    direction = rays.direction.unbind(-1)
+    x, y, z = rays.origin[:, :, None].unbind(-1)
+    to_ground = torch.where(direction[2] < 0, -(z + LIDAR_HEIGHT) / direction[2], torch.inf)
     reach = to_ground.clamp(max=1000.0)
-    points = rays.origin[..., None, :2] + reach[..., None] * rays.direction[..., :2]
-    ground = _road_color(points, moments)
-    color = torch.where((dz < 0)[..., None], ground, sky)
-    return color, torch.minimum(distance, to_ground)
+    points = (x + reach * direction[0], y + reach * direction[1])
+    color = painting.background(direction, to_ground, points, scenery)
+    depth = torch.minimum(distance, to_ground)
 
-
-def _road_color(points: Tensor, moments: Sequence[Moment]) -> Tensor:
-    """Asphalt with its markings, pavements and grass at points (bs, v, r, 2)."""
-    s, l = _road_coordinates(points, moments)  # noqa: E741
-    left, right = (_of_moments([m.road.kerbs[i] for m in moments], s) for i in range(2))
-    outside = torch.maximum(left - l, l - right)
-    color = _choose(outside < PAVEMENT, _PAVING, _choose(outside < PAVEMENT, _GRASS, s.new_tensor(_GRASS)))
-    color = _choose(outside.abs() < 0.12, _WHITE, _choose(outside < 0, _ASPHALT, color))
-    zebra, dashed = torch.zeros_like(s, dtype=torch.bool), torch.zeros_like(s, dtype=torch.bool)
-    on_road = outside < -0.3
-    travelled = _of_moments([m.travelled for m in moments], s)
-    for middle in _padded([m.road.crossings for m in moments], s):
-        zebra = zebra | ((s - middle).abs() < CROSSING / 2)
-    for divider in _padded([m.road.dividers[1:] for m in moments], s):
-        dashed = dashed | (((l - divider).abs() < LINE) & ((s + travelled) % 6 < 3))
-    centre = (l - _of_moments([m.road.dividers[0] for m in moments], s)).abs() < LINE
-    color = _choose(centre & ~zebra, _YELLOW, _choose(dashed & ~zebra, _WHITE, color))
-    color = _choose(zebra & on_road & (l % 1.0 < 0.5), _WHITE, color)
-    grain = _hash((4 * (s + travelled)).floor().long(), (4 * l).floor().long())
-    light = _of_moments([AMBIENT + DIFFUSE * m.light[2] for m in moments], s)
-    return color * (light * (0.85 + 0.3 * grain))[..., None]
-
-
-def _road_coordinates(points: Tensor, moments: Sequence[Moment]) -> tuple[Tensor, Tensor]:
-    """s and l, metres, of points (bs, v, r, 2): the inverse of `Road.points`."""
-    bend = _of_moments([m.road.bend for m in moments], points[..., 0])
-    side = bend.sign()
-    x, y = side * (points[..., 0] + 1 / bend), side * points[..., 1]
-    return torch.atan2(y, x) / bend, side * torch.hypot(x, y) - 1 / bend
-
-
-def _paint_boxes(rays: _Rays, distance: Tensor, boxes: _Boxes, nearest: Tensor, moments: Sequence[Moment]) -> Tensor:
-    """The colours (bs, v, r, 3) where rays meet boxes; elsewhere they mean nothing."""
     index = nearest.clamp(min=0)
-    table = _appearance(moments, boxes)
-    center, half, cos_sin, label, main, other, number = (_at(part, index) for part in (*boxes[:3], *table))
-    reach = torch.where(distance.isfinite(), distance, 0)[..., None]
-    x, y, z = (rays.origin[:, :, None] + reach * rays.direction - center).unbind(-1)
-    cos, sin = cos_sin.unbind(-1)
-    local = torch.stack([cos * x + sin * y, cos * y - sin * x, z], dim=-1)
-    unit = local / half.clamp(min=1e-3)
-    axis = unit.abs().argmax(dim=-1)
-    side = unit.gather(-1, axis[..., None]).squeeze(-1).sign()
-    color = _livery(unit, axis, side, label.squeeze(-1), main, other)
-    normal = (
-        torch.where(axis == 0, cos, torch.where(axis == 1, -sin, 0)),
-        torch.where(axis == 0, sin, torch.where(axis == 1, cos, 0)),
-    )
-    lx, ly, lz = (_of_moments([m.light[i] for m in moments], side) for i in range(3))
-    facing = side * (normal[0] * lx + normal[1] * ly + (axis == 2) * lz)
-    cell = (6 * local).floor().long()
-    grain = _hash(cell[..., 0] + 64 * cell[..., 2], cell[..., 1] + 977 * number.squeeze(-1).long())
-    shade = (AMBIENT + DIFFUSE * facing.clamp(min=0)) * (0.88 + 0.24 * grain)
-    return color * shade[..., None]
+    is_box = (nearest >= 0) & (distance < to_ground)
+    painted = painting.boxes(_surface(rays, boxes, appearance, torch.where(is_box, distance, 0), index), scenery.light)
+    color = tuple(torch.where(is_box, *planes) for planes in zip(painted, color))
+    box_ids = torch.where(is_box, boxes.row.gather(2, index), -1)
+    return painting.develop(color, depth, scenery), box_ids, depth
+
+
+def _surface(
+    rays: _Rays, boxes: _Boxes, appearance: Sequence[Tensor], reach: Tensor, index: Tensor
+) -> painting.Surface:
+    """The boxes by index (bs, v, r), and where rays of these lengths end in their coordinates."""
+    center, half, cos_sin, label, main, other, number = (_at(part, index) for part in (*boxes[:3], *appearance))
+    ends = (o + reach * d for o, d in zip(rays.origin[:, :, None].unbind(-1), rays.direction.unbind(-1)))
+    x, y, z = (end - middle for end, middle in zip(ends, center))
+    cos, sin = cos_sin
+    local = (cos * x + sin * y, cos * y - sin * x, z)
+    return painting.Surface(local, half, cos, sin, label[0], main, other, number[0])
 
 
 def _appearance(moments: Sequence[Moment], boxes: _Boxes) -> tuple[Tensor, ...]:
@@ -270,45 +243,38 @@ def _appearance(moments: Sequence[Moment], boxes: _Boxes) -> tuple[Tensor, ...]:
     return torch.stack([of[row] for of, row in zip(table, rows)]).split((1, 3, 3, 1), dim=-1)
 
 
-def _livery(unit: Tensor, axis: Tensor, side: Tensor, label: Tensor, main: Tensor, other: Tensor) -> Tensor:
-    """What is painted on a box, by place ``unit`` in half extents, and by the face: its axis, and its side."""
-    along, across, up = unit.unbind(-1)
-    upright, front, rear = axis < 2, (axis == 0) & (side > 0), (axis == 0) & (side < 0)
-    glass = (up > 0.15) & (up < 0.8) & upright
-    lamps = (across.abs() > 0.55) & (up > -0.45) & (up < -0.1)
-    color = main
-    color = _choose(_is(label, _VEHICLES) & (up < -0.65) & upright, (0.06, 0.06, 0.07), color)
-    has_glass = _is(label, _WITH_GLASS) | (front & _is(label, _WITH_WINDSCREEN))
-    color = _choose(has_glass & glass & (across.abs() < 0.9), _GLASS, color)
-    color = _choose(_is(label, _VEHICLES) & lamps & front, _LAMP, color)
-    color = _choose(_is(label, _VEHICLES) & lamps & rear, _REAR_LAMP, color)
-    on_foot = _is(label, ("pedestrian",))
-    color = torch.where((on_foot & (up < 0))[..., None], other, color)
-    color = _choose(on_foot & (up > 0.72), _SKIN, color)
-    color = _choose(_is(label, ("bicycle", "motorcycle")) & (up < -0.1), (0.07, 0.07, 0.08), color)
-    stripes = _is(label, ("barrier",)) & ((3 * across).floor() % 2 == 0)
-    stripes |= _is(label, ("traffic_cone",)) & (up > -0.1) & (up < 0.4)
-    return torch.where(stripes[..., None], other, color)
+def _scenery(moments: Sequence[Moment], device: torch.device) -> painting.Scenery:
+    """What the moments are like, in the form that broadcasts against rays."""
+
+    def of_moments(values: Sequence) -> Tensor:
+        array = np.moveaxis(np.array(values), 0, -1)  # a moment's values come first
+        return _tensor(array[..., None, None], device)
+
+    roads = [moment.road for moment in moments]
+    crossings = [road.crossings[np.abs(road.crossings) < SIGHT] for road in roads]
+    return painting.Scenery(
+        bend=of_moments([road.bend for road in roads]),
+        left=of_moments([road.kerbs[0] for road in roads]),
+        right=of_moments([road.kerbs[1] for road in roads]),
+        travelled=of_moments([moment.travelled for moment in moments]),
+        middle=of_moments([road.dividers[0] for road in roads]),
+        dividers=of_moments([_padded(road.dividers[1:], NUM_DIVIDERS) for road in roads]),
+        crossings=of_moments([_padded(of_road, NUM_CROSSINGS) for of_road in crossings]),
+        light=of_moments([moment.light for moment in moments]),
+        exposure=_tensor(np.stack([moment.exposure.T for moment in moments], axis=1)[..., None], device),
+        noise_seed=of_moments([moment.noise_seed for moment in moments]),
+    )
 
 
-def _develop(color: Tensor, depth: Tensor, moments: Sequence[Moment]) -> Tensor:
-    """Haze, each camera's exposure, and the noise of its sensor: uint8."""
-    clear = torch.exp(-depth.clamp(max=1e4) / HAZE)[..., None]
-    is_sky = depth.isinf()[..., None]
-    color = torch.where(is_sky, color, clear * color + (1 - clear) * color.new_tensor(_SKY[0]))
-    exposure = _tensor(np.stack([m.exposure for m in moments]), color.device)[:, :, None]
-    pixel = torch.arange(color.shape[2], device=color.device)
-    view = torch.arange(color.shape[1], device=color.device)[:, None]
-    seed = torch.tensor([m.noise_seed for m in moments], device=color.device)[:, None, None]
-    noise = (_hash(pixel, view + 64 * seed) - 0.5)[..., None] * 0.06
-    return ((color * exposure + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+def _padded(places: Sequence[float], count: int) -> list[float]:
+    return [*places, *[100 * RANGE] * (count - len(places))]
 
 
 def _lidar_points(moments: Sequence[Moment], device: torch.device) -> Tensor:
     """How many points of a grid in each box no other box hides from the lidar (bs, n)."""
-    rows = [[np.arange(len(moment.objects.label))] for moment in moments]
-    boxes = _gather_boxes(moments, rows, device)
-    grid = torch.cartesian_prod(*[torch.tensor(PROBES, device=device)] * 3)
+    exists = _objects(moments)[1][..., 0] > 0
+    boxes = _gather_boxes(moments, exists[:, None], device)
+    grid = _tensor(np.stack(np.meshgrid(*[PROBES] * 3, indexing="ij"), axis=-1).reshape(-1, 3), device)
     local = boxes.half[:, 0, :, None] * grid
     cos, sin = boxes.cos_sin[:, 0, :, None].unbind(-1)
     x, y, z = local.unbind(-1)
@@ -319,37 +285,13 @@ def _lidar_points(moments: Sequence[Moment], device: torch.device) -> Tensor:
     return (nearest.view(target.shape[:3]) == own).sum(-1)
 
 
-def _hash(a: Tensor, b: Tensor) -> Tensor:
-    """Numbers in [0, 1) that look random, of whole numbers: the same on every device."""
-    mixed = ((a * 73856093) ^ (b * 19349663)) & 0x7FFFFFFF
-    mixed = ((mixed ^ (mixed >> 13)) * 1274126177) & 0x7FFFFFFF
-    return ((mixed ^ (mixed >> 15)) & 0xFFFF).float() / 0x10000
-
-
-def _choose(where: Tensor, color: Sequence[float], otherwise: Tensor) -> Tensor:
-    return torch.where(where[..., None], otherwise.new_tensor(color), otherwise)
-
-
-def _is(label: Tensor, names: Sequence[str]) -> Tensor:
-    return torch.isin(label, label.new_tensor([CLASSES.index(name) for name in names]))
-
-
-def _at(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (bs, v, r, d) of a table (bs, v, k, d), by index (bs, v, r)."""
-    return table.gather(2, index[..., None].expand(-1, -1, -1, table.shape[-1]))
-
-
-def _of_moments(values: Sequence[float], like: Tensor) -> Tensor:
-    """A value a moment, which broadcasts against (bs, v, r)."""
-    return like.new_tensor(np.array(values, dtype=np.float64))[:, None, None]
-
-
-def _padded(lists: Sequence[Sequence[float]], like: Tensor) -> list[Tensor]:
-    """Lists of a moment each, transposed: tensors that broadcast against (bs, v, r), far away where a list ends."""
-    most = max(len(values) for values in lists)
-    rows = [[*values, *[100 * RANGE] * (most - len(values))] for values in lists]
-    return [_of_moments(column, like) for column in zip(*rows)]
+def _at(table: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Columns (bs, v, r) of rows of a table (bs, v, k, d), by index (bs, v, r)."""
+    return tuple(column.gather(2, index) for column in table.unbind(-1))
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(device)
+    """On the device: whole numbers as int64, others as float32. It travels from memory that a GPU need not wait for."""
+    is_whole = np.issubdtype(array.dtype, np.integer)
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64 if is_whole else np.float32))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -81,6 +81,11 @@ def load_newest(folder: Path) -> tuple[Path, dict] | None:
     return None
 
 
+def parameters_to_judge(document: dict) -> dict:
+    """A checkpoint's state of the model, with the parameters' averages in their places where it has such."""
+    return document["model"] | document.get("average", {})
+
+
 def found(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the oldest first."""
     return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))

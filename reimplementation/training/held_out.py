@@ -1,18 +1,19 @@
-"""A detector on drives that no training saw: what is there, what it finds, and how good that is."""
+"""A detector on frames that no training saw: what is there, what it finds, and how good that is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from reimplementation.models.sparsedrive import SparseDrive, SparseDriveConfig
 
-from .batches import Batch, SyntheticFrames
-from .config import DataConfig
-from .evaluate import DetectionMetrics, EvalBoxes, evaluate_detections, within_class_range
+from .batches import Batch, HeldOutFrames
+from .evaluate import DISTANCES, DetectionMetrics, EvalBoxes, evaluate_detections, within_class_range
 from .map_metrics import EvalLines, MapMetrics, evaluate_lines
 
 ATTRIBUTES = (
@@ -36,51 +37,85 @@ _ATTRIBUTES_OF = {  # of what moves, and of what stands
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of boxes, and of map lines where the detector finds such."""
+    """The metrics of boxes, and of map lines where the detector finds such.
+
+    present   the classes of which there is a box within their range; of the others every AP is 0, by nuScenes' rules
+    """
 
     boxes: DetectionMetrics
     lines: MapMetrics | None
+    present: tuple[str, ...]
+
+    def average_precision_of_present(self, distance: float) -> float:
+        """The mean AP at a distance of the classes that are there; NaN: none is."""
+        found = [self.boxes.average_precision[name][distance] for name in self.present]
+        return sum(found) / len(found) if found else math.nan
 
     def to_dict(self) -> dict:
         """What a JSON file holds."""
-        return {"boxes": self.boxes.to_dict(), "lines": None if self.lines is None else self.lines.to_dict()}
+        return {
+            "boxes": self.boxes.to_dict(),
+            "lines": None if self.lines is None else self.lines.to_dict(),
+            "present": list(self.present),
+            "AP_of_present": {f"{distance:g}": self.average_precision_of_present(distance) for distance in DISTANCES},
+        }
+
+
+class Judged(NamedTuple):
+    """A batch of frames: what is there and what is found, an entry a frame, as `SparseDrive.decode` gives it."""
+
+    truth: list[Sample]
+    found: list[Sample]
+    batch: Batch
 
 
 @torch.no_grad()
 def moments(
-    model: SparseDrive, data: DataConfig, device: torch.device, precision: str = "float32"
-) -> Iterator[tuple[list[Sample], list[Sample]]]:
-    """Drive the held-out drives of a configuration, all side by side.
+    model: SparseDrive, frames: HeldOutFrames, device: torch.device, precision: str = "float32"
+) -> Iterator[Judged]:
+    """Let a detector see the frames that it is judged by.
 
     Args:
         model: on the device; it is put into evaluation.
-        data: the drives.
+        frames: the frames.
         device: where.
         precision: "float32", or "bfloat16" for autocast.
-
-    Yields:
-        Frame by frame what is there and what is found, both with an entry a drive, as `SparseDrive.decode` gives it.
     """
     model.eval()
-    frames = SyntheticFrames(data, model.config, device, held_out=True)
-    state = model.initial_state(data.num_validation_drives)
-    for frame in range(data.frames_per_drive):
-        batch = frames.batch([(drive, frame) for drive in range(data.num_validation_drives)])
+    state = model.initial_state(frames.num_slots)
+    for number in range(frames.num_batches):
+        batch, counts = frames.at(number)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs, state = model(batch.images, batch.metas, state, every_layer=False)
         found = [{name: x.float().cpu().numpy() for name, x in sample.items()} for sample in model.decode(outputs)]
-        yield _truth(batch), found
+        yield Judged(*([s for s, is_new in zip(x, counts) if is_new] for x in (_truth(batch), found)), batch)
 
 
-def judge(frames: Sequence[tuple[list[Sample], list[Sample]]], config: SparseDriveConfig) -> Evaluation:
-    """The metrics of what `moments` yielded."""
-    truth, found = ([sample for frame in frames for sample in frame[which]] for which in range(2))
+def judge(frames: Iterable[Judged], config: SparseDriveConfig) -> Evaluation:
+    """The metrics of what `moments` yields."""
+    truth: list[Sample] = []
+    found: list[Sample] = []
+    for judged in frames:  # whose images are not kept
+        truth += judged.truth
+        found += judged.found
     classes = config.det.classes
-    boxes = (within_class_range(to_boxes(samples, classes), classes) for samples in (truth, found))
-    metrics = evaluate_detections(*boxes, classes)
-    if config.map is None:
-        return Evaluation(metrics, None)
-    return Evaluation(metrics, evaluate_lines(to_lines(truth), to_lines(found), config.map.classes))
+    true_boxes, found_boxes = (within_class_range(to_boxes(samples, classes), classes) for samples in (truth, found))
+    lines = None
+    if config.map is not None:
+        lines = evaluate_lines(to_lines(truth), to_lines(found), config.map.classes)
+    return Evaluation(
+        evaluate_detections(true_boxes, found_boxes, classes),
+        lines,
+        present=tuple(classes[label] for label in np.unique(true_boxes.label)),
+    )
+
+
+def keeping(frames: Iterable[Judged], number: int, kept: list[Judged]) -> Iterator[Judged]:
+    """The same frames; the batch of this number is put into a list as it passes."""
+    for index, judged in enumerate(frames):
+        if index == number:
+            kept.append(judged)
+        yield judged
 
 
 def attributes(label: np.ndarray, velocity: np.ndarray, classes: Sequence[str]) -> np.ndarray:

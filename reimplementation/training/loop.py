@@ -6,28 +6,32 @@ next is in the checkpoint. So a training that was stopped goes on as if it had n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from reimplementation.models.sparsedrive import SparseDrive, TemporalState
 from reimplementation.models.sparsedrive.denoising import DenoisingState
 from reimplementation.models.sparsedrive.detector import State
 
 from . import checkpoint
-from .batches import Batch, SyntheticFrames, places_at, slots_of
+from .averaging import ParameterAverage
+from .batches import Batch, slots_of
+from .building import compile_parts, distributed, new_model, training_frames
 from .config import TrainingConfig
+from .graphs import GraphedNetwork
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
+from .recomputation import recompute
+from .stopwatch import Stopwatch
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
-MAY_CHANGE = ("checkpoint_every", "keep_checkpoints")  # of a configuration, when a training goes on
+# What may be another in the configuration when a training goes on.
+MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "compile", "graph", "recompute")
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,33 @@ class Training:
         config: what to train; of the folder's training, if there is one.
         folder: for checkpoints and metrics.
         process: of one, or of several that share each batch.
+        data: a folder of frames, as `Recordings` reads it; None: synthetic drives.
 
     Raises:
-        ValueError: the folder holds a training of another configuration.
+        ValueError: the folder holds a training of another configuration, or the data cannot be read.
     """
 
-    def __init__(self, config: TrainingConfig, folder: Path, process: Process):
+    def __init__(self, config: TrainingConfig, folder: Path, process: Process, data: Path | None = None):
         self.config, self.folder, self.process = config, folder, process
+        if config.graph and (process.device.type != "cuda" or process.world_size > 1):
+            raise ValueError(f"graph is for a GPU and one process; got {process.device} and {process.world_size}")
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
-        self.frames = SyntheticFrames(config.data, config.model, process.device)
-        torch.manual_seed(config.seed)
-        self.model = SparseDrive(config.model).train().to(process.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.load_newest(folder)
+        self.frames = training_frames(config, data, self.slots, process.device)
+        self.model = new_model(config, None if found else self.frames).train().to(process.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.state: State = self.model.initial_state(len(self.slots))
+        decay = config.average_decay
+        self.average = None if decay is None else ParameterAverage(self.model, decay)
         self.step = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._go_on_from(checkpoint.load_newest(folder))
-        self.network = _distributed(self.model, process)
+        self._go_on_from(found)
+        if config.recompute:
+            recompute(self.model)
+        self.network: Callable = distributed(self.model, process)
+        compile_parts(self.model, config.compile)
+        self._upcoming: tuple[int, Batch] | None = None
+        self._beside = torch.cuda.Stream(process.device) if process.device.type == "cuda" else None
 
     def run(self, on_step: Callable[[dict], None], is_stopped: Callable[[], bool]) -> Outcome:
         """Train until the last step, or until ``is_stopped`` says so; what was done is in a checkpoint then.
@@ -76,7 +90,10 @@ class Training:
             RuntimeError: the loss is no finite number.
         """
         journal = Journal(self.folder, self.step) if self.process.is_first else None
+        self.stopwatch = Stopwatch(self.process.device)
         stopped, saved = False, None
+        if self.config.graph and self.step < self.config.num_steps:
+            self._capture()
         try:
             while self.step < self.config.num_steps and not stopped:
                 row, stopped = self._one_step(is_stopped)
@@ -93,6 +110,13 @@ class Training:
             saved = self.save()
         return Outcome(self.step, self.step == self.config.num_steps, saved)
 
+    def judged_model(self) -> SparseDrive:
+        """The detector as it is judged: with the average of its parameters, where there is one."""
+        model = SparseDrive(self.config.model)
+        averages = {} if self.average is None else self.average.state_dict()
+        model.load_state_dict(self.model.state_dict() | averages)
+        return model.to(self.process.device)
+
     def save(self) -> Path:
         """Write a checkpoint, in the first process; the others wait."""
         state = {name: _fields(remembered, self.process) for name, remembered in self.state.items()}
@@ -105,36 +129,70 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "state": state,
             }
+            if self.average is not None:
+                document["average"] = self.average.state_dict()
             path = checkpoint.save(self.folder, self.step, document, self.config.keep_checkpoints)
         self.process.wait()
         return path
 
     def _one_step(self, is_stopped: Callable[[], bool]) -> tuple[dict, bool]:
-        began = time.perf_counter()
+        """The numbers of a step, and whether the training is to stop.
+
+        The host reads the loss before the optimizer may use it. Between two readings lie the optimizer's work in the
+        step before, this step's, and the drawing of the next batch, which goes on while the GPU is busy with this one.
+        """
         config = self.config
         torch.manual_seed((config.seed * 1_000_003 + self.step) * 1009 + self.process.rank)
-        places, passes = places_at(self.step, self.slots, config.batch_size, config.data)
-        batch = self.frames.batch(places, passes)
+        batch = self._take_batch()
         factor = rate_factor(self.step, config.num_steps, config.optimizer)
         set_rate(self.optimizer, factor)
-        terms = self._losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            outputs, self.state = self.network(batch.images, batch.metas, self.state, batch.targets)
+        self.stopwatch.ends("forward")
+        if self.step + 1 < config.num_steps:
+            self._upcoming = self.step + 1, self._prepare(self.step + 1)
+        self.stopwatch.ends("data")
+        terms = self.model.loss(outputs, batch.targets)
+        self.stopwatch.ends("loss")
         torch.stack(list(terms.values())).sum().backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_norm)
+        self.stopwatch.ends("backward")
         shared = torch.stack([*terms.values(), norm, norm.new_tensor(float(is_stopped()))]).detach()
         *values, norm_value, stops = self.process.mean(shared).tolist()
+        times = self.stopwatch.read()
         self._check(dict(zip(terms, values)), norm_value)
         self.optimizer.step()
-        seconds = time.perf_counter() - began
+        if self.average is not None:
+            self.average.update(self.step)
+        self.stopwatch.ends("optimizer")
         row = {"step": self.step, "loss": sum(values), **dict(zip(terms, values)), "grad_norm": norm_value}
-        row |= {"lr": config.optimizer.lr * factor, "seconds": seconds}
-        return row, stops > 0
+        row |= {"lr": config.optimizer.lr * factor, "seconds": sum(times.values())}
+        return row | {f"seconds_{phase}": seconds for phase, seconds in times.items()}, stops > 0
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        is_half = self.config.precision == "bfloat16"
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=is_half):
-            outputs, self.state = self.network(batch.images, batch.metas, self.state, batch.targets)
-        return self.model.loss(outputs, batch.targets)
+    def _capture(self) -> None:
+        """Have the network captured with the batch that comes next."""
+        if not isinstance(self.network, GraphedNetwork):
+            self._upcoming = self.step, self._prepare(self.step)
+            torch.cuda.synchronize()
+            self.network = GraphedNetwork(self.model, self._upcoming[1], self.state, self.config.precision)
+
+    def _take_batch(self) -> Batch:
+        """This step's batch, which the step before has prepared unless it was another run's."""
+        if self._upcoming is None or self._upcoming[0] != self.step:
+            self._upcoming = self.step, self._prepare(self.step)
+        (_, batch), self._upcoming = self._upcoming, None
+        if self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+        self.stopwatch.ends("data")
+        return batch
+
+    def _prepare(self, step: int) -> Batch:
+        """A step's batch. A GPU makes it beside its other work, which nothing here waits for."""
+        if self._beside is None:
+            return self.frames.at(step)
+        with torch.cuda.stream(self._beside):
+            return self.frames.at(step)
 
     def _check(self, terms: dict[str, float], norm: float) -> None:
         """Raise where the step would spoil the parameters; every process sees the same numbers, and raises."""
@@ -165,24 +223,14 @@ class Training:
             )
         self.model.load_state_dict(document["model"])
         self.optimizer.load_state_dict(document["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(document["average"])
         self.step = document["step"]
         own = slice(self.slots.start, self.slots.stop)
         self.state = {
             name: STATES[name](**{key: value[own].to(self.process.device) for key, value in remembered.items()})
             for name, remembered in document["state"].items()
         }
-
-
-def _distributed(model: SparseDrive, process: Process) -> nn.Module:
-    """The model whose gradients are the mean over all processes, and whose norms see all of the batch on GPUs."""
-    if process.world_size == 1:
-        return model
-    # A detector of fewer levels than the backbone has stages leaves the last stages without gradients.
-    settings: dict = {"find_unused_parameters": model.config.num_levels < len(model.img_backbone.out_channels)}
-    if process.device.type == "cuda":
-        model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
-        settings["device_ids"] = [process.device.index]
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
 
 
 def _fields(state: TemporalState | DenoisingState, process: Process) -> dict[str, Tensor]:

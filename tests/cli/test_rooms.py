@@ -53,9 +53,10 @@ def test_arrows_go_one_way(room):
 def test_data_needs_little():
     """Its inputs may be anyone's, and its readers may be used without anything else of the package.
 
-    One file draws synthetic drives, which is a GPU's work.
+    Three files draw synthetic drives, which is a GPU's work.
     """
     allowed = {*sys.stdlib_module_names, "numpy", "PIL", "reimplementation"}
     for path in (PACKAGE / "data").rglob("*.py"):
-        also = {"torch"} if path.name == "rendering.py" else set()
+        draws = path.name in ("rendering.py", "painting.py", "tracing.py")
+        also = {"torch", "triton"} if draws else set()
         assert {module.partition(".")[0] for module, _ in imports(path)} <= allowed | also, path.name

@@ -146,3 +146,24 @@ def test_arguments_are_checked():
         Drive(0).moment(40)
     with pytest.raises(ValueError, match="must be at least 0 and num_frames 1; got -1"):
         Drive(-1)
+
+
+def test_the_kernel_traces_the_same():
+    """Triton's, interpreted on the CPU, beside PyTorch's operators: random rays and boxes, and a box without extent."""
+    pytest.importorskip("triton")
+    from reimplementation.data import rendering as drawing
+    from reimplementation.data import tracing
+
+    generator = torch.Generator().manual_seed(0)
+    origin = torch.randn(1, 2, 3, generator=generator)
+    direction = torch.randn(1, 2, 300, 3, generator=generator)
+    center = 6 * torch.randn(1, 2, 7, 3, generator=generator)
+    half = 0.5 + 2 * torch.rand(1, 2, 7, 3, generator=generator)
+    half[:, :, -1] = 0
+    angle = 6 * torch.rand(1, 2, 7, generator=generator)
+    cos_sin = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    boxes = drawing._Boxes(center, half, cos_sin, torch.arange(7).expand(1, 2, 7))
+    distance, nearest = drawing._trace_views(drawing._Rays(origin, direction), boxes)
+    traced, which = tracing.trace(origin, direction, center, half, cos_sin, drawing.NEAR)
+    assert torch.equal(which, nearest) and torch.allclose(traced, distance, rtol=1e-5)
+    assert (which.unique() == torch.arange(-1, 6)).all()

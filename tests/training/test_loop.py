@@ -12,7 +12,7 @@ from reimplementation.training import checkpoint, journal
 from reimplementation.training.loop import Training
 from reimplementation.training.optimization import make_optimizer, rate_factor
 from reimplementation.training.processes import join
-from tests.training.tiny import ALONE, TINY
+from tests.training.tiny import ALIKE, ALONE, TINY, numbers
 
 pytest.importorskip("scipy")
 
@@ -23,10 +23,6 @@ def never() -> bool:
 
 def quietly(row: dict) -> None:
     pass
-
-
-def numbers(folder) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in journal.read(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +124,6 @@ def in_a_process(rank: int, world_size: int, port: int, folder) -> None:
         for stops_after in (1, math.inf):
             training = Training(ALIKE, folder, process)
             training.run(quietly, lambda training=training, last=stops_after: training.step >= last)
-
-
-ALIKE = dataclasses.replace(  # both halves of a batch are the same frame, so that norms see the same in half of it
-    TINY,
-    num_steps=3,
-    data=dataclasses.replace(TINY.data, num_drives=1, frames_per_drive=1),
-    model=dataclasses.replace(TINY.model, dropout=0.0, attn_drop=0.0),
-)
 
 
 @pytest.mark.slow

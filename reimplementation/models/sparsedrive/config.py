@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reimplementation.models.backbones.vit.config import ViTConfig
 from reimplementation.models.checks import check_positive
 
 from .mappings import read_dataclass, write_dataclass
 
+PATCH = 16  # pixels of a side: of a ViT whose pyramid has the strides of a ResNet's
 FAMILIES = ("sparsedrive", "sparse4d")
 BOX_CLASSES = (
     "car",
@@ -156,6 +158,8 @@ class SparseDriveConfig:
 
     family   whose checkpoints load: "sparsedrive" or "sparse4d". It decides the names of the head's parameters, and the
              order in which cached anchors hold sine and cosine, which the two families learnt differently.
+    depth    of the ResNet that sees the images
+    backbone a ViT with patches of 16 pixels in its place, and with a simple pyramid; None: the ResNet
     map      None: boxes alone
     """
 
@@ -173,6 +177,7 @@ class SparseDriveConfig:
     max_depth: float = 60.0
     loss_depth: float = 0.2
     use_deformable_func: bool = True
+    backbone: ViTConfig | None = None
     det: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     map: MapHeadConfig | None = field(default_factory=MapHeadConfig)
 
@@ -194,6 +199,11 @@ class SparseDriveConfig:
             )
         if not 1 <= self.num_levels <= 4:
             raise ValueError(f"num_levels must be 1 to 4, as a ResNet has four stages; got {self.num_levels}")
+        if self.backbone is not None and list(self.backbone.patch_size) != [PATCH, PATCH]:
+            raise ValueError(
+                f"backbone must have patches of {PATCH} x {PATCH} pixels, from which the pyramid's strides follow; got "
+                f"{list(self.backbone.patch_size)}"
+            )
         if not 0 <= self.num_depth_levels <= self.num_levels:
             raise ValueError(
                 f"num_depth_levels must be in [0, num_levels={self.num_levels}]; got {self.num_depth_levels}"

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation.models.backbones.resnet import ResNet
+from reimplementation.models.backbones.vit.feature_map import ViTFeatureMap
 from reimplementation.models.checks import check_tensors
 from reimplementation.models.necks.fpn import FPN
+from reimplementation.models.necks.simple_pyramid import SimpleFeaturePyramid
 from reimplementation.ops.checks import check_shape
 
 from .box_loss import box_losses
@@ -26,6 +28,7 @@ from .line_loss import line_losses
 from .targets import pad_boxes, pad_lines
 
 State = dict[str, TemporalState | DenoisingState]
+SCALES = (4.0, 2.0, 1.0, 0.5)  # of a pyramid's levels, times a ViT's map
 METAS = ("projection_mat", "image_wh", "timestamp", "T_global")
 
 
@@ -53,8 +56,7 @@ class SparseDrive(nn.Module):
     def __init__(self, config: SparseDriveConfig | None = None):
         super().__init__()
         self.config = config = SparseDriveConfig() if config is None else config
-        self.img_backbone = ResNet(config.depth)
-        self.img_neck = FPN(self.img_backbone.out_channels[: config.num_levels], config.embed_dims)
+        self.img_backbone, self.img_neck = _image_network(config)
         self.head = Heads(config) if config.family == "sparsedrive" else box_head(config)
         if config.num_depth_levels > 0:
             self.depth_branch = DepthBranch(config.embed_dims, config.num_depth_levels)
@@ -238,3 +240,13 @@ class SparseDrive(nn.Module):
         check_shape("timestamp", metas["timestamp"], ("bs",), sizes)
         check_shape("T_global", metas["T_global"], ("bs", 4, 4), sizes)
         return {**metas, "timestamp": metas["timestamp"].double(), "T_global": metas["T_global"].double()}
+
+
+def _image_network(config: SparseDriveConfig) -> tuple[nn.Module, nn.Module]:
+    """The backbone, and the neck that makes a pyramid of its maps."""
+    if config.backbone is None:
+        resnet = ResNet(config.depth)
+        return resnet, FPN(resnet.out_channels[: config.num_levels], config.embed_dims)
+    vit = ViTFeatureMap(config.backbone)
+    scales = SCALES[: config.num_levels]
+    return vit, SimpleFeaturePyramid(vit.out_channels[0], config.embed_dims, scales)

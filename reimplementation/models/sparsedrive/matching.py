@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -64,7 +67,8 @@ def line_cost(predictions: Tensor, targets: Tensor, beta: float) -> tuple[Tensor
 def assign(cost: Tensor, counts: list[int]) -> Tensor:
     """The target of every prediction, such that the costs add up to the least.
 
-    The Hungarian method runs on the CPU (scipy, of the extra ``train``): all costs travel there in one copy.
+    The Hungarian method runs on the CPU (scipy, of the extra ``train``): all costs travel there in one copy, and as
+    many samples are solved at a time as there are processors.
 
     Args:
         cost: (layers, bs, n, m).
@@ -75,10 +79,22 @@ def assign(cost: Tensor, counts: list[int]) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
-    usable = torch.where(cost.isfinite(), cost, UNUSABLE).detach().cpu()
-    assigned = torch.full(usable.shape[:3], -1)
-    for layer_costs, layer in zip(usable, assigned):
-        for sample_cost, sample, count in zip(layer_costs, layer, counts):
-            row, column = linear_sum_assignment(sample_cost[:, :count].numpy())
-            sample[row] = torch.from_numpy(column)
+    usable = _on_host(torch.where(cost.isfinite(), cost, UNUSABLE).detach()).flatten(0, 1).numpy()
+    assigned = torch.full(cost.shape[:3], -1)
+    each = [of_sample[:, :count] for of_sample, count in zip(usable, counts * len(cost))]
+    for sample, (row, column) in zip(assigned.flatten(0, 1), _threads().map(linear_sum_assignment, each)):
+        sample[row] = torch.from_numpy(column)
     return assigned.to(cost.device)
+
+
+def _on_host(costs: Tensor) -> Tensor:
+    """A copy in memory that a GPU writes at full speed."""
+    if not costs.is_cuda:
+        return costs
+    return torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True).copy_(costs)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """The threads that solve, during which scipy lets others run."""
+    return ThreadPoolExecutor(thread_name_prefix="assign")

@@ -78,11 +78,11 @@ def pad(
                 f"{names[0]}[{sample}] must be in [0, {num_classes}); got {int(label.min())} to {int(label.max())}"
             )
     counts = [len(label) for label in labels]
-    padded = pad_sequence([label.to(like.device, torch.int64) for label in labels], batch_first=True)
-    padded_values = pad_sequence([value.to(like) for value in values], batch_first=True)
+    padded = pad_sequence([label.to(torch.int64) for label in labels], batch_first=True)
+    padded_values = pad_sequence([value.to(like.dtype) for value in values], batch_first=True)
     if max(counts) == 0:  # a row of padding, so that an index of a batch without targets finds something
         padded, padded_values = (x.new_zeros(len(like), 1, *x.shape[2:]) for x in (padded, padded_values))
-    return PaddedTargets(padded, padded_values, counts)
+    return PaddedTargets(padded.to(like.device), padded_values.to(like.device), counts)  # one copy for all samples
 
 
 def rows_of(values: Tensor, assigned: Tensor) -> Tensor:
