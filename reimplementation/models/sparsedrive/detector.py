@@ -149,7 +149,7 @@ class SparseDrive(nn.Module):
 
     def image_features(self, images: Tensor) -> list[Tensor]:
         """The pyramid [(bs * num_cams, embed_dims, H_i, W_i)], finest first, in channels-last memory."""
-        flat = images.flatten(0, 1).to(self.img_backbone.conv1.weight.dtype, memory_format=torch.channels_last)
+        flat = images.flatten(0, 1).to(next(self.img_backbone.parameters()).dtype, memory_format=torch.channels_last)
         return self.img_neck(self.img_backbone(flat)[: self.config.num_levels])
 
     def initial_state(self, batch_size: int) -> State:
