@@ -80,12 +80,14 @@ class TestModules:
             module.value_proj.requires_grad_(False)
         with KernelCalls() as calls:
             case.call(module, operands).sum().backward()
-        backward = f"{case.op}_backward"
-        [arguments] = [args for name, args in zip(calls.names, calls.arguments) if name == backward]
-        before = {  # of a backward's flags: settings, and what has no gradient
-            "ms_deform_attn_from_offsets": [False, False],  # value and reference points
-            "deformable_feature_aggregation": [False, False],  # a setting, and the features
+        backward, before = {  # the operator of the gradients, and of its flags those of what has none
+            "ms_deform_attn_from_offsets": (
+                "ms_deform_attn_from_offsets_backward",
+                [False, False],
+            ),  # value, references
+            "deformable_feature_aggregation": ("aggregation_module_backward", [False]),  # the features
         }[case.op]
+        [arguments] = [args for name, args in zip(calls.names, calls.arguments) if name == backward]
         flags = [argument for argument in arguments if isinstance(argument, bool)]
         assert flags[: len(before) + 2] == [*before, True, True]
         assert all(parameter.grad is not None for parameter in trainable(module))

@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from reimplementation.models.backbones.resnet import ResNet
 from reimplementation.models.sparsedrive.detector import Heads, SparseDrive
 from reimplementation.models.sparsedrive.head import SparseHead
 from reimplementation.ops.dtypes import FLOATING, name_of
@@ -37,7 +38,8 @@ def for_inference(model: SparseDrive, dtype: torch.dtype = torch.float32) -> Spa
         raise TypeError(f"dtype must be one of {', '.join(map(name_of, FLOATING))}; got {dtype}")
     form = copy.deepcopy(model).requires_grad_(False)
     form.reset()
-    form.img_backbone.fold_norms()
+    if isinstance(form.img_backbone, ResNet):  # a ViT's norms stand before its layers, and cannot be folded
+        form.img_backbone.fold_norms()
     for part in (form.img_backbone, form.img_neck):
         part.to(dtype)
     if isinstance(form.head, Heads):
