@@ -122,7 +122,7 @@ Gradients backward_cuda(
       check_launch("linear_relu_norm_backward, its sums");
     });
   };
-  return run_backward(grad_output, feature, weight, bias, norm_weight, norm_bias, eps, needs_feature, run);
+  return run_backward(grad_output, {feature, weight, bias, norm_weight, norm_bias, eps}, needs_feature, run);
 }
 
 }  // namespace reimplementation::linear_relu_norm

@@ -200,7 +200,7 @@ Tensor forward_cpu(
     const Tensor& norm_weight,
     const Tensor& norm_bias,
     double eps) {
-  return run_forward(feature, weight, bias, norm_weight, norm_bias, eps, [](const auto& layer, auto* output) {
+  return run_forward({feature, weight, bias, norm_weight, norm_bias, eps}, [](const auto& layer, auto* output) {
     using T = std::remove_pointer_t<decltype(output)>;
     parallel_run(Forward<T>{layer, output}, layer.sizes.rows(), items_per_thread(work_of_row(layer.sizes)));
   });
@@ -226,7 +226,7 @@ Gradients backward_cpu(
         BackwardSums<T>{sizes, gradient, of_linear, to_normalised, {sums[0], sums[1], sums[2]}}, sizes.out_features,
         items_per_thread(sizes.rows()));
   };
-  return run_backward(grad_output, feature, weight, bias, norm_weight, norm_bias, eps, needs_feature, run);
+  return run_backward(grad_output, {feature, weight, bias, norm_weight, norm_bias, eps}, needs_feature, run);
 }
 
 }  // namespace reimplementation::linear_relu_norm

@@ -45,7 +45,7 @@ Tensor forward_cuda(
     double eps) {
   const int32_t device = feature.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  return run_forward(feature, weight, bias, norm_weight, norm_bias, eps, [&](const auto& layer, auto* output) {
+  return run_forward({feature, weight, bias, norm_weight, norm_bias, eps}, [&](const auto& layer, auto* output) {
     using T = std::remove_pointer_t<decltype(output)>;
     with_block_shape(layer, device, [&](auto rows, auto pack) {
       linear_relu_norm_forward<rows(), pack()>

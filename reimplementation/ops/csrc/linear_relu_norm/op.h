@@ -37,13 +37,18 @@ struct Sizes {
   }
 };
 
-inline Sizes check(
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps) {
+struct Arguments {
+  const Tensor& feature;  // (batch, queries, in_features)
+  const Tensor& weight;   // (out_features, in_features)
+  const Tensor& bias;     // (out_features,), and so are
+  const Tensor& norm_weight;
+  const Tensor& norm_bias;
+  double eps;
+};
+
+inline Sizes check(const Arguments& given) {
+  const Tensor& feature = given.feature;
+  const Tensor& weight = given.weight;
   check_dim("feature", feature, 3);
   check_dim("weight", weight, 2);
   const Sizes sizes{feature.size(0), feature.size(1), feature.size(2), weight.size(0)};
@@ -55,10 +60,10 @@ inline Sizes check(
     check_shape(name, parameter, {sizes.out_features});
     check_like(name, parameter, "feature", feature);
   };
-  check_parameter("bias", bias);
-  check_parameter("norm_weight", norm_weight);
-  check_parameter("norm_bias", norm_bias);
-  STD_TORCH_CHECK(eps >= 0, "eps must be at least 0; got ", eps);
+  check_parameter("bias", given.bias);
+  check_parameter("norm_weight", given.norm_weight);
+  check_parameter("norm_bias", given.norm_bias);
+  STD_TORCH_CHECK(given.eps >= 0, "eps must be at least 0; got ", given.eps);
   return sizes;
 }
 
@@ -78,17 +83,12 @@ struct Layer {
 // The operands of a call that was checked. They must outlive what reads them.
 class Operands {
  public:
-  Operands(
-      const Tensor& feature,
-      const Tensor& weight,
-      const Tensor& bias,
-      const Tensor& norm_weight,
-      const Tensor& norm_bias)
-      : feature(with_even_rows(feature)),
-        weight(as_contiguous(weight)),
-        bias(as_contiguous(bias)),
-        norm_weight(as_contiguous(norm_weight)),
-        norm_bias(as_contiguous(norm_bias)) {}
+  explicit Operands(const Arguments& given)
+      : feature(with_even_rows(given.feature)),
+        weight(as_contiguous(given.weight)),
+        bias(as_contiguous(given.bias)),
+        norm_weight(as_contiguous(given.norm_weight)),
+        norm_bias(as_contiguous(given.norm_bias)) {}
 
   int64_t row_step() const {
     return feature.stride(1);
@@ -120,21 +120,14 @@ class Operands {
 
 // The op on any device: `run(layer, output)` gets what the call reads and where it writes.
 template <typename Run>
-Tensor run_forward(
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    const Run& run) {
-  const Sizes sizes = check(feature, weight, bias, norm_weight, norm_bias, eps);
-  const Operands operands(feature, weight, bias, norm_weight, norm_bias);
-  const Tensor output = allocate(feature, {sizes.batch, sizes.queries, sizes.out_features});
+Tensor run_forward(const Arguments& given, const Run& run) {
+  const Sizes sizes = check(given);
+  const Operands operands(given);
+  const Tensor output = allocate(given.feature, {sizes.batch, sizes.queries, sizes.out_features});
   if (sizes.rows() > 0) {
-    with_real_type(feature, [&](auto zero) {
+    with_real_type(given.feature, [&](auto zero) {
       using T = decltype(zero);
-      run(operands.layer<T>(sizes, eps), static_cast<T*>(output.mutable_data_ptr()));
+      run(operands.layer<T>(sizes, given.eps), static_cast<T*>(output.mutable_data_ptr()));
     });
   }
   return output;
@@ -146,39 +139,30 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Its backward: `run(layer, grad_output, of_linear, sums)` writes the gradient of the linear layer's output (rows,
 // out_features), and those that are sums over rows. That of `feature` has no element where it is not needed.
 template <typename Run>
-Gradients run_backward(
-    const Tensor& grad_output,
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    bool needs_feature,
-    const Run& run) {
-  const Sizes sizes = check(feature, weight, bias, norm_weight, norm_bias, eps);
+Gradients run_backward(const Tensor& grad_output, const Arguments& given, bool needs_feature, const Run& run) {
+  const Sizes sizes = check(given);
   check_shape("grad_output", grad_output, {sizes.batch, sizes.queries, sizes.out_features});
-  check_like("grad_output", grad_output, "feature", feature);
-  const Operands operands(feature, weight, bias, norm_weight, norm_bias);
+  check_like("grad_output", grad_output, "feature", given.feature);
+  const Operands operands(given);
   const Tensor gradient = as_contiguous(grad_output);
-  const Tensor of_linear = allocate(feature, {sizes.rows(), sizes.out_features});
-  Tensor sums[NUM_SUMS] = {allocate_like(bias), allocate_like(norm_weight), allocate_like(norm_bias)};
+  const Tensor of_linear = allocate(given.feature, {sizes.rows(), sizes.out_features});
+  Tensor sums[NUM_SUMS] = {allocate_like(given.bias), allocate_like(given.norm_weight), allocate_like(given.norm_bias)};
   if (sizes.rows() == 0) {
     for (Tensor& sum : sums) {
       torch::stable::zero_(sum);
     }
   } else {
-    with_real_type(feature, [&](auto zero) {
+    with_real_type(given.feature, [&](auto zero) {
       using T = decltype(zero);
       T* to[NUM_SUMS];
       for (int i = 0; i < NUM_SUMS; ++i) {
         to[i] = static_cast<T*>(sums[i].mutable_data_ptr());
       }
-      run(operands.layer<T>(sizes, eps), static_cast<const T*>(gradient.const_data_ptr()),
+      run(operands.layer<T>(sizes, given.eps), static_cast<const T*>(gradient.const_data_ptr()),
           static_cast<T*>(of_linear.mutable_data_ptr()), to);
     });
   }
-  Tensor of_feature = contiguous_gradient(feature, needs_feature);
+  Tensor of_feature = contiguous_gradient(given.feature, needs_feature);
   if (needs_feature) {
     multiply(of_linear, operands.weight, rows_of(of_feature));
   }
@@ -187,14 +171,14 @@ Gradients run_backward(
 }
 
 // One implementation per device.
-Tensor forward_cpu(
+using ForwardFunction = Tensor(
     const Tensor& feature,
     const Tensor& weight,
     const Tensor& bias,
     const Tensor& norm_weight,
     const Tensor& norm_bias,
     double eps);
-Gradients backward_cpu(
+using BackwardFunction = Gradients(
     const Tensor& grad_output,
     const Tensor& feature,
     const Tensor& weight,
@@ -203,21 +187,8 @@ Gradients backward_cpu(
     const Tensor& norm_bias,
     double eps,
     bool needs_feature);
-Tensor forward_cuda(
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps);
-Gradients backward_cuda(
-    const Tensor& grad_output,
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    bool needs_feature);
+
+ForwardFunction forward_cpu, forward_cuda;
+BackwardFunction backward_cpu, backward_cuda;
 
 }  // namespace reimplementation::linear_relu_norm

@@ -24,8 +24,8 @@ struct Kernels {
   feature_aggregation::BackwardFunction* aggregate_backward;
   decltype(&points::box_key_points_cpu) box_key_points;
   decltype(&points::box_key_points_backward_cpu) box_key_points_backward;
-  decltype(&linear_relu_norm::forward_cpu) linear_relu_norm;
-  decltype(&linear_relu_norm::backward_cpu) linear_relu_norm_backward;
+  linear_relu_norm::ForwardFunction* linear_relu_norm;
+  linear_relu_norm::BackwardFunction* linear_relu_norm_backward;
   decltype(&sums::sum_rows_cpu) sum_rows;
 };
 
