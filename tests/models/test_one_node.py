@@ -347,3 +347,22 @@ def test_tensors_that_lie_within_larger_ones(device):
     output, gradients = run(module, operands)
     for got, wanted in zip([output, *gradients], [expected[0], *expected[1]], strict=True):
         assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
+
+
+def test_direct_calls_of_the_gradients_are_checked(device):
+    """What autograd hands to the operator always fits; who calls it directly learns what does not."""
+    module = AGGREGATION.trained(device)
+    with KernelCalls() as calls:
+        run(module, operands_of(module, device))
+    backward = torch.ops.reimplementation.aggregation_module_backward
+    arguments = list(calls.arguments[1])
+    backward(*arguments)
+    features = next(
+        i
+        for i, name in enumerate(argument.name for argument in backward.default._schema.arguments)
+        if name == "features"
+    )
+    for place in (0, features):  # the output's gradient, and a step of the forward
+        for spoiled in (arguments[place][:, :1], arguments[place][..., :8], arguments[place].transpose(1, 2)):
+            with pytest.raises(RuntimeError, match="must be|mm|matrix product"):
+                backward(*arguments[:place], spoiled, *arguments[place + 1 :])

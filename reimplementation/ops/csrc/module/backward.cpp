@@ -129,6 +129,8 @@ Gradients backward(
                           points_weight,     points_bias,    weights_weight, weights_bias, output_weight,
                           output_bias,       encoder,        epsilons,       attn_drop};
   check(operands);
+  const int64_t batch = feature.size(0), queries = feature.size(1), channels = feature.size(2);
+  check_shape("grad_output", grad_output, {batch, queries, residual == "cat" ? 2 * channels : channels});
   const Kernels& kernels = kernels_for(feature);
   const bool has_encoder = operands.has_encoder();
   const Steps steps{

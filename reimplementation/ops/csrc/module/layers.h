@@ -57,6 +57,9 @@ inline const Kernels& kernels_for(const Tensor& tensor) {
 // Rows of a contiguous matrix as (batch, queries, columns), batch and queries of `like`.
 inline Tensor with_batch_of(const Tensor& matrix, const Tensor& like) {
   const int64_t columns = matrix.size(1);
+  STD_TORCH_CHECK(
+      matrix.is_contiguous() && matrix.size(0) == like.size(0) * like.size(1), "expected ", like.size(0) * like.size(1),
+      " rows, one behind the other; got shape ", shape_text(matrix));
   return strided_view<3>(matrix, {like.size(0), like.size(1), columns}, {like.size(1) * columns, columns, 1});
 }
 

@@ -27,6 +27,7 @@ torch::stable::Tensor strided_view(
 
 // The rows along the last dimension of a contiguous tensor, as a matrix.
 inline torch::stable::Tensor rows_of(const torch::stable::Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.is_contiguous(), "a tensor must be contiguous to be viewed as rows");
   const int64_t columns = tensor.size(tensor.dim() - 1);
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
