@@ -8,8 +8,6 @@ at every call.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -27,8 +25,3 @@ def cast_for_linears(features: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device_type):
         return features
     return as_dtype(features, torch.get_autocast_dtype(device_type))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast casts nothing on a device; for tensors on "meta" there is no autocast at all."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from ._call import call
 from ._register import define
 from ._spec import REAL, Operand, Spec
+from .autocast import without_autocast
 
 __all__ = ["linear_relu_norm"]
 
@@ -47,9 +47,7 @@ def linear_relu_norm(
 
 
 def _formula(feature: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float):
-    device_type = feature.device.type
-    is_rounded = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if is_rounded else nullcontext():
+    with without_autocast(feature.device):
         return F.layer_norm(F.linear(feature, weight, bias).relu(), bias.shape, norm_weight, norm_bias, eps)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from reimplementation.models.autocast import without_autocast
+from reimplementation.ops.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
 REFERENCE_FOCAL = 100.0  # pixels: a camera of this focal length sees the depth that the network says

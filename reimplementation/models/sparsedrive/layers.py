@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from reimplementation import ops
-from reimplementation.models.autocast import without_autocast
 from reimplementation.models.plain import are_plain, calls_are_unseen, is_plain, weight_and_bias
+from reimplementation.ops.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reimplementation.models.autocast import without_autocast
+from reimplementation.ops.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
 from .initialization import STD, init_layers

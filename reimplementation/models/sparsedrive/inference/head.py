@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reimplementation.models.autocast import without_autocast
 from reimplementation.models.deformable import DeformableFeatureAggregation
 from reimplementation.models.sparsedrive.anchor_encoder import BoxAnchorEncoder
 from reimplementation.models.sparsedrive.attention import InstanceAttention
@@ -18,6 +17,7 @@ from reimplementation.models.sparsedrive.ffn import AsymmetricFFN
 from reimplementation.models.sparsedrive.head import Memory, SparseHead
 from reimplementation.models.sparsedrive.instance_bank import Recalled, TemporalState
 from reimplementation.models.sparsedrive.refinement import BoxRefinement, Refinement
+from reimplementation.ops.autocast import without_autocast
 
 from .aggregation import CAMERA_LOGITS, CameraLogits, InferenceAggregation
 from .anchors import InferenceBoxEncoder
