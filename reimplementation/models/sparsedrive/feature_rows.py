@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reimplementation import ops
+from reimplementation.ops.backends import constant_in_graphs
 
 
 def feature_rows(levels: Sequence[Tensor], num_cams: int) -> list[Tensor]:
@@ -28,7 +29,7 @@ def feature_rows(levels: Sequence[Tensor], num_cams: int) -> list[Tensor]:
     return [rows, *_level_table(shapes, num_cams, rows.device)]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _level_table(shapes: tuple[tuple[int, int], ...], num_cams: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The levels' shapes and first rows, which the images' size decides: a compiled or captured graph holds them."""
     return _made_once(shapes, num_cams, device)
