@@ -135,7 +135,8 @@ def _wanted(t: Tensors, needs: Tensors) -> tuple[bool, bool, bool]:
 def _in_order(t: Tensors, needs: Tensors, found: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Of all that the operator returned, the gradients of the tensors that need one, in their order; else None."""
     by_name = dict(zip(_DIFFERENTIABLE, found))
-    by_name["anchor_embed"] = by_name["anchor_embed"].sum_to_size(t.anchor_embed.shape)
+    if needs.anchor_embed:
+        by_name["anchor_embed"] = by_name["anchor_embed"].sum_to_size(t.anchor_embed.shape)
     flat = [by_name.get(name) for name in Tensors._fields[:_NUM_OTHERS]]
     flat += found[len(_DIFFERENTIABLE) :]
     return tuple([gradient if needed else None for gradient, needed in zip(flat, needs.flat())])
