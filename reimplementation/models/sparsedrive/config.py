@@ -210,14 +210,14 @@ class SparseDriveConfig:
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> SparseDriveConfig:
-        """The configuration that a mapping describes; what it leaves out has its default.
+    def from_dict(cls, values: Mapping, where: str = "") -> SparseDriveConfig:
+        """The configuration that a mapping describes; what it leaves out has its default. An error calls it ``where``.
 
         Raises:
             ValueError: a key is unknown, or a value out of range.
             TypeError: a value has the wrong type.
         """
-        return read_dataclass(cls, values)
+        return read_dataclass(cls, values, where)
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, numbers and text."""

@@ -7,8 +7,6 @@ import types
 import typing
 from collections.abc import Mapping
 
-from reimplementation.models.backbones.vit.config import ViTConfig
-
 
 def read_dataclass(cls: type, values: typing.Any, where: str = "") -> typing.Any:
     """The dataclass that a mapping describes, at any depth: sequences become tuples, mappings the field's dataclass.
@@ -37,11 +35,7 @@ def read_dataclass(cls: type, values: typing.Any, where: str = "") -> typing.Any
 
 def write_dataclass(value: typing.Any) -> typing.Any:
     """What `read_dataclass` reads: plain dicts, lists, numbers and texts."""
-    if isinstance(value, ViTConfig):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value):
-        return {field.name: write_dataclass(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return [write_dataclass(entry) for entry in value] if isinstance(value, tuple) else value
+    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -54,8 +48,8 @@ def _convert(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
         if value is None:
             return None
         (hint,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
-    if hint is ViTConfig:  # whose YAML has a form of its own
-        return ViTConfig.from_dict(value, where)
+    if hasattr(hint, "from_dict"):  # the form may be one of its own
+        return hint.from_dict(value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, where)
     if typing.get_origin(hint) is tuple:
@@ -67,3 +61,11 @@ def _convert(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if type(value) is not hint:
         raise TypeError(f"{where} must be of type {hint.__name__}; got {value!r}")
     return value
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return write_dataclass(value)
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
