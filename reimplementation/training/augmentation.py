@@ -114,16 +114,19 @@ def seen_as(rig: Rig, view: View, width: int, height: int) -> Seen:
 
 def turned(keyframe: Keyframe, angle: float) -> Keyframe:
     """A keyframe whose lidar looks another way: everything around it is turned by ``angle``, anticlockwise."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    turn = np.eye(4)
-    turn[:2, :2] = [[cos, -sin], [sin, cos]]
-    back = turn.T
+    back = np.eye(4)
+    back[:2, :2] = _rotation(-angle)
     boxes = keyframe.boxes.copy()
-    boxes[:, :2] = boxes[:, :2] @ turn[:2, :2].T
+    boxes[:, :2] = rotated(boxes[:, :2], angle)
     boxes[:, 6] += angle
-    boxes[:, 7:] = boxes[:, 7:] @ turn[:2, :2].T
+    boxes[:, 7:] = rotated(boxes[:, 7:], angle)
     cameras = tuple(replace(c, world_to_camera=c.world_to_camera @ back) for c in keyframe.rig.cameras)
     return replace(keyframe, boxes=boxes, T_global=keyframe.T_global @ back, rig=replace(keyframe.rig, cameras=cameras))
+
+
+def rotated(vectors: np.ndarray, angle: float) -> np.ndarray:
+    """Vectors (n, 2) or (n, 3) turned about the vertical by ``angle``, anticlockwise."""
+    return np.concatenate([vectors[:, :2] @ _rotation(angle).T, vectors[:, 2:]], axis=1)
 
 
 def recoloured(pictures: np.ndarray, config: AugmentationConfig, random: np.random.Generator) -> np.ndarray:
@@ -191,3 +194,9 @@ def _about_grey(angle: float) -> np.ndarray:
     x, y, z = axis
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * (cross @ cross)
+
+
+def _rotation(angle: float) -> np.ndarray:
+    """(2, 2), anticlockwise."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.array([[cos, -sin], [sin, cos]])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from reimplementation.data.synthetic import CLASSES
 
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet's red, green and blue, in 0..255
 SECONDS_BETWEEN_PASSES = 1e4  # when a sequence is seen again, it is long after
@@ -82,6 +84,16 @@ class HeldOutFrames(Protocol):
 
     def at(self, number: int) -> tuple[Batch, np.ndarray]:
         """A batch, and which slots count, (num_slots,) bool: one whose sequences have ended repeats its last frame."""
+
+
+def label_of_class(names: Sequence[str]) -> np.ndarray:
+    """Of each of `data.synthetic.CLASSES`, its place among a detector's classes; -1 where it is none of them."""
+    return np.array([names.index(name) if name in names else -1 for name in CLASSES])
+
+
+def depth_strides(num_levels: int) -> list[int]:
+    """Pixels of an image to one of a map of depth, level by level."""
+    return [4 * 2**level for level in range(num_levels)]
 
 
 def normalised(pictures: Tensor) -> Tensor:

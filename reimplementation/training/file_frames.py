@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from reimplementation.data.synthetic import CLASSES
 from reimplementation.models.sparsedrive.config import SparseDriveConfig
 
-from .augmentation import Seen, View, draw_view, grid_mask, recoloured, seen_as, turned
-from .batches import SECONDS_BETWEEN_PASSES, Batch, Stream, normalised, on_device
+from .augmentation import Seen, View, draw_view, grid_mask, recoloured, rotated, seen_as, turned
+from .batches import SECONDS_BETWEEN_PASSES, Batch, Stream, depth_strides, label_of_class, normalised, on_device
 from .config import DataConfig
 from .recordings import Recordings
 
@@ -55,8 +54,7 @@ class FrameReader(Dataset):
 
     def __init__(self, recordings: Recordings, data: DataConfig, model: SparseDriveConfig, seed: int):
         self.recordings, self.data, self.model, self.seed = recordings, data, model, seed
-        names = model.det.classes
-        self._label = np.array([names.index(name) if name in names else -1 for name in CLASSES])
+        self._label = label_of_class(model.det.classes)
 
     def __getitem__(self, place: Place) -> Frame:
         keyframe, view, augmentation = self.recordings.keyframe(place.token), View(), self.data.augmentation
@@ -66,7 +64,7 @@ class FrameReader(Dataset):
             of_sequence = np.random.default_rng((self.seed, place.lap, place.sequence))
             view = draw_view(augmentation, of_sequence)
             angle = of_sequence.uniform(-augmentation.turn, augmentation.turn)
-            keyframe, points = turned(keyframe, angle), _turned_points(points, angle)
+            keyframe, points = turned(keyframe, angle), rotated(points, angle)
         seen = seen_as(keyframe.rig, view, *self.data.image_wh)
         if place.is_augmented and augmentation is not None:
             of_frame = np.random.default_rng((self.seed, place.lap, *place.token.encode()))
@@ -228,16 +226,11 @@ def depth_maps(points: np.ndarray, seen: Seen, num_levels: int, max_depth: float
     order = np.argsort(-depth[inside])  # the nearest comes last, and stays
     camera, u, v, depth = (values[inside][order] for values in (camera, u, v, depth))
     maps = []
-    for stride in (4 * 2**level for level in range(num_levels)):
+    for stride in depth_strides(num_levels):
         level = np.zeros((len(seen.focal), -(-height // stride), -(-width // stride)), dtype=np.float32)
         level[camera, (v / stride).astype(int), (u / stride).astype(int)] = depth
         maps.append(level)
     return maps
-
-
-def _turned_points(points: np.ndarray, angle: float) -> np.ndarray:
-    cos, sin = np.cos(angle), np.sin(angle)
-    return points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
 
 
 def _parts(tokens: list[str], count: int) -> list[list[str]]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from reimplementation.data.rendering import Rendering, render
-from reimplementation.data.synthetic import CLASSES, Drive, Moment, synthetic_rig
+from reimplementation.data.synthetic import Drive, Moment, synthetic_rig
 from reimplementation.models.sparsedrive.config import SparseDriveConfig
 
-from .batches import SECONDS_BETWEEN_PASSES, Batch, Stream, normalised, on_device
+from .batches import SECONDS_BETWEEN_PASSES, Batch, Stream, depth_strides, label_of_class, normalised, on_device
 from .config import DataConfig
 from .map_metrics import resample
 
@@ -88,8 +88,7 @@ class SyntheticFrames:
         self.rig = synthetic_rig(*data.image_wh)
         if len(self.rig.cameras) != model.num_cams:
             raise ValueError(f"synthetic drives have {len(self.rig.cameras)} cameras; the model has {model.num_cams}")
-        names = model.det.classes
-        self._label = np.array([names.index(name) if name in names else -1 for name in CLASSES])
+        self._label = label_of_class(model.det.classes)
         self._reader = DriveReader(data, model.map.num_points if model.map else 2, held_out=held_out)
         self._stream = Stream(self._reader, places, data.num_workers)
 
@@ -136,7 +135,7 @@ class SyntheticFrames:
             targets["map_lines"] = [torch.from_numpy(scene.lines).float() for scene in scenes]
         if self.model.num_depth_levels > 0:
             measured = torch.where(rendering.depth <= self.model.max_depth, rendering.depth, 0)
-            strides = [4 * 2**level for level in range(self.model.num_depth_levels)]
+            strides = depth_strides(self.model.num_depth_levels)
             targets["depth"] = [measured[:, :, ::stride, ::stride] for stride in strides]
         return targets
 
