@@ -17,13 +17,44 @@ from tests.training.tiny import ALONE, TINY, numbers, written
 
 pytest.importorskip("scipy")
 pytest.importorskip("rich")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL"),
+]
 KILLS = 20
 
+# The process kills itself where it would call the function that is named, once its first checkpoint is written.
+DIES_IN = """
+import os, signal, sys
+from pathlib import Path
+from reimplementation.training import checkpoint
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+folder, (owner, name) = Path(sys.argv[1]), sys.argv[2].split(".")
+checkpoint.save(folder, 1, {"step": 1, "config": {}, "model": {}}, keep=2)
+owner = {"os": os, "Path": Path, "checkpoint": checkpoint}[owner]
+setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+checkpoint.save(folder, 2, {"step": 2, "config": {}, "model": {}}, keep=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "step", "unfinished"),
+    [("os.fsync", 1, 1), ("Path.replace", 1, 1), ("checkpoint._sync_folder", 2, 0)],
+)
+def test_killed_in_the_middle_of_a_checkpoint(function, step, unfinished, tmp_path):
+    """The moments are before the bytes are on the disk, before the file has its name, and right after it has."""
+    process = subprocess.run([sys.executable, "-c", DIES_IN, tmp_path, function], cwd=ROOT, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(f"step-*{checkpoint.UNFINISHED}"))) == unfinished
+    assert checkpoint.load_newest(tmp_path)[1]["step"] == step
+
+    checkpoint.save(tmp_path, step + 1, {"step": step + 1, "config": {}, "model": {}}, keep=2)
+    assert checkpoint.load_newest(tmp_path)[1]["step"] == step + 1
+    assert not list(tmp_path.glob(f"step-*{checkpoint.UNFINISHED}"))
+
+
 def test_twenty_kills(tmp_path):
-    """Each run writes a checkpoint every step, so that much of its time is spent in writing them."""
+    """Each run writes a checkpoint every step; how many kills meet one being written is left to the machine's disk."""
     config = dataclasses.replace(TINY, num_steps=200, checkpoint_every=1)
     path, folder = written(config, tmp_path / "config.yaml"), tmp_path / "killed"
     command = [sys.executable, "-m", "reimplementation", "train", "--config", path, "--work-dir", folder]
@@ -43,7 +74,6 @@ def test_twenty_kills(tmp_path):
         assert step > last and step >= len(rows) - 1  # at most the step whose checkpoint was being written is lost
         last = step
     print(f"{in_the_middle} of {KILLS} kills left a checkpoint unfinished; {last} steps were done in between")
-    assert in_the_middle > 0
 
     short = dataclasses.replace(config, checkpoint_every=100)
     whole = Training(short, tmp_path / "whole", ALONE)
