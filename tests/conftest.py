@@ -17,6 +17,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # As many threads as cores in every worker would wait for one another; with one alone nothing is shared out.
     torch.set_num_threads(max(2, torch.get_num_threads() // workers))
 
+# Workers, which begin after this, have more threads than there are cores. One that waits sleeps, so as not to hold the
+# core that another needs: the suite is a fifth faster so.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def pytest_collection_modifyitems(items):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

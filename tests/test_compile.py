@@ -95,11 +95,11 @@ def assert_module_agrees(case, module, device) -> None:
     [
         (True, AGGREGATION, True),
         (True, AGGREGATION_OF_MAPS, False),
-        (False, AGGREGATION_OF_MAPS, True),
+        (False, AGGREGATION_OF_MAPS, False),
         *(
             pytest.param(*settings, marks=pytest.mark.slow)
             for settings in [(True, AGGREGATION, False), (True, AGGREGATION_OF_MAPS, True)]
-            + [(False, AGGREGATION_OF_MAPS, False), (False, AGGREGATION, True), (False, AGGREGATION, False)]
+            + [(False, AGGREGATION_OF_MAPS, True), (False, AGGREGATION, True), (False, AGGREGATION, False)]
         ),
     ],
     ids=str,

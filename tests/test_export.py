@@ -167,7 +167,8 @@ class TestOnnx:
         for arguments in (seen, (features, shapes, starts, locations, weights)):
             assert relative_error(self.run(contents, arguments), op.function(*arguments)) <= 1e-5
 
-    @pytest.mark.parametrize("optional", [True, pytest.param(False, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("optional", [True, False])
     def test_feature_aggregation(self, optional):
         """Key points, softmax and dropped pairs are standard operators, too; the number of queries stays open."""
         op, varies = FEATURE_AGGREGATION, ("key_points", "logits", "keep")

@@ -17,42 +17,11 @@ from tests.training.tiny import ALONE, TINY, numbers, written
 
 pytest.importorskip("scipy")
 pytest.importorskip("rich")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL"),
-]
 KILLS = 20
 
-# The process kills itself where it would call the function that is named, once its first checkpoint is written.
-DIES_IN = """
-import os, signal, sys
-from pathlib import Path
-from reimplementation.training import checkpoint
 
-folder, (owner, name) = Path(sys.argv[1]), sys.argv[2].split(".")
-checkpoint.save(folder, 1, {"step": 1, "config": {}, "model": {}}, keep=2)
-owner = {"os": os, "Path": Path, "checkpoint": checkpoint}[owner]
-setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-checkpoint.save(folder, 2, {"step": 2, "config": {}, "model": {}}, keep=2)
-"""
-
-
-@pytest.mark.parametrize(
-    ("function", "step", "unfinished"),
-    [("os.fsync", 1, 1), ("Path.replace", 1, 1), ("checkpoint._sync_folder", 2, 0)],
-)
-def test_killed_in_the_middle_of_a_checkpoint(function, step, unfinished, tmp_path):
-    """The moments are before the bytes are on the disk, before the file has its name, and right after it has."""
-    process = subprocess.run([sys.executable, "-c", DIES_IN, tmp_path, function], cwd=ROOT, check=False)
-    assert process.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(f"step-*{checkpoint.UNFINISHED}"))) == unfinished
-    assert checkpoint.load_newest(tmp_path)[1]["step"] == step
-
-    checkpoint.save(tmp_path, step + 1, {"step": step + 1, "config": {}, "model": {}}, keep=2)
-    assert checkpoint.load_newest(tmp_path)[1]["step"] == step + 1
-    assert not list(tmp_path.glob(f"step-*{checkpoint.UNFINISHED}"))
-
-
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_twenty_kills(tmp_path):
     """Each run writes a checkpoint every step; how many kills meet one being written is left to the machine's disk."""
     config = dataclasses.replace(TINY, num_steps=200, checkpoint_every=1)
