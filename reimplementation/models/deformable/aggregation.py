@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,24 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reimplementation import ops
-from reimplementation.models.checks import check_positive, check_tensors
-from reimplementation.ops.checks import check_device, check_shape
+from reimplementation.models.checks import check_positive
 from reimplementation.ops.dtypes import as_dtype
 
-from .key_points import (
-    Sparse4DBox3DKeyPointsGenerator,
-    SparseBox3DKeyPointsGenerator,
-    SparsePoint3DKeyPointsGenerator,
-    check_key_points,
-)
+from .arguments import Arguments, Sizes, cameras, checked
+from .key_points import SparseBox3DKeyPointsGenerator, check_key_points
 from .one_node import aggregate
 from .plain_tensors import plain_tensors, settings_of
+from .plugins import build
 
-PLUGINS: dict[str, Callable[..., nn.Module]] = {
-    "SparseBox3DKeyPointsGenerator": SparseBox3DKeyPointsGenerator,
-    "SparsePoint3DKeyPointsGenerator": SparsePoint3DKeyPointsGenerator,
-    "Sparse4DBox3DKeyPointsGenerator": Sparse4DBox3DKeyPointsGenerator,
-}
 RESIDUAL_MODES = ("add", "cat", None)
 
 
@@ -98,14 +89,14 @@ class DeformableFeatureAggregation(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         if kps_generator is None:
             kps_generator = {"type": SparseBox3DKeyPointsGenerator}
-        generator: Any = _build("kps_generator", kps_generator, overrides={"embed_dims": embed_dims})
+        generator: Any = build("kps_generator", kps_generator, overrides={"embed_dims": embed_dims})
         self.kps_generator = generator
         self.num_pts: int = generator.num_pts
         if self.num_pts < 1:
             raise ValueError(f"kps_generator must place at least one key point; got num_pts={self.num_pts}")
         self.temp_module = None
         if temporal_fusion_module is not None:
-            self.temp_module = _build(
+            self.temp_module = build(
                 "temporal_fusion_module", temporal_fusion_module, defaults={"embed_dims": embed_dims}
             )
         self.output_proj = nn.Linear(embed_dims, embed_dims)
@@ -165,80 +156,21 @@ class DeformableFeatureAggregation(nn.Module):
             ValueError: an argument has the wrong shape.
             TypeError: an argument has the wrong type.
         """
-        projection_mat, image_wh = _cameras(metas)
-        if not self._fits(instance_feature, anchor, anchor_embed, feature_maps, projection_mat):
-            feature_maps = self._checked(instance_feature, anchor, anchor_embed, feature_maps, projection_mat)
+        given = Arguments(instance_feature, anchor, anchor_embed, feature_maps, *cameras(metas))
+        arguments = checked(given, Sizes(self.embed_dims, self.num_cams, self.num_levels))
         keep = self._keep(instance_feature)
-        arguments = instance_feature, anchor, anchor_embed, feature_maps, projection_mat, image_wh, keep
-        tensors = plain_tensors(self, *arguments)
+        tensors = plain_tensors(self, arguments, keep)
         if tensors is None:
-            return self._layer_by_layer(*arguments)
+            return self._layer_by_layer(arguments, keep)
         try:
             return aggregate(settings_of(self), tensors)
         except RuntimeError:
-            self._layer_by_layer(*arguments)  # which says in better words what is wrong with its arguments
+            self._layer_by_layer(arguments, keep)  # which says in better words what is wrong with its arguments
             raise
 
-    def _fits(
-        self,
-        instance_feature: Tensor,
-        anchor: Tensor,
-        anchor_embed: Tensor,
-        feature_maps: Sequence[Tensor],
-        projection_mat: Tensor,
-    ) -> bool:
-        """Whether these are formatted maps, and tensors of the right sizes: to check them one by one takes longer."""
-        if not _is_formatted(feature_maps):
-            return False
-        col_feats, spatial_shape, _ = feature_maps
-        tensors = instance_feature, anchor, anchor_embed, projection_mat, col_feats
-        return (
-            all([type(tensor) is Tensor for tensor in tensors])
-            and instance_feature.dim() == col_feats.dim() == 3
-            and instance_feature.shape[2] == col_feats.shape[2] == self.embed_dims
-            and instance_feature.shape == anchor_embed.shape
-            and instance_feature.shape[0] == col_feats.shape[0]
-            and projection_mat.shape == (instance_feature.shape[0], self.num_cams, 4, 4)
-            and spatial_shape.shape == (self.num_cams, self.num_levels, 2)
-            and instance_feature.device == col_feats.device
-        )
-
-    def _checked(
-        self,
-        instance_feature: Tensor,
-        anchor: Tensor,
-        anchor_embed: Tensor,
-        feature_maps: Sequence,
-        projection_mat: Tensor,
-    ) -> Sequence[Tensor]:
-        """The maps, formatted; raises where an argument does not fit, and says which."""
-        check_tensors(
-            {
-                "instance_feature": instance_feature,
-                "anchor": anchor,
-                "anchor_embed": anchor_embed,
-                "metas['projection_mat']": projection_mat,
-            }
-        )
-        sizes = {"embed_dims": self.embed_dims, "num_cams": self.num_cams, "num_levels": self.num_levels}
-        check_shape("instance_feature", instance_feature, ("bs", "num_anchor", "embed_dims"), sizes)
-        check_shape("metas['projection_mat']", projection_mat, ("bs", "num_cams", 4, 4), sizes)
-        _check_embed(anchor_embed, instance_feature)
-        formatted = _formatted(feature_maps, sizes)
-        check_device("feature_maps", formatted[0], instance_feature.device)
-        return formatted
-
-    def _layer_by_layer(
-        self,
-        instance_feature: Tensor,
-        anchor: Tensor,
-        anchor_embed: Tensor,
-        feature_maps: Sequence[Tensor],
-        projection_mat: Tensor,
-        image_wh: Tensor | None,
-        keep: Tensor | None,
-    ) -> Tensor:
+    def _layer_by_layer(self, arguments: Arguments, keep: Tensor | None) -> Tensor:
         """The forward, each part of it called: what hooks, adapters, autocast, compilers and exporters see."""
+        instance_feature, anchor, anchor_embed, feature_maps, projection_mat, image_wh = arguments
         col_feats, spatial_shape, scale_start_index = feature_maps
         with nullcontext() if self.use_deformable_func else ops.use_backend("grid_sample"):
             key_points = self.kps_generator(anchor, instance_feature)
@@ -300,73 +232,3 @@ class DeformableFeatureAggregation(nn.Module):
             f"num_cams={self.num_cams}, num_pts={self.num_pts}, attn_drop={self.attn_drop}, "
             f"use_deformable_func={self.use_deformable_func}, residual_mode={self.residual_mode!r}"
         )
-
-
-def _cameras(metas: Mapping) -> tuple[Tensor, Tensor | None]:
-    """The projection matrices and the images' sizes."""
-    expected = "'projection_mat' (bs, num_cams, 4, 4), and may hold 'image_wh'"
-    if not isinstance(metas, Mapping):
-        raise TypeError(f"metas must be a dict that holds {expected}; got {type(metas).__name__}")
-    if "projection_mat" not in metas:
-        raise KeyError(f"metas must hold {expected}; got the keys {list(metas)}")
-    return metas["projection_mat"], metas.get("image_wh")
-
-
-def _check_embed(anchor_embed: Tensor, instance_feature: Tensor) -> None:
-    """Raise ValueError unless the embedding has the feature's shape, or broadcasts to it."""
-    shape, wanted = anchor_embed.shape, instance_feature.shape
-    if shape == wanted:
-        return
-    if len(shape) > len(wanted) or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(wanted))):
-        raise ValueError(
-            "anchor_embed must be (bs, num_anchor, embed_dims), or broadcast to it, "
-            f"with bs={wanted[0]}, num_anchor={wanted[1]}, embed_dims={wanted[2]}; got {tuple(shape)}"
-        )
-
-
-def _formatted(feature_maps: Sequence, sizes: dict[str, int]) -> Sequence[Tensor]:
-    """What `ops.feature_maps_format` makes of the maps, if it has not yet; errors speak of what the caller gave."""
-    if _is_formatted(feature_maps):
-        check_tensors({"feature_maps[0]": feature_maps[0]})
-        check_shape("feature_maps[0]", feature_maps[0], ("bs", "num_feat", "embed_dims"), sizes)
-        check_shape("feature_maps[1]", feature_maps[1], ("num_cams", "num_levels", 2), sizes)
-        return feature_maps
-    formatted = ops.feature_maps_format(feature_maps)
-    (bs, _, channels), (num_cams, num_levels, _) = formatted[0].shape, formatted[1].shape
-    got = {"num_levels": num_levels, "bs": bs, "num_cams": num_cams, "embed_dims": channels}
-    if any(got[name] != sizes[name] for name in got):
-        expected, came = (", ".join(f"{name}={known[name]}" for name in got) for known in (sizes, got))
-        raise ValueError(
-            f"feature_maps must be num_levels maps of (bs, num_cams, embed_dims, H, W) with {expected}; got {came}"
-        )
-    return formatted
-
-
-def _is_formatted(feature_maps: Sequence) -> bool:
-    """Whether this is [col_feats, spatial_shape, scale_start_index]: integers in second place, no level."""
-    return (
-        isinstance(feature_maps, (list, tuple))
-        and len(feature_maps) == 3
-        and isinstance(feature_maps[1], Tensor)
-        and not feature_maps[1].is_floating_point()
-    )
-
-
-def _build(
-    argument: str,
-    config: Mapping | nn.Module,
-    defaults: Mapping | None = None,
-    overrides: Mapping | None = None,
-) -> nn.Module:
-    """The module that a dict describes; the dict itself is left alone. A module is returned as it is."""
-    if isinstance(config, nn.Module):
-        return config
-    if not isinstance(config, Mapping) or "type" not in config:
-        raise TypeError(f"{argument} must be an nn.Module, or a dict with the key 'type'; got {config!r}")
-    settings = {**(defaults or {}), **config, **(overrides or {})}
-    plugin = settings.pop("type")
-    if isinstance(plugin, str):
-        if plugin not in PLUGINS:
-            raise ValueError(f"{argument}['type'] must be a class or one of {', '.join(PLUGINS)}; got {plugin!r}")
-        plugin = PLUGINS[plugin]
-    return plugin(**settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from reimplementation.models.plain import are_plain, calls_are_unseen, is_plain,
 from reimplementation.ops.backends import select_backend
 from reimplementation.ops.dtypes import as_dtype
 
+from .arguments import Arguments
 from .key_points import Sparse4DBox3DKeyPointsGenerator, SparseBox3DKeyPointsGenerator, check_key_points
 from .one_node import Settings, Tensors
 
@@ -30,21 +30,13 @@ def settings_of(module: DeformableFeatureAggregation) -> Settings:
     return Settings([norm.eps for norm in norms], module.attn_drop, module.residual_mode or "none")
 
 
-def plain_tensors(
-    module: DeformableFeatureAggregation,
-    instance_feature: Tensor,
-    anchor: Tensor,
-    anchor_embed: Tensor,
-    feature_maps: Sequence[Tensor],
-    projection_mat: Tensor,
-    image_wh: Tensor | None,
-    keep: Tensor | None,
-) -> Tensors | None:
+def plain_tensors(module: DeformableFeatureAggregation, arguments: Arguments, keep: Tensor | None) -> Tensors | None:
     """What `one_node.aggregate` takes; None where somebody could tell that the layers are not called.
 
     That is so where a layer is no plain one, under a tracer, a transform or a backend without kernels, where the
     cameras need a gradient, and where dtypes differ, but for features in half precision.
     """
+    instance_feature, anchor, anchor_embed, feature_maps, projection_mat, image_wh = arguments
     device = instance_feature.device
     if not (module.use_deformable_func and calls_are_unseen() and select_backend(device) == device.type):
         return None
