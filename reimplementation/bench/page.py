@@ -129,10 +129,10 @@ Microseconds of a call, forward alone and with its backward; megabytes kept from
 
 {modules}
 
-### Whole models
+### Whole models, their op alone replaced
 
-Models of Hugging Face transformers with random weights, as they come and with our op put into them from outside. Under
-bfloat16 autocast, at batch 8:
+Models of Hugging Face transformers with random weights, as they come and with our op put into them by hand, before
+there was the one call that replaces a whole attention module. Under bfloat16 autocast, at batch 8:
 
 {models}
 
