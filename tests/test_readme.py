@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from reimplementation import cli
+from reimplementation.bench.clients.measure import ClientResult
+from reimplementation.bench.results import read_one
 from reimplementation.bench.tables import three_digits
 from tests.markdown import README, ROOT, code_blocks, commands, table_rows
 
@@ -55,27 +58,25 @@ def rows() -> list[list[str]]:
     return [row for row in table_rows(section) if any(re.search(r"\d [/→] \d", cell) for cell in row)]
 
 
-def measured_beside(name: str) -> list[dict]:
-    """The documents of a folder of results."""
-    return [json.loads(path.read_text()) for path in (RESULTS / name).glob("*.json")]
+@pytest.fixture
+def peers() -> list[dict]:
+    """The results in which peers were measured."""
+    return [json.loads(path.read_text()) for path in (RESULTS / "peers").glob("*.json")]
 
 
 @pytest.fixture
-def models() -> list[dict]:
+def models() -> list[ClientResult]:
     """Other people's models under bfloat16 autocast, at batch 8."""
-    runs = [run for document in measured_beside("clients") for run in document["results"]]
-    return [run for run in runs if (run["device"], run["dtype"], run["batch"]) == ("cuda", "bfloat16", 8)]
-
-
-def gain(run: dict) -> float:
-    return run["original"]["timing"]["median_us"] / run["accelerated"]["timing"]["median_us"]
+    documents = [read_one(path, ClientResult) for path in (RESULTS / "clients").glob("*.json")]
+    runs = [run for document in documents for run in document.results]
+    return [run for run in runs if (run.device, run.dtype, run.batch) == ("cuda", "bfloat16", 8)]
 
 
 class TestFigures:
-    def test_are_those_of_a_committed_file(self, rows, models):
+    def test_are_those_of_a_committed_file(self, rows, peers, models):
         """Bytes as GB, microseconds as milliseconds."""
         measured = set()
-        for value in numbers([measured_beside("peers"), models]):
+        for value in numbers([*peers, *map(dataclasses.asdict, models)]):
             measured |= {three_digits(value), three_digits(value / 1e3), three_digits(value / 1e9)}
         shown = [figure for row in rows for cell in row if "/" in cell or "→" in cell for figure in figures(cell)]
         shown = [figure for figure in shown if figure[-1] != "x"]
@@ -96,7 +97,7 @@ class TestFigures:
             float, re.search(r"run ([\d.]+) to ([\d.]+) times as fast forward, and ([\d.]+) to ([\d.]+)", text).groups()
         )
         for passed, stated in (("forward", (low, high)), ("training", (low_training, high_training))):
-            found = [gain(run) for run in models if run["passed"] == passed and run["model"].startswith(SAMPLE_LITTLE)]
+            found = [run.speedup for run in models if run.passed == passed and run.model.startswith(SAMPLE_LITTLE)]
             assert stated == (round(min(found), 2), round(max(found), 2))
 
     def test_what_determinism_costs(self):

@@ -357,12 +357,8 @@ def test_direct_calls_of_the_gradients_are_checked(device):
     backward = torch.ops.reimplementation.aggregation_module_backward
     arguments = list(calls.arguments[1])
     backward(*arguments)
-    features = next(
-        i
-        for i, name in enumerate(argument.name for argument in backward.default._schema.arguments)
-        if name == "features"
-    )
-    for place in (0, features):  # the output's gradient, and a step of the forward
+    names = [argument.name for argument in backward.default._schema.arguments]
+    for place in (0, names.index("features")):  # the output's gradient, and a step of the forward
         for spoiled in (arguments[place][:, :1], arguments[place][..., :8], arguments[place].transpose(1, 2)):
             with pytest.raises(RuntimeError, match="must be|mm|matrix product"):
                 backward(*arguments[:place], spoiled, *arguments[place + 1 :])
