@@ -291,6 +291,7 @@ class TestOnAGpu:
         "rows shared": {"num_queries": 3000, "num_heads": 8, "channels": 32, "shapes": ((16, 32), (8, 16))},
         "rows apart": {"num_queries": 300, "num_heads": 8, "channels": 32, "shapes": ((128, 128), (64, 64))},
         "odd channels": {"num_queries": 300, "num_heads": 3, "channels": 33, "shapes": ((64, 64), (8, 4))},
+        "one channel": {"num_queries": 3000, "num_heads": 4, "channels": 1, "shapes": ((64, 64), (8, 4))},
         "many points": {
             "num_queries": 200,
             "num_heads": 8,

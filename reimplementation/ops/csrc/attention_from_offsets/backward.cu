@@ -341,7 +341,7 @@ struct Call {
     using C = compute_t<T>;
     softmaxes = allocate(value, {sizes.batch, sizes.num_queries, sizes.num_heads, 2}, compute_type(value));
     auto* to = static_cast<Softmax<C>*>(softmaxes->mutable_data_ptr());
-    auto all = attention::operands<T>(sizes, value, levels, form, 1, WARP);
+    auto all = attention::operands<T>(sizes, value, levels, form, 1, 2 * WARP);  // none is staged
     all.log2_lanes = all.log2_team = LOG2_TEAM;
     all.log2_heads_at_once = 0;
     attention::launch_parts(all, sizes.batch, [&](const attention::Operands<T, PredictedSamples<T, L>>& op, dim3 grid) {
