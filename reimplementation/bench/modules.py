@@ -19,6 +19,7 @@ from reimplementation.ops.dtypes import name_of
 SECONDS_PER_FIGURE, MAX_REPEATS = 1.2, 50
 DTYPES = {  # a backend on a device: what is worth timing there
     ("cuda", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("cuda", "triton"): (torch.float32, torch.float16, torch.bfloat16),
     ("cuda", "grid_sample"): (torch.float32, torch.float16, torch.bfloat16),
     ("cpu", "cpu"): (torch.float32, torch.bfloat16),
     ("cpu", "grid_sample"): (torch.float32,),
