@@ -468,7 +468,8 @@ def operands_of_features(
         "starts": beside(scale_start_index, feature_maps),
         "projection": projection_mat.contiguous(),
         "image_wh": projection_mat if image_wh is None else image_wh.contiguous(),
-        "keep": projection_mat if keep is None else keep.contiguous().view(torch.uint8),
+        # Not a view: PyTorch 2.11's Inductor takes none of bools as bytes.
+        "keep": projection_mat if keep is None else keep.to(torch.uint8).contiguous(),
         "num_rows": feature_maps.shape[1],
         "KEPT_SCALE": 1.0 if keep is None else 1 / (1 - float(attn_drop)),
         "HAS_SIZES": image_wh is not None,
