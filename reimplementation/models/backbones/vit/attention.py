@@ -73,15 +73,21 @@ class SelfAttention(nn.Module):
         return attention_weights(query, key)
 
     def _heads(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, num_heads, S, d) queries, keys and values. Queries and keys turn together, in half as many kernels."""
-        heads = _split(self.qkv_proj(self.norm(x)), 3 * self.num_heads)
-        query_key, value = heads.split((2 * self.num_heads, self.num_heads), 1)
-        if self.qk_normalization:
-            query, key = query_key.chunk(2, 1)
-            query_key = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
-        if rope is not None:
-            query_key = rotate(query_key, rope)
-        return (*query_key.chunk(2, 1), value)
+        """(B, num_heads, S, d) queries, keys and values. Queries and keys turn together, in half as many kernels.
+
+        Heads are parted where they come after the tokens: their gradients are then joined in the projection's own order.
+        """
+        heads = self.qkv_proj(self.norm(x)).unflatten(-1, (3 * self.num_heads, -1))
+        if rope is None:
+            query, key, value = heads.chunk(3, 2)
+            query, key = self.q_norm(query), self.k_norm(key)
+        else:
+            query_key, value = heads.split((2 * self.num_heads, self.num_heads), 2)
+            if self.qk_normalization:
+                query, key = query_key.chunk(2, 2)
+                query_key = torch.cat([self.q_norm(query), self.k_norm(key)], 2)
+            query, key = rotate(query_key.transpose(1, 2), rope).transpose(1, 2).chunk(2, 2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
