@@ -4,10 +4,10 @@ A *pair* is a point in a camera; pairs are numbered camera by camera, so that pr
 camera's maps. A program looks at 32 pairs together, a pair a thread, and then takes those that are seen one after the
 other: all levels of a pair at once, in tiles
 
-    levels x groups x channels of a group        4 x 4 x 32 in SparseDrive's forward, 4 x 8 x 32 in its backward
+    levels x groups x channels of a group        4 x 2 x 32 in SparseDrive's forward, 4 x 8 x 32 in its backward
 
-so that the four loads of a footprint bring 64 KB a query on their way, lanes read neighbouring channels in vectors, and
-a weight is loaded once for the channels that share it.
+so that the four loads of a footprint bring 16 KB of a query on their way in float32, lanes read neighbouring channels
+in vectors, and a weight is loaded once for the channels that share it.
 """
 
 import triton
@@ -18,7 +18,7 @@ from .footprint import corner_pixel, corner_signs, corner_weights, first_pixel
 SIZES = ["num_rows", "num_queries", "num_points", "num_cams", "num_levels"]
 """Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
 PAIRS = 32  # looked at together: one for each thread of a warp, so that no warp waits for another
-FORWARD_TILE = 512  # elements; with fewer groups a program there are more programs to share out among multiprocessors
+FORWARD_TILE = 256  # elements, of one warp: it waits for no other, and there are more programs to share out
 
 
 @triton.jit

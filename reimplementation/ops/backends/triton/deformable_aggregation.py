@@ -39,6 +39,8 @@ from .footprint import (
     zeros_like,
 )
 
+BACKWARD_ELEMENTS_OF_A_THREAD = 4
+
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
@@ -264,7 +266,7 @@ def backward(
             NEEDS_FEATURES=needs_feature_maps,
             NEEDS_LOCATIONS=needs_sampling_location,
             NEEDS_WEIGHTS=needs_weights,
-            num_warps=warps(block_l * block_g * block_c),
+            num_warps=warps(block_l * block_g * block_c, BACKWARD_ELEMENTS_OF_A_THREAD),
         )
     return (
         grad_features.to(feature_maps.dtype),
