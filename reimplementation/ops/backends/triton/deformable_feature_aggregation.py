@@ -12,7 +12,6 @@ camera by camera, and leaves to feature_softmax.py what the logits get. Atomics 
 terms of logits that cameras or queries share, in float32 at least.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -468,8 +467,7 @@ def operands_of_features(
         "starts": beside(scale_start_index, feature_maps),
         "projection": projection_mat.contiguous(),
         "image_wh": projection_mat if image_wh is None else image_wh.contiguous(),
-        # Not a view: PyTorch 2.11's Inductor takes none of bools as bytes.
-        "keep": projection_mat if keep is None else keep.to(torch.uint8).contiguous(),
+        "keep": projection_mat if keep is None else keep.contiguous(),
         "num_rows": feature_maps.shape[1],
         "KEPT_SCALE": 1.0 if keep is None else 1 / (1 - float(attn_drop)),
         "HAS_SIZES": image_wh is not None,

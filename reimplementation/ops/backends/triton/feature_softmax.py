@@ -12,13 +12,14 @@ cameras, of some queries: so it knows what the cameras' rows lose.
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(float("-inf"))
-
 
 @triton.jit
 def share(logit, largest):
-    """The exponential of what a logit has above the largest; nothing of -inf, whatever the largest is."""
-    return tl.where(logit == NOTHING, 0, tl.exp(logit - largest))
+    """The exponential of what a logit has above the largest; nothing of -inf, whatever the largest is.
+
+    It has no name, since Inductor would write a constant of this module into its own source as `-inf`, which is none.
+    """
+    return tl.where(logit == float("-inf"), 0, tl.exp(logit - largest))
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def softmax_of_query(
     of its own until all logits have been seen.
     """
     num_samples = num_levels * num_points
-    largest = tl.full([BLOCK_S, group.shape[0]], NOTHING, dtype=wide)
+    largest = tl.full([BLOCK_S, group.shape[0]], float("-inf"), dtype=wide)
     total = tl.zeros([BLOCK_S, group.shape[0]], dtype=wide)
     for first in range(0, num_samples, BLOCK_S):
         sample = first + tl.arange(0, BLOCK_S)
@@ -55,10 +56,10 @@ def softmax_of_query(
                 flag = query_hidden + cam * num_points + sample % num_points
                 counts = exists & (tl.load(flag, mask=sample < num_samples, other=1) == 0)[:, None]
             if HAS_CAMERA_LOGITS:
-                logit = tl.load(query_logits + at, mask=counts, other=NOTHING).to(wide)
+                logit = tl.load(query_logits + at, mask=counts, other=float("-inf")).to(wide)
                 logit += tl.load(camera_logits + in_camera, mask=counts, other=0).to(wide)
             else:
-                logit = tl.load(query_logits + in_camera, mask=counts, other=NOTHING).to(wide)
+                logit = tl.load(query_logits + in_camera, mask=counts, other=float("-inf")).to(wide)
             top = tl.maximum(largest, logit)
             total = total * tl.where(largest == top, 1, tl.exp(largest - top)) + share(logit, top)
             largest = top
