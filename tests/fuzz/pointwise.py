@@ -54,8 +54,8 @@ def as_read(op: Op, operands: list[Tensor | None]) -> list[Tensor | None]:
 def expected(op: Op, operands: list[Tensor | None], toward: Tensor) -> tuple[list[Tensor], list[float]]:
     """Output and gradients in float64, and how far rounding may take them, in the L2 norm.
 
-    The op in its own precision is as good as the formula of operands that are off by their last digit: what that
-    changes is measured.
+    The op in its own precision is as good as the formula of operands, and of an output's gradient, that are off by
+    their last digit: what that changes is measured.
     """
     exact = as_read(op, operands)
     toward = toward.detach().cpu().double()
@@ -64,9 +64,10 @@ def expected(op: Op, operands: list[Tensor | None], toward: Tensor) -> tuple[lis
     generator = torch.Generator().manual_seed(0)
     moved = [0.0] * len(results)
     for _ in range(PERTURBATIONS):
-        others = [
-            t if t is None else t * (1 + eps * torch.randn(t.shape, generator=generator, dtype=t.dtype)) for t in exact
-        ]
-        for i, result in enumerate(run(op, others, toward, function=op.formula)):
+        *others, other_toward = (
+            t if t is None else t * (1 + eps * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+            for t in (*exact, toward)
+        )
+        for i, result in enumerate(run(op, others, other_toward, function=op.formula)):
             moved[i] = max(moved[i], (result - results[i]).norm().item())
     return results, [16 * shift + 8 * eps * result.norm().item() for shift, result in zip(moved, results)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import product
 
 import pytest
@@ -41,6 +42,7 @@ def workspace(function, operands: list[Tensor], differentiable: tuple[int, ...])
     operands = [t.detach().requires_grad_(i in differentiable) for i, t in enumerate(operands)]
     output = function(*operands)
     toward = torch.ones_like(output)
+    gc.collect()  # else another test's tensors may go meanwhile
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
