@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
     def _heads(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, num_heads, S, d) queries, keys and values. Queries and keys turn together, in half as many kernels.
 
-        Heads are parted where they come after the tokens: their gradients are then joined in the projection's own order.
+        Heads are parted where they come after tokens: their gradients are then joined in the projection's own order.
         """
         heads = self.qkv_proj(self.norm(x)).unflatten(-1, (3 * self.num_heads, -1))
         if rope is None:
