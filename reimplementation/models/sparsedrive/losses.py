@@ -51,9 +51,9 @@ def mean_over_ranks(count: Tensor) -> Tensor:
 def layer_means(terms: Mapping[str, Tensor], depths: Sequence[int], counts: Tensor) -> dict[str, Tensor]:
     """Each layer's terms (layers, bs, n), added up and divided by the layer's count, under ``name_depth``."""
     return {
-        f"{name}_{depth}": term.sum() / count
+        f"{name}_{depth}": mean
         for name, layers in terms.items()
-        for depth, term, count in zip(depths, layers, counts)
+        for depth, mean in zip(depths, (layers.sum((1, 2)) / counts).unbind())
     }
 
 

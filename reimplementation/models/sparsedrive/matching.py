@@ -1,17 +1,25 @@
-"""Which prediction answers for which target: the assignment of least cost (DETR, arXiv 2005.12872, section 3.1)."""
+"""Which prediction answers for which target: the assignment of least cost (DETR, arXiv 2005.12872, section 3.1).
+
+Costs have no gradients.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+PROCESSORS = os.cpu_count() or 1
 EPSILON = 1e-12
 UNUSABLE = 1e8  # the cost of a pair whose cost is no number
 
 
+@torch.no_grad()
 def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """What the focal loss would change if a prediction had a target's class.
 
@@ -29,6 +37,7 @@ def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return (positive - negative).gather(-1, index)
 
 
+@torch.no_grad()
 def box_cost(predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of absolute differences.
 
@@ -43,6 +52,7 @@ def box_cost(predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return ((predictions[..., :, None, :] - targets[..., None, :, :]).abs() * weights[..., None, :, :]).sum(-1)
 
 
+@torch.no_grad()
 def line_cost(predictions: Tensor, targets: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Smooth L1 distance a point to the nearest of a target's permutations.
 
@@ -54,21 +64,19 @@ def line_cost(predictions: Tensor, targets: Tensor, beta: float) -> tuple[Tensor
     Returns:
         (..., n, m), and the permutation (..., n, m) int64.
     """
-    best = predictions.new_full((*predictions.shape[:-1], targets.shape[-3]), torch.inf)
-    permutation = torch.zeros_like(best, dtype=torch.int64)
-    for order in range(targets.shape[-2]):  # one after another: all together take p times the memory
-        difference = (predictions[..., :, None, :] - targets[..., None, :, order, :]).abs()
-        distance = torch.where(difference < beta, 0.5 * difference**2 / beta, difference - 0.5 * beta).sum(-1)
-        permutation = torch.where(distance < best, order, permutation)
-        best = torch.minimum(best, distance)
-    return best / (predictions.shape[-1] // 2), permutation
+    distances = []
+    for in_order in targets.unbind(-2):  # one after another: all together take p times the memory
+        prediction, target = torch.broadcast_tensors(predictions[..., :, None, :], in_order[..., None, :, :])
+        distances.append(F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).sum(-1))
+    nearest, permutation = torch.stack(distances).min(0)
+    return nearest / (predictions.shape[-1] // 2), permutation
 
 
 def assign(cost: Tensor, counts: list[int]) -> Tensor:
     """The target of every prediction, such that the costs add up to the least.
 
-    The Hungarian method runs on the CPU (scipy, of the extra ``train``): all costs travel there in one copy, and as
-    many samples are solved at a time as there are processors.
+    The Hungarian method runs on the CPU (scipy, of the extra ``train``): all costs travel there in one copy, and each
+    processor solves its share of the samples.
 
     Args:
         cost: (layers, bs, n, m).
@@ -77,14 +85,21 @@ def assign(cost: Tensor, counts: list[int]) -> Tensor:
     Returns:
         (layers, bs, n) int64 on the cost's device: a column, or -1.
     """
+    usable = _on_host(torch.where(cost.isfinite(), cost, UNUSABLE).detach()).flatten(0, 1).numpy()
+    costs = [of_sample[:, :count] for of_sample, count in zip(usable, counts * len(cost))]
+    assigned = np.full(usable.shape[:2], -1, dtype=np.int64)
+    shares = [slice(first, None, PROCESSORS) for first in range(PROCESSORS)]
+    list(_threads().map(_assign_each, [costs[share] for share in shares], [assigned[share] for share in shares]))
+    return torch.from_numpy(assigned).view(cost.shape[:3]).to(cost.device)
+
+
+def _assign_each(costs: list[np.ndarray], assigned: np.ndarray) -> None:
+    """Write the columns of the least costs (n, m) into the rows (n,), which hold -1."""
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
-    usable = _on_host(torch.where(cost.isfinite(), cost, UNUSABLE).detach()).flatten(0, 1).numpy()
-    assigned = torch.full(cost.shape[:3], -1)
-    each = [of_sample[:, :count] for of_sample, count in zip(usable, counts * len(cost))]
-    for sample, (row, column) in zip(assigned.flatten(0, 1), _threads().map(linear_sum_assignment, each)):
-        sample[row] = torch.from_numpy(column)
-    return assigned.to(cost.device)
+    for cost, columns in zip(costs, assigned):
+        row, column = linear_sum_assignment(cost)
+        columns[row] = column
 
 
 def _on_host(costs: Tensor) -> Tensor:
@@ -97,4 +112,4 @@ def _on_host(costs: Tensor) -> Tensor:
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     """The threads that solve, during which scipy lets others run."""
-    return ThreadPoolExecutor(thread_name_prefix="assign")
+    return ThreadPoolExecutor(PROCESSORS, thread_name_prefix="assign")
