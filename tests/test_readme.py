@@ -14,6 +14,7 @@ import pytest
 
 from reimplementation import cli
 from reimplementation.bench.clients.measure import ClientResult
+from reimplementation.bench.detector.measure import DetectorResult
 from reimplementation.bench.results import read_one
 from reimplementation.bench.tables import three_digits
 from tests.markdown import README, ROOT, code_blocks, commands, table_rows
@@ -99,6 +100,27 @@ class TestFigures:
         for passed, stated in (("forward", (low, high)), ("training", (low_training, high_training))):
             found = [run.speedup for run in models if run.passed == passed and run.model.startswith(SAMPLE_LITTLE)]
             assert stated == (round(min(found), 2), round(max(found), 2))
+
+    def test_the_detector(self):
+        text = " ".join(README.read_text().split())
+        replayed, called, plain, mean_ap, minutes = map(
+            float,
+            re.search(
+                r"takes it ([\d.]+) ms .* and ([\d.]+) called; .* takes ([\d.]+)\. .* mAP of ([\d.]+) in ([\d.]+) min",
+                text,
+            ).groups(),
+        )
+        frames = read_one(ROOT / "benchmarks" / "detector" / "nvidia-h200.json", DetectorResult).results
+        times = {(r.form, r.passed): r.timing.median_us / 1e3 for r in frames if r.dtype == "float32"}
+        for said, of in (
+            (replayed, ("inference", "frame replayed")),
+            (called, ("inference", "frame")),
+            (plain, ("plain", "frame")),
+        ):
+            assert three_digits(times[of]) == three_digits(said), of
+        drives = json.loads((ROOT / "benchmarks" / "training" / "nvidia-h200.json").read_text())["drives"]
+        assert round(drives["result"]["boxes"]["mAP"], 3) == mean_ap
+        assert round(drives["seconds_of_the_command"] / 60, 1) == minutes
 
     def test_what_determinism_costs(self):
         text = " ".join(README.read_text().split())
