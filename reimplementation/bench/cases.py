@@ -16,6 +16,7 @@ from reimplementation.bench import modules
 from reimplementation.bench.feature_aggregation import FeatureAggregationInputs, feature_aggregation_inputs
 from reimplementation.bench.floor import measure_floor
 from reimplementation.bench.gathers import gathers
+from reimplementation.bench.graphed import Graphed
 from reimplementation.bench.inputs import (
     AggregationInputs,
     AttentionInputs,
@@ -44,9 +45,11 @@ OF_CUDA_ALONE = ("forward warm", "backward deterministic")
 MODULE_PASSES = (
     "forward",
     "forward graph",
+    "forward graphed",
     "forward compiled",
     "training",
     "training graph",
+    "training graphed",
     "training compiled",
 )
 HOST_PASSES = ("call no_grad", "call inference_mode", "call forward", "call backward", "call training")
@@ -179,8 +182,12 @@ class PreparedModule:
             modules.running(modules.Case(str(self.device), backend, self.dtype)),
             torch.set_grad_enabled(is_training),
         ):
+            if how == "graphed":
+                problem = Graphed.made_of(problem)
             step = modules.training_step(problem) if is_training else problem.forward
             timing = measure([step], self.device, repeats, graph=how == "graph")
+            if how == "graphed":  # what graphs need they hold already
+                return Figures(timing)
             kept_bytes = kept_memory(problem.forward, self.device) if is_training else None
             return Figures(timing, extra_bytes=extra_memory(step, self.device), kept_bytes=kept_bytes)
 

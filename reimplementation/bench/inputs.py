@@ -146,6 +146,10 @@ class AggregationProblem:
         """The inputs whose gradients are taken."""
         return self.feature_maps[0], self.instance_feature
 
+    def at(self, col_feats: Tensor, instance_feature: Tensor) -> AggregationProblem:
+        """The same module with other leaves."""
+        return replace(self, feature_maps=[col_feats, *self.feature_maps[1:]], instance_feature=instance_feature)
+
     def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> AggregationProblem:
         """The same elsewhere. Only the feature maps go to half precision; integers keep their dtype.
 
@@ -327,6 +331,10 @@ class AttentionProblem:
     def leaves(self) -> tuple[Tensor, ...]:
         """The inputs whose gradients are taken."""
         return self.query, self.input_flatten
+
+    def at(self, query: Tensor, input_flatten: Tensor) -> Self:
+        """The same module with other leaves."""
+        return replace(self, query=query, input_flatten=input_flatten)
 
     def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """The same elsewhere. Half precision is for autocast, whose LayerNorms give a layer float32: so inputs stay.

@@ -64,6 +64,9 @@ class Timed(Protocol):
     def leaves(self) -> tuple[Tensor, ...]:
         """The inputs whose gradients are taken."""
 
+    def at(self, *leaves: Tensor) -> Timed:
+        """The same module with others of these inputs."""
+
     def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Timed:
         """The same elsewhere; gradients of the result do not reach this one's tensors."""
 

@@ -55,6 +55,7 @@ leaves out 15 % of the pairs |
 | backward deterministic | the same under `torch.use_deterministic_algorithms(True)` |
 | training | forward and backward, through autograd |
 | forward graph, training graph | of a module: the same as a replayed CUDA graph, the GPU's time alone |
+| forward graphed, training graphed | of a module: called, after `torch.cuda.make_graphed_callables` |
 | forward compiled, training compiled | of a module: the same after `torch.compile` |
 | call … | of *overhead*: one call as PyTorch's modes ask for it |
 

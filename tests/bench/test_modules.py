@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from reimplementation.bench import modules
-from reimplementation.bench.inputs import aggregation_problem
+from reimplementation.bench.graphed import OfLeaves
+from reimplementation.bench.inputs import aggregation_problem, attention_problem
 from reimplementation.bench.modules import Case, cases, measure, reference
 from reimplementation.data.rig import nuscenes_like_rig
 
@@ -48,3 +49,14 @@ def test_a_worse_result_shows(small):
     expected = reference(small)
     timing = measure(small, expected * 1.1, Case("cpu", "grid_sample", torch.float32))
     assert timing.max_error > 0.05
+
+
+@pytest.mark.parametrize("make", [lambda: aggregation_problem(num_queries=5), lambda: attention_problem("small-encoder")])
+def test_graphs_are_given_the_inputs_that_have_gradients(make):
+    problem = make()
+    others = [torch.randn_like(leaf) for leaf in problem.leaves]
+    with torch.no_grad():
+        output = OfLeaves(problem)(*others)
+        assert torch.equal(output, problem.at(*others).forward())
+        assert not torch.equal(output, problem.forward())
+        assert torch.equal(OfLeaves(problem)(*problem.leaves), problem.forward())

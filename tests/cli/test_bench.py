@@ -95,6 +95,7 @@ def test_every_pass_on_cuda(tiny, tmp_path):
     for dtype in dtypes:
         assert by["aggregation", "forward", dtype] == by["module", "forward graph", dtype] == "graph"
         assert by["module", "forward", dtype] == "events" and by["overhead-msda", "call training", dtype] == "host"
+    timed = [r for r in timed if "graphed" not in r["passed"]]
     assert all(r["extra_bytes"] > 0 for r in timed if not r["passed"].startswith("call"))
     assert all(r["kept_bytes"] > 0 for r in timed if r["case"] in ("module", "layer") and "training" in r["passed"])
 

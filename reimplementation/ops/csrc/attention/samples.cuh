@@ -379,7 +379,6 @@ void set_sizes(Operands& op, const Sizes& sizes) {
 // For lanes of `vec` channels of so many bytes each, and warps that stage `slots` samples: of a unit at least one, with the
 // largest pitch, of a warp of single lanes.
 inline Problem divide(const Sizes& sizes, int vec, int element_bytes, int slots, int32_t device) {
-  STD_TORCH_CHECK(slots > WARP, "a warp must have slots for a sample of each of its units, got ", slots);
   Problem op = {};
   set_sizes(op, sizes);
   op.samples = op.num_levels * op.num_points;

@@ -15,6 +15,7 @@ struct Divisor {
 
   Divisor() = default;
   explicit Divisor(int64_t d) : divisor(static_cast<int>(d)), shift(ceil_log2(d)) {
+    STD_TORCH_CHECK(divisor > 0, "a kernel's divisor must be from 1 to 2^31 - 1, got ", d);  // 0 would end the process
     factor = static_cast<unsigned>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
   }
   // Leaves the quotient in `number` and returns the remainder.
