@@ -69,8 +69,8 @@ class Writer:
         for moment, pictures, num_points in frames:
             tokens.append(_token(name, "sample", len(tokens)))
             self._add_data(name, len(tokens) - 1, moment, pictures)
-            for row in np.nonzero(np.asarray(num_points)[: len(moment.objects.label)])[0]:
-                record = self._annotation(name, tokens[-1], moment, int(row), int(num_points[row]))
+            for row in np.nonzero(np.asarray(num_points)[: len(moment.objects.label)])[0].tolist():
+                record = self._annotation(name, tokens[-1], moment, row, int(num_points[row]))
                 annotations.setdefault(int(moment.objects.instance_id[row]), []).append(record)
             self._tables.setdefault("sample", []).append(
                 {"token": tokens[-1], "timestamp": round(moment.timestamp * 1e6), "scene_token": _token(name)}

@@ -175,7 +175,7 @@ def _hash(a: Tensor, b: Tensor) -> Tensor:
     return ((mixed ^ (mixed >> 15)) & 0xFFFF).float() / 0x10000
 
 
-def _choose(where: Tensor, color: Sequence[float] | Color, otherwise: Color) -> Color:
+def _choose(where: Tensor, color: Sequence[float | Tensor], otherwise: Color) -> Color:
     return tuple(torch.where(where, value, plane) for value, plane in zip(color, otherwise))
 
 

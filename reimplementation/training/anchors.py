@@ -27,7 +27,7 @@ def clustered(anchor: Tensor, boxes: Iterable[np.ndarray], config: BoxHeadConfig
     Returns:
         (num_anchors, 11). Where there are fewer places than anchors, every place gets one, and the others stay.
     """
-    from scipy.cluster.vq import kmeans2
+    from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
 
     places = np.concatenate([of_frame[:, :3] for of_frame in boxes])
     places = places[np.linalg.norm(places[:, :2], axis=1) < config.max_distance]

@@ -77,9 +77,9 @@ class View(NamedTuple):
 def draw_view(config: AugmentationConfig, random: np.random.Generator) -> View:
     """A view at random."""
     return View(
-        zoom=random.uniform(*config.zoom),
+        zoom=random.uniform(config.zoom[0], config.zoom[1]),
         left=random.uniform(),
-        bottom=random.uniform(*config.crop_bottom),
+        bottom=random.uniform(config.crop_bottom[0], config.crop_bottom[1]),
         flipped=bool(config.flip and random.random() < 0.5),
         angle=math.radians(random.uniform(-config.rotate, config.rotate)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,8 @@ def distributed(model: SparseDrive, process: Process) -> nn.Module:
     if process.world_size == 1:
         return model
     # A detector of fewer levels than a ResNet has stages leaves the last stages without gradients.
-    is_cut = model.config.backbone is None and model.config.num_levels < len(model.img_backbone.out_channels)
+    backbone: Any = model.img_backbone
+    is_cut = model.config.backbone is None and model.config.num_levels < len(backbone.out_channels)
     settings: dict = {"find_unused_parameters": is_cut}
     if process.device.type == "cuda":
         model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)

@@ -34,8 +34,8 @@ def draw_found(path: Path, found: Mapping[str, Judged], classes: Sequence[str]) 
     columns = {"there": first.truth[0], **{title: judged.found[0] for title, judged in found.items()}}
     pictures = first.batch.pictures[0].cpu().numpy()
     projections = first.batch.metas["projection_mat"][0].cpu().numpy()
-    palette = colormaps["tab20"].colors
-    colors = {name: palette[2 * i % 20 + i // 10] for i, name in enumerate(classes)}
+    palette = colormaps["tab20"]
+    colors = {name: palette(2 * i % 20 + i // 10) for i, name in enumerate(classes)}
     rows = -(-len(pictures) // CAMERA_COLUMNS)
     width, height = 7.0, 7.0 + 7.0 * rows / CAMERA_COLUMNS * pictures.shape[1] / pictures.shape[2]
     figure = Figure(figsize=(width * len(columns), height + 0.8), layout="constrained")

@@ -64,8 +64,8 @@ class Evaluation:
 class Judged(NamedTuple):
     """A batch of frames: what is there and what is found, an entry a frame, as `SparseDrive.decode` gives it."""
 
-    truth: list[Sample]
-    found: list[Sample]
+    truth: Sequence[Sample]
+    found: Sequence[Sample]
     batch: Batch
 
 
@@ -88,7 +88,8 @@ def moments(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs, state = model(batch.images, batch.metas, state, every_layer=False)
         found = [{name: x.float().cpu().numpy() for name, x in sample.items()} for sample in model.decode(outputs)]
-        yield Judged(*([s for s, is_new in zip(x, counts) if is_new] for x in (_truth(batch), found)), batch)
+        new, truth = [slot for slot, is_new in enumerate(counts) if is_new], _truth(batch)
+        yield Judged([truth[slot] for slot in new], [found[slot] for slot in new], batch)
 
 
 def judge(frames: Iterable[Judged], config: SparseDriveConfig) -> Evaluation:
@@ -162,7 +163,7 @@ def to_lines(samples: Sequence[Sample]) -> EvalLines:
     )
 
 
-def _truth(batch: Batch) -> list[Sample]:
+def _truth(batch: Batch) -> Sequence[Sample]:
     """The targets of each sample in the form of detections, with the score 1."""
     targets = {name: values for name, values in batch.targets.items() if name not in ("depth", "instance_id")}
     samples = [dict(zip(targets, values)) for values in zip(*targets.values())]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reimplementation.models.sparsedrive import SparseDrive
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 def recompute(model: SparseDrive) -> None:
@@ -23,11 +23,11 @@ def recompute(model: SparseDrive) -> None:
     """
     blocks = [block for stage in model.img_backbone.children() if isinstance(stage, nn.Sequential) for block in stage]
     for part in (*blocks, *(layer for head in model.heads.values() for layer in head.layers)):
-        norms = [module for module in part.modules() if isinstance(module, NORMS)]
+        norms = [module for module in part.modules() if isinstance(module, Norm)]
         part.forward = functools.partial(_forward, part.forward, norms)
 
 
-def _forward(forward: Callable, norms: list[nn.Module], *arguments: Any, **named: Any) -> Any:
+def _forward(forward: Callable, norms: list[Norm], *arguments: Any, **named: Any) -> Any:
     """A part's forward, checkpointed. Its arguments come as they are, since attention asks which of them are one."""
     return checkpoint(
         lambda: forward(*arguments, **named), use_reentrant=False, context_fn=lambda: (nullcontext(), _unmoved(norms))
@@ -35,7 +35,7 @@ def _forward(forward: Callable, norms: list[nn.Module], *arguments: Any, **named
 
 
 @contextmanager
-def _unmoved(norms: list[nn.Module]) -> Iterator[None]:
+def _unmoved(norms: list[Norm]) -> Iterator[None]:
     """While this lasts, the norms' running statistics stay as they are, though batches come again."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

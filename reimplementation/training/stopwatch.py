@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
 
     def ends(self, phase: str) -> None:
         """A phase ends here, which began where the one before it ended."""
@@ -34,7 +35,8 @@ class Stopwatch:
         del self._marks[:-1]
         return seconds
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
+        """A moment: seconds, or an event of a GPU."""
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

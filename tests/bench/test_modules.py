@@ -51,7 +51,9 @@ def test_a_worse_result_shows(small):
     assert timing.max_error > 0.05
 
 
-@pytest.mark.parametrize("make", [lambda: aggregation_problem(num_queries=5), lambda: attention_problem("small-encoder")])
+@pytest.mark.parametrize(
+    "make", [lambda: aggregation_problem(num_queries=5), lambda: attention_problem("small-encoder")]
+)
 def test_graphs_are_given_the_inputs_that_have_gradients(make):
     problem = make()
     others = [torch.randn_like(leaf) for leaf in problem.leaves]
