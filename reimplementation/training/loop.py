@@ -6,6 +6,7 @@ next is in the checkpoint. So a training that was stopped goes on as if it had n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,8 @@ class Training:
     def _capture(self) -> None:
         """Have the network captured with the batch that comes next."""
         if not isinstance(self.network, GraphedNetwork):
+            # PyTorch's function that makes the graphs keeps nodes of its own stream, of which PyTorch then warns.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
             self._upcoming = self.step, self._prepare(self.step)
             torch.cuda.synchronize()
             self.network = GraphedNetwork(self.model, self._upcoming[1], self.state, self.config.precision)
