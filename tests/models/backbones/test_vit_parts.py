@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reimplementation.models.backbones.vit import (
     AttentivePool,
@@ -343,6 +344,29 @@ class TestAttention:
         weights = pool.forward_weights(x)
         assert weights.shape == (2, 4, num_queries, 7)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, num_queries, **DOUBLE))
+
+
+class Copies(TorchDispatchMode):
+    """Names what copies tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("cat", "stack", "clone", "copy_"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_of_heads_are_copied_once():
+    attention, x = SelfAttention(32, 4), torch.randn(2, 5, 32, requires_grad=True)
+    with Copies() as forward:
+        output = attention(x)
+    with Copies() as backward:
+        output.backward(torch.ones_like(output))
+    assert forward.seen == [] and backward.seen == ["cat"]
 
 
 class TestHeads:

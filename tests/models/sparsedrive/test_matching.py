@@ -74,3 +74,14 @@ def test_line_cost():
             distances.append(sum(d * d / 0.02 if d < 0.01 else d - 0.005 for d in differences) / 4)
         assert cost[sample, prediction, target].item() == pytest.approx(min(distances), rel=1e-5)
         assert permutation[sample, prediction, target].item() == distances.index(min(distances))
+
+
+def test_costs_keep_no_graph():
+    logits = torch.randn(2, 5, 3, requires_grad=True)
+    boxes, lines = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 5, 8, requires_grad=True)
+    costs = (
+        focal_cost(logits, torch.zeros(2, 3, dtype=torch.int64)),
+        box_cost(boxes, torch.randn(2, 3, 4), torch.ones(2, 3, 4)),
+        line_cost(lines, torch.randn(2, 3, 2, 8), 1.0)[0],
+    )
+    assert not any(cost.requires_grad for cost in costs)
