@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reimplementation import ops
 from tests.fuzz.drawing import OF_THE_EXTENSION, Draw, Drawing
 from tests.ops.agreement import run
-from tests.ops.table import FLOATING, Op
+from tests.ops.table import FLOATING, OPS, Op
 
 PERTURBATIONS = 4
+FUNCTIONS = {op.name: op.function for op in OPS}  # a wrong op is judged by the right one
 
 
 class PointwiseDrawing(Drawing):
@@ -54,20 +56,23 @@ def as_read(op: Op, operands: list[Tensor | None]) -> list[Tensor | None]:
 def expected(op: Op, operands: list[Tensor | None], toward: Tensor) -> tuple[list[Tensor], list[float]]:
     """Output and gradients in float64, and how far rounding may take them, in the L2 norm.
 
-    The op in its own precision is as good as the formula of operands, and of an output's gradient, that are off by
-    their last digit: what that changes is measured.
+    The op is as good as plain PyTorch is in its precision, with operands and an output's gradient that are off by their
+    last digit: how far off that is is measured.
     """
     exact = as_read(op, operands)
     toward = toward.detach().cpu().double()
     results = run(op, exact, toward, function=op.formula)
-    eps = torch.finfo(op.output_dtype(operands[0].dtype)).eps
+    precision = op.output_dtype(operands[0].dtype)
+    eps = torch.finfo(precision).eps
     generator = torch.Generator().manual_seed(0)
     moved = [0.0] * len(results)
     for _ in range(PERTURBATIONS):
         *others, other_toward = (
-            t if t is None else t * (1 + eps * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+            t if t is None else (t * (1 + eps * torch.randn(t.shape, generator=generator, dtype=t.dtype))).to(precision)
             for t in (*exact, toward)
         )
-        for i, result in enumerate(run(op, others, other_toward, function=op.formula)):
-            moved[i] = max(moved[i], (result - results[i]).norm().item())
+        with ops.use_backend("grid_sample"):
+            rounded = run(op, others, other_toward, function=FUNCTIONS[op.name])
+        for i, result in enumerate(rounded):
+            moved[i] = max(moved[i], (result.double() - results[i]).norm().item())
     return results, [16 * shift + 8 * eps * result.norm().item() for shift, result in zip(moved, results)]
