@@ -106,7 +106,8 @@ class TestFigures:
         replayed, called, plain, mean_ap, minutes = map(
             float,
             re.search(
-                r"takes it ([\d.]+) ms .* and ([\d.]+) called; .* takes ([\d.]+)\. .* mAP of ([\d.]+) in ([\d.]+) min",
+                r"cameras takes ([\d.]+) ms .* and ([\d.]+) called; .* takes ([\d.]+)\. "
+                r".* mAP of ([\d.]+) in ([\d.]+) min",
                 text,
             ).groups(),
         )

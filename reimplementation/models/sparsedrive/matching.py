@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PROCESSORS = os.cpu_count() or 1
+MOST_THREADS = 32  # as many as a pool has by default, whatever the machine
+THREADS = min(os.cpu_count() or 1, MOST_THREADS)
 EPSILON = 1e-12
 UNUSABLE = 1e8  # the cost of a pair whose cost is no number
 
@@ -76,7 +77,7 @@ def assign(cost: Tensor, counts: list[int]) -> Tensor:
     """The target of every prediction, such that the costs add up to the least.
 
     The Hungarian method runs on the CPU (scipy, of the extra ``train``): all costs travel there in one copy, and each
-    processor solves its share of the samples.
+    thread solves its share of the samples.
 
     Args:
         cost: (layers, bs, n, m).
@@ -88,7 +89,7 @@ def assign(cost: Tensor, counts: list[int]) -> Tensor:
     usable = _on_host(torch.where(cost.isfinite(), cost, UNUSABLE).detach()).flatten(0, 1).numpy()
     costs = [of_sample[:, :count] for of_sample, count in zip(usable, counts * len(cost))]
     assigned = np.full(usable.shape[:2], -1, dtype=np.int64)
-    shares = [slice(first, None, PROCESSORS) for first in range(PROCESSORS)]
+    shares = [slice(first, None, THREADS) for first in range(THREADS)]
     list(_threads().map(_assign_each, [costs[share] for share in shares], [assigned[share] for share in shares]))
     return torch.from_numpy(assigned).view(cost.shape[:3]).to(cost.device)
 
@@ -112,4 +113,4 @@ def _on_host(costs: Tensor) -> Tensor:
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     """The threads that solve, during which scipy lets others run."""
-    return ThreadPoolExecutor(PROCESSORS, thread_name_prefix="assign")
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="assign")

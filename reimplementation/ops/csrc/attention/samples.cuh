@@ -376,8 +376,8 @@ void set_sizes(Operands& op, const Sizes& sizes) {
   op.num_points = static_cast<int>(sizes.num_points);
 }
 
-// For lanes of `vec` channels of so many bytes each, and warps that stage `slots` samples: of a unit at least one, with the
-// largest pitch, of a warp of single lanes.
+// For lanes of `vec` channels of so many bytes each, and warps that stage `slots` samples: more than WARP, so that there is one for
+// each unit where every lane is a unit of its own.
 inline Problem divide(const Sizes& sizes, int vec, int element_bytes, int slots, int32_t device) {
   Problem op = {};
   set_sizes(op, sizes);
