@@ -1,0 +1,45 @@
+"""Tables of figures that were written into a page by hand are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+
+from reimplementation.bench.tables import three_digits
+from tests.markdown import ROOT, table_rows
+
+PHASES = ("all", "data", "forward", "loss", "backward", "optimizer")
+STEPS = ("training, batch 16, eager", "training, batch 16, graph", "training, batch 32, graph")
+CASES = (
+    *("rig-bs1", "rig-bs6", "dense-bs1", "fused-rig-bs1", "fused-rig-bs6", "fused-dense-bs1"),
+    *("msda-encoder", "msda-decoder"),
+)
+
+
+def rows_under(page: str, beginning: str) -> list[list[str]]:
+    """The rows of the table of a page whose head begins so."""
+    table = (ROOT / "docs" / page).read_text().partition(beginning)[2].partition("\n\n")[0]
+    return table_rows(beginning + table)[1:]
+
+
+def test_steps_of_a_training():
+    steps = json.loads((ROOT / "benchmarks" / "training" / "nvidia-h200.json").read_text())["steps"]
+    rows = rows_under("training.md", "| a step of SparseDrive-S, bfloat16")
+    assert len(rows) == len(STEPS)
+    for row, name in zip(rows, STEPS):
+        step = steps[name]
+        figures = [step["samples_a_second"], *(step["ms_median"][phase] for phase in PHASES), step["peak_gb"]]
+        assert [three_digits(float(cell)) for cell in row[1:]] == [three_digits(figure) for figure in figures], name
+
+
+def test_triton_beside_cuda():
+    document = json.loads((ROOT / "benchmarks" / "triton" / "nvidia-h200.json").read_text())
+    times = {(r["case"], r["backend"], r["passed"]): r["timing"]["median_us"] for r in document["results"]}
+    rows = rows_under("triton.md", "| | `cuda` | `triton` | times |")
+    assert len(rows) == len(CASES)
+    for row, case in zip(rows, CASES):
+        ours, tritons = (
+            [times[case, backend, passed] for passed in ("forward", "backward")] for backend in ("cuda", "triton")
+        )
+        for cell, figures in zip(row[1:3], (ours, tritons)):
+            assert [three_digits(float(part)) for part in cell.split(" / ")] == list(map(three_digits, figures)), case
+        assert row[3] == " / ".join(f"{triton / cuda:.2f}" for triton, cuda in zip(tritons, ours)), case
