@@ -52,8 +52,14 @@ def compile_parts(model: SparseDrive, parts: Sequence[str]) -> None:
         module.compile()
 
 
+def share_norms(model: SparseDrive, process: Process) -> None:
+    """Let the backbone's norms see all of the batch, where GPUs share it."""
+    if process.world_size > 1 and process.device.type == "cuda":
+        model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
+
+
 def distributed(model: SparseDrive, process: Process) -> nn.Module:
-    """The model whose gradients are the mean over all processes, and whose norms see all of the batch on GPUs."""
+    """The model, whose gradients become the mean over all processes while the backward goes on."""
     if process.world_size == 1:
         return model
     # A detector of fewer levels than a ResNet has stages leaves the last stages without gradients.
@@ -61,6 +67,5 @@ def distributed(model: SparseDrive, process: Process) -> nn.Module:
     is_cut = model.config.backbone is None and model.config.num_levels < len(backbone.out_channels)
     settings: dict = {"find_unused_parameters": is_cut}
     if process.device.type == "cuda":
-        model.img_backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.img_backbone)
         settings["device_ids"] = [process.device.index]
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)

@@ -96,7 +96,7 @@ class TrainingConfig:
     batch_size        frames a step, of all processes together
     precision         "float32", or "bfloat16": the network runs under autocast, and parameters stay float32
     compile           parts that `torch.compile` makes faster after a minute: "images" (backbone and neck), "heads"
-    graph             whether a GPU replays the network as CUDA graphs: for hosts that are slower than it; one process
+    graph             whether a GPU replays the network as CUDA graphs: for hosts that are slower than it
     recompute         whether blocks and layers forget what they computed, and compute it again: less memory, more time
     average_decay     of the parameters' average over the steps, which is then what is judged; None: the last ones are
     anchors           "spread" evenly, or the centres of "clusters" of the boxes to learn from, found by k-means

@@ -6,6 +6,7 @@ next is in the checkpoint. So a training that was stopped goes on as if it had n
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from reimplementation.models.sparsedrive.detector import State
 from . import checkpoint
 from .averaging import ParameterAverage
 from .batches import Batch, slots_of
-from .building import compile_parts, distributed, new_model, training_frames
+from .building import compile_parts, distributed, new_model, share_norms, training_frames
 from .config import TrainingConfig
 from .graphs import GraphedNetwork
 from .journal import Journal
@@ -59,8 +60,8 @@ class Training:
 
     def __init__(self, config: TrainingConfig, folder: Path, process: Process, data: Path | None = None):
         self.config, self.folder, self.process = config, folder, process
-        if config.graph and (process.device.type != "cuda" or process.world_size > 1):
-            raise ValueError(f"graph is for a GPU and one process; got {process.device} and {process.world_size}")
+        if config.graph and process.device.type != "cuda":
+            raise ValueError(f"graph is for a GPU; got {process.device}: choose one, or set graph to false")
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
         folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.load_newest(folder)
@@ -74,7 +75,8 @@ class Training:
         self._go_on_from(found)
         if config.recompute:
             recompute(self.model)
-        self.network: Callable = distributed(self.model, process)
+        share_norms(self.model, process)
+        self.network: Callable = self.model if config.graph else distributed(self.model, process)
         compile_parts(self.model, config.compile)
         self._upcoming: tuple[int, Batch] | None = None
         self._beside = torch.cuda.Stream(process.device) if process.device.type == "cuda" else None
@@ -107,6 +109,8 @@ class Training:
         finally:
             if journal is not None:
                 journal.close()
+            if self.config.graph:
+                self._let_go_of_graphs()
         if saved is None and (saved := checkpoint.newest(self.folder)) is None:
             saved = self.save()
         return Outcome(self.step, self.step == self.config.num_steps, saved)
@@ -157,6 +161,8 @@ class Training:
         terms = self.model.loss(outputs, batch.targets)
         self.stopwatch.ends("loss")
         torch.stack(list(terms.values())).sum().backward()
+        if config.graph:  # which no hook of a parameter interrupts, so that nothing was shared on the way
+            self.process.share_gradients(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_norm)
         self.stopwatch.ends("backward")
         shared = torch.stack([*terms.values(), norm, norm.new_tensor(float(is_stopped()))]).detach()
@@ -179,6 +185,11 @@ class Training:
             self._upcoming = self.step, self._prepare(self.step)
             torch.cuda.synchronize()
             self.network = GraphedNetwork(self.model, self._upcoming[1], self.state, self.config.precision)
+
+    def _let_go_of_graphs(self) -> None:
+        """Leave no graph behind: NCCL does not end before those that hold work of it do (from 2.26 on)."""
+        self.network = self.model
+        gc.collect()  # PyTorch's callables that hold the graphs refer to themselves
 
     def _take_batch(self) -> Batch:
         """This step's batch, which the step before has prepared unless it was another run's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,15 @@ class Process:
             dist.all_reduce(values)
             values = values / self.world_size
         return values
+
+    def share_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Let each gradient be its mean over the processes, in which the same parameters have one."""
+        if self.world_size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        means = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = means.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
 
     def joined(self, values: Tensor) -> Tensor:
         """The processes' samples (bs, …) side by side, in the order of their ranks."""
@@ -62,7 +71,6 @@ def join(device: torch.device) -> Iterator[Process]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Process(dist.get_rank(), world_size, device)
-    finally:
-        dist.destroy_process_group()
+    yield Process(dist.get_rank(), world_size, device)
+    # After an error nobody says goodbye: the others may be waiting for something else, for as long as they live.
+    dist.destroy_process_group()

@@ -30,7 +30,7 @@ def test_flat_and_back():
 def test_what_cannot_be_captured(tmp_path):
     with pytest.raises(ValueError, match="with denoising queries cannot be captured; set graph to false"):
         GraphedNetwork(SparseDrive(DENOISING), None, {}, "float32")
-    with pytest.raises(ValueError, match="graph is for a GPU and one process"):
+    with pytest.raises(ValueError, match="graph is for a GPU; got cpu"):
         Training(dataclasses.replace(TINY, graph=True), tmp_path, ALONE)
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import socket
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch
 from reimplementation.training import checkpoint, journal
 from reimplementation.training.loop import Training
 from reimplementation.training.optimization import make_optimizer, rate_factor
-from reimplementation.training.processes import join
+from tests.training.processes import run_in_processes
 from tests.training.tiny import ALIKE, ALONE, TINY, numbers
 
 pytest.importorskip("scipy")
@@ -116,31 +114,37 @@ def test_rate():
     assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:], reverse=True)
 
 
-def in_a_process(rank: int, world_size: int, port: int, folder) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    with join(torch.device("cpu")) as process:
-        for stops_after in (1, math.inf):
-            training = Training(ALIKE, folder, process)
-            training.run(quietly, lambda training=training, last=stops_after: training.step >= last)
+def train_in_two_runs(process, config, folder) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    for stops_after in (1, math.inf):
+        training = Training(config, folder, process)
+        training.run(quietly, lambda training=training, last=stops_after: training.step >= last)
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path):
+def check_processes(folder, device: str, graph: bool) -> None:
     """Two processes, stopped and gone on with, see the losses of one.
 
     Before a parameter has moved they are equal to rounding, where no tie between assignments of equal L1 costs is left
     for rounding to decide: in the first layer. Later they stay close.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_a_process, (2, port, tmp_path / "two"), nprocs=2)
-    Training(ALIKE, tmp_path / "one", ALONE).run(quietly, never)
-    ours, theirs = numbers(tmp_path / "two"), numbers(tmp_path / "one")
+    config = dataclasses.replace(ALIKE, graph=graph)
+    for count in (1, 2):
+        run_in_processes(count, device, train_in_two_runs, config, folder / str(count))
+    theirs, ours = (numbers(folder / str(count)) for count in (1, 2))
     assert len(ours) == len(theirs) == 3
     for name in ("det_loss_cls_0", "det_loss_box_0", "map_loss_cls_0", "loss_dense_depth"):
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-5), name
     for row, expected in zip(ours, theirs):
         assert row["loss"] == pytest.approx(expected["loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    check_processes(tmp_path, "cpu", graph=False)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("graph", [False, True])
+def test_two_gpus(tmp_path, cuda_kernels, graph):
+    check_processes(tmp_path, "cuda", graph)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from reimplementation.ops.autocast import without_autocast
 from reimplementation.ops.dtypes import at_least_float32
 
+from .losses import mean_over_ranks
+
 REFERENCE_FOCAL = 100.0  # pixels: a camera of this focal length sees the depth that the network says
 
 
@@ -42,13 +44,17 @@ class DepthBranch(nn.Module):
 def depth_loss(depths: Sequence[Tensor], targets: Sequence[Tensor], max_depth: float) -> Tensor:
     """Mean absolute error of depth maps where the lidar measured, in metres.
 
+    Like the other losses it is divided by how many pixels a process of a distributed training has on average, so that
+    the mean over the processes is the loss of all of the batch.
+
     Args:
         depths: [(bs, num_cams, H, W)], as predicted; beyond ``max_depth`` they count as ``max_depth``.
         targets: of the same shapes; 0 or less: not measured.
     """
-    errors = []
+    sums, counts = [], []
     for depth, target in zip(depths, targets):
         measured = target > 0
         error = (depth.clamp(max=max_depth) - target).abs()
-        errors.append(torch.where(measured, error, 0).sum() / measured.sum().clamp(min=1))
-    return torch.stack(errors).mean()
+        sums.append(torch.where(measured, error, 0).sum())
+        counts.append(measured.sum())
+    return (torch.stack(sums) / mean_over_ranks(torch.stack(counts))).mean()
