@@ -31,6 +31,28 @@ def test_steps_of_a_training():
         assert [three_digits(float(cell)) for cell in row[1:]] == [three_digits(figure) for figure in figures], name
 
 
+def test_several_gpus():
+    document = json.loads((ROOT / "benchmarks" / "training" / "nvidia-h200.json").read_text())
+    steps = document["several_gpus"]["steps"]
+    rows = rows_under("training.md", "| a GPU's part of the batch, bfloat16")
+    assert len(rows) == len(steps) / 2
+    for row, way in zip(rows, ("16 a GPU, graph", "32 a GPU, graph", "16 a GPU, called")):
+        one, two = (steps[f"{way}, {count}"] for count in ("one", "two"))
+        figures = [one["samples_a_second"], one["ms_median"]["all"], two["samples_a_second"], two["ms_median"]["all"]]
+        assert row[1:5] == list(map(three_digits, figures)), way
+        assert row[5] == f"{two['samples_a_second'] / one['samples_a_second'] / 2:.0%}".replace("%", " %"), way
+
+
+def test_backbones_for_the_same_minutes():
+    found = json.loads((ROOT / "benchmarks" / "training" / "nvidia-h200.json").read_text())["backbones"]
+    text = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    resnet, vit = found["drives"], found["drives_vit"]
+    assert f"`drives.yaml` made {resnet['steps']} steps" in text and f"ResNet-50, {vit['steps']} in" in text
+    for name, place, key in (("mAP", "boxes", "mAP"), ("NDS", "boxes", "NDS"), ("map lines", "lines", "mAP")):
+        figures = (f"{found[config]['result'][place][key]:.3f}" for config in ("drives", "drives_vit"))
+        assert f"{name} {' and '.join(figures)}" in text, name
+
+
 def test_triton_beside_cuda():
     document = json.loads((ROOT / "benchmarks" / "triton" / "nvidia-h200.json").read_text())
     times = {(r["case"], r["backend"], r["passed"]): r["timing"]["median_us"] for r in document["results"]}

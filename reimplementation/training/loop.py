@@ -175,6 +175,8 @@ class Training:
         self.stopwatch.ends("optimizer")
         row = {"step": self.step, "loss": sum(values), **dict(zip(terms, values)), "grad_norm": norm_value}
         row |= {"lr": config.optimizer.lr * factor, "seconds": sum(times.values())}
+        if self.process.device.type == "cuda":
+            row["peak_gb"] = torch.cuda.max_memory_allocated(self.process.device) / 1e9
         return row | {f"seconds_{phase}": seconds for phase, seconds in times.items()}, stops > 0
 
     def _capture(self) -> None:

@@ -114,11 +114,10 @@ def test_rate():
     assert factors[:11] == sorted(factors[:11]) and factors[10:] == sorted(factors[10:], reverse=True)
 
 
-def train_in_two_runs(process, config, folder) -> None:
+def train_until(process, config, folder, step: float) -> None:
     torch.backends.cudnn.allow_tf32 = False
-    for stops_after in (1, math.inf):
-        training = Training(config, folder, process)
-        training.run(quietly, lambda training=training, last=stops_after: training.step >= last)
+    training = Training(config, folder, process)
+    training.run(quietly, lambda: training.step >= step)
 
 
 def check_processes(folder, device: str, graph: bool) -> None:
@@ -128,8 +127,8 @@ def check_processes(folder, device: str, graph: bool) -> None:
     for rounding to decide: in the first layer. Later they stay close.
     """
     config = dataclasses.replace(ALIKE, graph=graph)
-    for count in (1, 2):
-        run_in_processes(count, device, train_in_two_runs, config, folder / str(count))
+    for count, until in ((1, math.inf), (2, 1), (2, math.inf)):
+        run_in_processes(count, device, train_until, config, folder / str(count), until)
     theirs, ours = (numbers(folder / str(count)) for count in (1, 2))
     assert len(ours) == len(theirs) == 3
     for name in ("det_loss_cls_0", "det_loss_box_0", "map_loss_cls_0", "loss_dense_depth"):

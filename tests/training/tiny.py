@@ -46,9 +46,9 @@ ALIKE = dataclasses.replace(  # both halves of a batch are the same frame, so th
 
 
 def numbers(folder) -> list[dict]:
-    """The rows of a journal without the times."""
+    """The rows of a journal without what depends on the machine: times and memory."""
     rows = journal.read(folder)
-    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+    return [{name: row[name] for name in row if not name.startswith(("seconds", "peak_gb"))} for row in rows]
 
 
 def written(config: TrainingConfig, path):
