@@ -13,7 +13,16 @@ block follow one another: together they read and write whole rows.
 import triton
 import triton.language as tl
 
-from .footprint import corner_pixel, corner_signs, corner_weights, first_pixel, padded, warps
+from .footprint import (
+    corner_signs,
+    corner_weights,
+    first_corner,
+    first_pixel,
+    is_corner_inside,
+    padded,
+    rows_to_corner,
+    warps,
+)
 
 SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
 """Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
@@ -54,9 +63,9 @@ def footprint_of(x, y, height, width, start, exists):
 def corner_channels(corner: tl.constexpr, footprint, row_length, channel, is_channel):
     """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
     left, top, _, _, height, width, start, touches = footprint
-    row, inside = corner_pixel(corner, left, top, height, width, start)
-    inside = inside & touches
-    place = row.to(tl.int64)[:, None, None] * row_length + channel[None, :, :]
+    inside = is_corner_inside(corner, left, top, height, width) & touches
+    first = first_corner(left, top, width, start)[:, None, None] * row_length + channel[None, :, :]
+    place = first + rows_to_corner(corner, width) * row_length
     return place, inside[:, None, None] & is_channel[None, :, :], inside
 
 

@@ -51,12 +51,23 @@ def first_pixel(position):
 
 
 @triton.jit
-def corner_pixel(corner: tl.constexpr, left, top, height, width, start):
-    """The row of a corner, and whether that pixel exists; where it does not, the row is one that must not be read."""
-    column = left + corner % 2
-    line = top + corner // 2
-    inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
-    return start + line * width + column, inside
+def is_corner_inside(corner: tl.constexpr, left, top, height, width):
+    """Whether the pixel of a corner exists. As unsigned numbers, columns and lines below zero are the largest."""
+    column = (left + corner % 2).to(tl.uint32)
+    line = (top + corner // 2).to(tl.uint32)
+    return (column < width.to(tl.uint32)) & (line < height.to(tl.uint32))
+
+
+@triton.jit
+def first_corner(left, top, width, start):
+    """The row of corner 0. The others are found from it: one product of a sample's own in place of four."""
+    return (start + top * width + left).to(tl.int64)
+
+
+@triton.jit
+def rows_to_corner(corner: tl.constexpr, width):
+    """How many rows a corner lies behind corner 0; where its pixel does not exist, that row must not be read."""
+    return (corner // 2 * width + corner % 2).to(tl.int64)
 
 
 @triton.jit
