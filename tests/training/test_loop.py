@@ -143,7 +143,7 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("graph", [False, True])
 def test_two_gpus(tmp_path, cuda_kernels, graph):
     check_processes(tmp_path, "cuda", graph)

@@ -82,7 +82,7 @@ def keep_gradients(process, folder) -> None:
         "cpu",
         pytest.param(
             "cuda",
-            marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")],
+            marks=[pytest.mark.cuda, pytest.mark.two_gpus],
         ),
     ],
 )
