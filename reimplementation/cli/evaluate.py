@@ -17,9 +17,6 @@ from reimplementation.training.held_out import Evaluation
 from . import arguments
 
 if TYPE_CHECKING:
-    import torch
-
-    from reimplementation.training.batches import HeldOutFrames
     from reimplementation.training.held_out import Judged
 
 SHOWN_FRAME = 4  # of the first slot: by then instances have gone from frame to frame
@@ -59,12 +56,14 @@ def run(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from reimplementation.models.sparsedrive import SparseDrive
+    from reimplementation.training.building import held_out_frames
     from reimplementation.training.held_out import judge, keeping, moments
 
     model = SparseDrive(config.model)
     model.load_state_dict(checkpoint.parameters_to_judge(document))
     model = model.to(device)
-    frames = open_frames(options.data, dataclasses.replace(config, data=data), device)
+    folder = None if options.data is None else Path(options.data)
+    frames = held_out_frames(dataclasses.replace(config, data=data), folder, device)
     steps = track(
         moments(model, frames, device, config.precision),
         "driving",
@@ -88,18 +87,6 @@ def run(options: argparse.Namespace) -> None:
 
         draw_found(frame_picture, {"found": kept[0]}, model.config.det.classes)
         print(f"picture of a frame: {frame_picture}")
-
-
-def open_frames(folder: str | None, config: TrainingConfig, device: torch.device) -> HeldOutFrames:
-    """What a detector of this training is judged by: a folder's frames, or drives; anew from the first one."""
-    if folder is None:
-        from reimplementation.training.synthetic_frames import HeldOutDrives
-
-        return HeldOutDrives(config.data, config.model, device)
-    from reimplementation.training.file_frames import FrameReader, HeldOutFiles
-    from reimplementation.training.recordings import Recordings
-
-    return HeldOutFiles(FrameReader(Recordings(folder), config.data, config.model, config.seed), device)
 
 
 def _read(folder: str, file: str | None) -> tuple[Path, dict]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from reimplementation.training.config import TrainingConfig
 
 from . import arguments
-from .evaluate import open_frames
 
 if TYPE_CHECKING:
     from reimplementation.training.loop import Training
@@ -70,15 +69,16 @@ def run(options: argparse.Namespace) -> None:
 
 def _show(path: Path, training: Training, options: argparse.Namespace) -> None:
     """Judge the detector as the training began and as it ended, and draw what each finds in one frame."""
-    from reimplementation.training.building import new_model
+    from reimplementation.training.building import held_out_frames, new_model
     from reimplementation.training.frame_drawing import draw_found
     from reimplementation.training.held_out import judge, keeping, moments
 
     config, device = training.config, training.process.device
     models = {"before": new_model(config, training.frames).to(device), "after": training.judged_model()}
+    data = None if options.data == SYNTHETIC else Path(options.data)
     found = {}
     for title, model in models.items():
-        frames, kept = open_frames(None if options.data == SYNTHETIC else options.data, config, device), []
+        frames, kept = held_out_frames(config, data, device), []
         steps = keeping(moments(model, frames, device, config.precision), frames.num_batches - 1, kept)
         boxes = judge(steps, config.model).boxes
         print(f"{title}: mAP {boxes.mean_average_precision:.3f}, NDS {boxes.nd_score:.3f}")
@@ -123,5 +123,7 @@ def progress(num_steps: int, first_step: int, is_shown: bool) -> Iterator[Callab
 
         def on_step(row: dict) -> None:
             bar.update(task, advance=1, **{name: row[name] for name in ("loss", "lr", "seconds")})
+            if "mAP" in row:
+                bar.console.print(f"after step {row['step'] + 1}: mAP {row['mAP']:.3f}, NDS {row['NDS']:.3f}")
 
         yield on_step

@@ -13,20 +13,26 @@ from torch.nn.parallel import DistributedDataParallel
 from reimplementation.models.sparsedrive import SparseDrive
 
 from .anchors import clustered
-from .batches import Frames
+from .batches import Frames, HeldOutFrames
 from .config import TrainingConfig
-from .file_frames import FileTraining, FrameReader
+from .file_frames import FileTraining, FrameReader, HeldOutFiles
 from .processes import Process
 from .recordings import Recordings
-from .synthetic_frames import training_drives
+from .synthetic_frames import HeldOutDrives, training_drives
 
 
 def training_frames(config: TrainingConfig, data: Path | None, slots: Sequence[int], device: torch.device) -> Frames:
     """What to learn from, for some slots of a batch: a folder's frames, or synthetic drives."""
     if data is None:
         return training_drives(config.data, config.model, device, slots, config.batch_size)
-    reader = FrameReader(Recordings(data), config.data, config.model, config.seed)
-    return FileTraining(reader, slots, config.batch_size, device)
+    return FileTraining(_reader(config, data), slots, config.batch_size, device)
+
+
+def held_out_frames(config: TrainingConfig, data: Path | None, device: torch.device) -> HeldOutFrames:
+    """What a detector of this training is judged by: a folder's frames, or drives; anew from the first one."""
+    if data is None:
+        return HeldOutDrives(config.data, config.model, device)
+    return HeldOutFiles(_reader(config, data), device)
 
 
 @torch.no_grad()
@@ -69,3 +75,7 @@ def distributed(model: SparseDrive, process: Process) -> nn.Module:
     if process.device.type == "cuda":
         settings["device_ids"] = [process.device.index]
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
+
+
+def _reader(config: TrainingConfig, data: Path) -> FrameReader:
+    return FrameReader(Recordings(data), config.data, config.model, config.seed)

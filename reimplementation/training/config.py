@@ -100,6 +100,7 @@ class TrainingConfig:
     recompute         whether blocks and layers forget what they computed, and compute it again: less memory, more time
     average_decay     of the parameters' average over the steps, which is then what is judged; None: the last ones are
     anchors           "spread" evenly, or the centres of "clusters" of the boxes to learn from, found by k-means
+    evaluate_every    steps between evaluations on the held-out frames, one of which is after the last step; None: none
     checkpoint_every  steps
     keep_checkpoints  how many stay on the disk, the newest ones
     """
@@ -113,6 +114,7 @@ class TrainingConfig:
     recompute: bool = False
     average_decay: float | None = None
     anchors: str = "clusters"
+    evaluate_every: int | None = None
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     data: DataConfig = field(default_factory=DataConfig)
@@ -130,6 +132,8 @@ class TrainingConfig:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.average_decay is not None and not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1); got {self.average_decay}")
+        if self.evaluate_every is not None:
+            check_positive(evaluate_every=self.evaluate_every)
         if self.anchors not in ANCHORS:
             raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}; got {self.anchors!r}")
         if unknown := sorted(set(self.compile) - set(PARTS)):

@@ -51,6 +51,11 @@ class Evaluation:
         found = [self.boxes.average_precision[name][distance] for name in self.present]
         return sum(found) / len(found) if found else math.nan
 
+    def summary(self) -> dict[str, float]:
+        """The numbers that a detector is known by."""
+        numbers = {"mAP": self.boxes.mean_average_precision, "NDS": self.boxes.nd_score}
+        return numbers if self.lines is None else {**numbers, "map_mAP": self.lines.mean_average_precision}
+
     def to_dict(self) -> dict:
         """What a JSON file holds."""
         return {

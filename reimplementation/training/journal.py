@@ -30,7 +30,7 @@ class Journal:
     def write(self, row: dict) -> None:
         """Write a step down: ``step`` and numbers."""
         self._file.write(json.dumps(row) + "\n")
-        if self._board is not None and row["step"] % BOARD_EVERY == 0:
+        if self._board is not None and (row["step"] % BOARD_EVERY == 0 or "mAP" in row):
             for name in row.keys() - {"step"}:
                 self._board.add_scalar(name, row[name], row["step"])
 

@@ -22,9 +22,10 @@ from reimplementation.models.sparsedrive.detector import State
 from . import checkpoint
 from .averaging import ParameterAverage
 from .batches import Batch, slots_of
-from .building import compile_parts, distributed, new_model, share_norms, training_frames
+from .building import compile_parts, distributed, held_out_frames, new_model, share_norms, training_frames
 from .config import TrainingConfig
 from .graphs import GraphedNetwork
+from .held_out import judge, moments
 from .journal import Journal
 from .optimization import make_optimizer, rate_factor, set_rate
 from .processes import Process
@@ -33,7 +34,7 @@ from .stopwatch import Stopwatch
 
 STATES = {"det": TemporalState, "map": TemporalState, "denoising": DenoisingState}
 # What may be another in the configuration when a training goes on.
-MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "compile", "graph", "recompute")
+MAY_CHANGE = ("evaluate_every", "checkpoint_every", "keep_checkpoints", "compile", "graph", "recompute")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Training:
     """
 
     def __init__(self, config: TrainingConfig, folder: Path, process: Process, data: Path | None = None):
-        self.config, self.folder, self.process = config, folder, process
+        self.config, self.folder, self.process, self.data = config, folder, process, data
         if config.graph and process.device.type != "cuda":
             raise ValueError(f"graph is for a GPU; got {process.device}: choose one, or set graph to false")
         self.slots = slots_of(process.rank, process.world_size, config.batch_size)
@@ -100,6 +101,8 @@ class Training:
         try:
             while self.step < self.config.num_steps and not stopped:
                 row, stopped = self._one_step(is_stopped)
+                if self._is_judged_after(self.step) and not stopped:
+                    row |= self._judge()
                 if journal is not None:
                     journal.write(row)
                     on_step(row)
@@ -121,6 +124,21 @@ class Training:
         averages = {} if self.average is None else self.average.state_dict()
         model.load_state_dict(self.model.state_dict() | averages)
         return model.to(self.process.device)
+
+    def _is_judged_after(self, step: int) -> bool:
+        every, done = self.config.evaluate_every, step + 1
+        return every is not None and (done % every == 0 or done == self.config.num_steps)
+
+    def _judge(self) -> dict[str, float]:
+        """How good the detector is by now, told by the first process while the others wait."""
+        found: dict[str, float] = {}
+        if self.process.is_first:
+            device, precision = self.process.device, self.config.precision
+            frames = held_out_frames(self.config, self.data, device)
+            found = judge(moments(self.judged_model(), frames, device, precision), self.config.model).summary()
+        self.process.wait()
+        self.stopwatch = Stopwatch(self.process.device)  # none of this is a step's time
+        return found
 
     def save(self) -> Path:
         """Write a checkpoint, in the first process; the others wait."""

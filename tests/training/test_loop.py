@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 
+from reimplementation.models.sparsedrive import SparseDrive
 from reimplementation.training import checkpoint, journal
+from reimplementation.training.building import held_out_frames
+from reimplementation.training.held_out import judge, moments
 from reimplementation.training.loop import Training
 from reimplementation.training.optimization import make_optimizer, rate_factor
 from tests.training.processes import run_in_processes
-from tests.training.tiny import ALIKE, ALONE, TINY, numbers
+from tests.training.tiny import ALIKE, ALONE, MODEL, TINY, numbers
 
 pytest.importorskip("scipy")
 
@@ -61,6 +64,21 @@ def test_killed_and_gone_on_with(uninterrupted, tmp_path):
     assert again.step == 2
     again.run(quietly, never)
     assert numbers(tmp_path) == numbers(uninterrupted)
+
+
+def test_judged_on_the_way(uninterrupted, tmp_path):
+    """As `evaluate` judges what is saved then, and without a trace in the training."""
+    Training(dataclasses.replace(TINY, evaluate_every=3, checkpoint_every=3), tmp_path, ALONE).run(quietly, never)
+    rows = numbers(tmp_path)
+    judged = {row["step"]: {name: row.pop(name) for name in ("mAP", "NDS", "map_mAP")} for row in rows if "mAP" in row}
+    assert rows == numbers(uninterrupted)
+    assert judged.keys() == {2, 3}
+    model = SparseDrive(MODEL)
+    for step, found in judged.items():
+        document = checkpoint.load(tmp_path / f"step-{step + 1:08d}.pt")
+        model.load_state_dict(checkpoint.parameters_to_judge(document))
+        frames = held_out_frames(TINY, None, ALONE.device)
+        assert judge(moments(model, frames, ALONE.device), MODEL).summary() == found
 
 
 def test_a_finished_training_stays_as_it_is(uninterrupted):
