@@ -52,8 +52,8 @@ class Process:
 
     def wait(self) -> None:
         """Wait for the others."""
-        if self.world_size > 1:
-            dist.barrier()
+        if self.world_size > 1:  # NCCL would guess the device, and warn that it does
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 @contextmanager
