@@ -42,7 +42,7 @@ test-clients: build  ## test other people's models on our ops, each package in a
 
 check: lint test  ## do all that a change must pass: lint, then test
 
-lint: $(VENV)/installed  ## check style and format of Python and kernels, and the types of ops, models, data and training
+lint: $(VENV)/installed  ## check types, and style and format of Python and kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from reimplementation.bench.gathers import gathers
 from reimplementation.bench.graphed import Graphed
 from reimplementation.bench.inputs import (
     AggregationInputs,
+    AggregationProblem,
     AttentionInputs,
+    AttentionProblem,
     DiscreteAttentionInputs,
     OpInputs,
     UnfusedAttentionProblem,
@@ -148,7 +150,7 @@ class ModuleCase:
     attn_drop: its attention dropout, which is at work in every pass.
     """
 
-    make_problem: Callable[[], modules.Timed]
+    make_problem: Callable[[], AggregationProblem | AttentionProblem]
     attn_drop: float = 0.0
 
     def passes(self, backend: str) -> tuple[str, ...]:
@@ -159,8 +161,9 @@ class ModuleCase:
     def prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedModule:
         problem = self.make_problem().to(device, dtype)
         if self.attn_drop > 0:
-            problem.module.attn_drop = self.attn_drop
-            problem.module.train()
+            module: Any = problem.module
+            module.attn_drop = self.attn_drop
+            module.train()
         return PreparedModule(problem, dtype, device)
 
 
@@ -168,22 +171,23 @@ class ModuleCase:
 class PreparedModule:
     """One batch of inputs: what the module itself reads and writes takes their place in the caches."""
 
-    problem: modules.Timed
+    problem: AggregationProblem | AttentionProblem
     dtype: torch.dtype
     device: torch.device
 
     def measure(self, backend: str, passed: str, repeats: int) -> Figures:
         what, _, how = passed.partition(" ")
-        problem = self.problem
+        problem: modules.Called = self.problem
         if how == "compiled":
-            problem = replace(problem, module=torch.compile(problem.module))
+            compiled: Any = torch.compile(self.problem.module)
+            problem = replace(self.problem, module=compiled)
         is_training = what == "training"
         with (
             modules.running(modules.Case(str(self.device), backend, self.dtype)),
             torch.set_grad_enabled(is_training),
         ):
             if how == "graphed":
-                problem = Graphed.made_of(problem)
+                problem = Graphed.made_of(self.problem)
             step = modules.training_step(problem) if is_training else problem.forward
             timing = measure([step], self.device, repeats, graph=how == "graph")
             if how == "graphed":  # what graphs need they hold already
@@ -238,8 +242,8 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-MAP = {"num_queries": 100, "num_points": 300}  # SparseDrive's second head
-PLANNER = {"num_queries": 1024, "num_points": 500}
+MAP: dict[str, Any] = {"num_queries": 100, "num_points": 300}  # SparseDrive's second head
+PLANNER: dict[str, Any] = {"num_queries": 1024, "num_points": 500}
 
 CASES: dict[str, Case] = {
     "rig-bs1": OpCase(AggregationInputs, partial(aggregation_inputs, "rig", 1)),

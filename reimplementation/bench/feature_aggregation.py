@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ class FeatureAggregationInputs(OpInputs):
         """Features and logits in ``dtype``, the cameras' arithmetic in float32 or wider, everything on ``device``."""
         wide = torch.promote_types(dtype, torch.float32)
         dtypes = (dtype, None, None, wide, wide, wide, dtype, dtype, None)
-        return FeatureAggregationInputs(
-            *[None if t is None else t.to(device, to or t.dtype) for t, to in zip(self, dtypes, strict=True)]
-        )
+        moved: list[Any] = [
+            None if t is None else t.to(device, to or t.dtype) for t, to in zip(self, dtypes, strict=True)
+        ]
+        return FeatureAggregationInputs(*moved)
 
 
 def feature_aggregation_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Graphed:
         for leaf in of.leaves:
             leaf.requires_grad_()
         with torch.enable_grad():
-            return cls(of, torch.cuda.make_graphed_callables(OfLeaves(of), of.leaves))
+            called: Any = torch.cuda.make_graphed_callables(OfLeaves(of), of.leaves)
+        return cls(of, called)
 
     @property
     def module(self) -> nn.Module:

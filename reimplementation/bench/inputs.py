@@ -31,6 +31,7 @@ EMBED_DIMS, NUM_GROUPS = 256, 8
 DENSE_CAMERAS = 6
 
 
+@dataclass(frozen=True)
 class OpInputs:
     """The operands of an op, in its order: features, shapes and starts of levels; mostly then locations and weights."""
 
@@ -39,15 +40,10 @@ class OpInputs:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Features and weights in ``dtype``, locations in float32 or wider, everything on ``device``."""
-        features, shapes, starts, locations, weights = self
         location_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return type(self)(
-            features.to(device, dtype),
-            shapes.to(device),
-            starts.to(device),
-            locations.to(device, location_dtype),
-            weights.to(device, dtype),
-        )
+        dtypes = (dtype, None, None, location_dtype, dtype)
+        moved = (tensor.to(device, to or tensor.dtype) for tensor, to in zip(self, dtypes, strict=True))
+        return replace(self, **dict(zip((field.name for field in fields(self)), moved)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class AggregationProblem:
         """The same module with other leaves."""
         return replace(self, feature_maps=[col_feats, *self.feature_maps[1:]], instance_feature=instance_feature)
 
-    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> AggregationProblem:
+    def to(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> AggregationProblem:
         """The same elsewhere. Only the feature maps go to half precision; integers keep their dtype.
 
         Gradients of the result do not reach this problem's tensors.
@@ -336,7 +332,7 @@ class AttentionProblem:
         """The same module with other leaves."""
         return replace(self, query=query, input_flatten=input_flatten)
 
-    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Self:
         """The same elsewhere. Half precision is for autocast, whose LayerNorms give a layer float32: so inputs stay.
 
         Gradients of the result do not reach this problem's tensors.

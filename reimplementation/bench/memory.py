@@ -28,9 +28,9 @@ def extra_memory(step: Callable[[], object], device: torch.device | str) -> int 
     # Freed memory that the C library keeps would be used again and not be counted, so hand it back first.
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    before = _reset_resident_peak()
+    resident = _reset_resident_peak()
     step()
-    return None if before is None else _resident_peak() - before
+    return None if resident is None else _resident_peak() - resident
 
 
 def kept_memory(forward: Callable[[], Tensor], device: torch.device | str) -> int | None:

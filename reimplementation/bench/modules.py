@@ -55,23 +55,30 @@ class Timing:
     max_error: float
 
 
-class Timed(Protocol):
-    """A module with one batch of inputs: what `measure` times."""
+class Called(Protocol):
+    """A module with one batch of inputs, ready to be called."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is called."""
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The inputs whose gradients are taken."""
 
-    def at(self, *leaves: Tensor) -> Timed:
-        """The same module with others of these inputs."""
-
-    def to(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Timed:
-        """The same elsewhere; gradients of the result do not reach this one's tensors."""
-
     def forward(self) -> Tensor:
         """Call the module."""
+
+
+class Timed(Called, Protocol):
+    """The same, which can be had with other inputs and elsewhere: what `measure` times."""
+
+    @property
+    def at(self) -> Callable[..., Timed]:
+        """Takes others of these inputs; the same module with them."""
+
+    def to(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Timed:
+        """The same elsewhere; gradients of the result do not reach this one's tensors."""
 
 
 def cases() -> list[Case]:
@@ -100,7 +107,7 @@ def running(case: Case) -> Iterator[None]:
         yield
 
 
-def training_step(of: Timed) -> Callable[[], object]:
+def training_step(of: Called) -> Callable[[], object]:
     """The module's forward and backward, to be called while it is `running`; weights are cast anew, as they change."""
     for leaf in of.leaves:
         leaf.requires_grad_()

@@ -239,11 +239,10 @@ def _models(runs: list[ModelRun]) -> str:
     lines = []
     for model, passes in by_model.items():
         figures = []
-        for passed in ("forward", "training"):
-            run = passes.get(passed)
-            figures += [_change(run.original_ms, run.fused_ms), _times(run)] if run else ["", ""]
-        if run:  # the training, which holds the most
-            figures.append(_change(run.original_peak_mb / 1e3, run.fused_peak_mb / 1e3))
+        for of_pass in (passes.get("forward"), training := passes.get("training")):
+            figures += [_change(of_pass.original_ms, of_pass.fused_ms), _times(of_pass)] if of_pass else ["", ""]
+        if training:  # which holds the most
+            figures.append(_change(training.original_peak_mb / 1e3, training.fused_peak_mb / 1e3))
         size = next(iter(passes.values()))
         lines.append([model, f"{size.height} x {size.width}", *figures])
     heads = ("model", "image", "forward, ms", "", "training, ms", "", "memory in training, GB")

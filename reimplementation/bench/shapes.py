@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Shape:
 def _aggregation(shape: Shape, dtype: torch.dtype, device: torch.device) -> AggregationInputs:
     """Six cameras of 704 x 256 pixels; every point is in one of them, anywhere."""
     generator = torch.Generator(device).manual_seed(0)
-    random = {"generator": generator, "device": device}
+    random: dict[str, Any] = {"generator": generator, "device": device}
     levels = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES[: shape.levels]]
     spatial_shape = torch.tensor([levels] * NUM_CAMERAS, device=device)
     rows = spatial_shape.prod(-1).flatten()
@@ -68,7 +69,7 @@ def _feature_aggregation(shape: Shape, dtype: torch.dtype, device: torch.device)
 def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
     """The levels of one image of 704 x 256 pixels; samples anywhere in it."""
     generator = torch.Generator(device).manual_seed(0)
-    random = {"generator": generator, "device": device}
+    random: dict[str, Any] = {"generator": generator, "device": device}
     levels = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES[: shape.levels]]
     spatial_shapes = torch.tensor(levels, device=device)
     rows = spatial_shapes.prod(-1)

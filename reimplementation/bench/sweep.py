@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ TIMES_WORSE = 2.0  # than its neighbours: a shape to look at
 
 def shapes_of(op: str, chosen: dict[str, Sequence[int] | None]) -> list[Shape]:
     """The shapes of an op along axes that are chosen, the others as in `AXES`; where none is, those of both grids."""
-    grids = [{axis: chosen[axis] or values for axis, values in AXES.items()}]
+    grids: list[Mapping[str, Sequence[int]]] = [{axis: chosen[axis] or values for axis, values in AXES.items()}]
     if not any(chosen.values()):
         grids.append(FEW_AND_MANY)
     return list(dict.fromkeys(Shape(op, *sizes) for grid in grids for sizes in product(*grid.values())))
@@ -127,7 +128,8 @@ def _neighbours(shape: Shape, steps: dict[str, list[int]]) -> Iterator[Shape]:
     for axis, values in steps.items():
         place = values.index(getattr(shape, axis))
         for value in values[max(place - 1, 0) : place] + values[place + 1 : place + 2]:
-            yield replace(shape, **{axis: value})
+            changed: dict[str, Any] = {axis: value}
+            yield replace(shape, **changed)
 
 
 def _key(figure: Figure) -> tuple:

@@ -7,6 +7,7 @@ cost nothing. What a part takes beyond them is what a kernel of one's own could 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,8 +59,9 @@ class MLPProducts(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        mlp = _mlp(config)
-        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        mlp: Any = _mlp(config)
+        self.fc1: nn.Linear = mlp.fc1
+        self.fc2: nn.Linear = mlp.fc2
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(self.fc1(tokens)[..., : self.fc2.in_features])

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from reimplementation import __version__
 
@@ -69,7 +70,7 @@ def _fail(message: str) -> int:
     return USER_ERROR
 
 
-def _show_warning(message: Warning | str, *_) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _say(str(message))
 
 

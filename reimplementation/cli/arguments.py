@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import overload
 
 import torch
 
@@ -54,6 +55,14 @@ def file(option: str, path: str | None) -> Path | None:
     return Path(path)
 
 
+@overload
+def picture(option: str, path: str) -> Path: ...
+
+
+@overload
+def picture(option: str, path: None) -> None: ...
+
+
 def picture(option: str, path: str | None) -> Path | None:
     """The file that an option names for a picture, None where it names none.
 
@@ -61,14 +70,14 @@ def picture(option: str, path: str | None) -> Path | None:
         ModuleNotFoundError: matplotlib, which draws, is missing.
         ValueError: as for `file`; or the file's name has no suffix of a format that matplotlib writes.
     """
-    if (path := file(option, path)) is None:
+    if (found := file(option, path)) is None:
         return None
     from matplotlib.figure import Figure
 
     suffixes = [f".{name}" for name in sorted(Figure().canvas.get_supported_filetypes())]
-    if path.suffix.lower() not in suffixes:
+    if found.suffix.lower() not in suffixes:
         raise ValueError(f"{option} {path} must end in one of {' '.join(suffixes)}")
-    return path
+    return found
 
 
 def _whole(text: str, limit: int | None) -> int:

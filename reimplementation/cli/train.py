@@ -15,6 +15,7 @@ from reimplementation.training.config import TrainingConfig
 from . import arguments
 
 if TYPE_CHECKING:
+    from reimplementation.training.held_out import Judged
     from reimplementation.training.loop import Training
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -78,7 +79,8 @@ def _show(path: Path, training: Training, options: argparse.Namespace) -> None:
     data = None if options.data == SYNTHETIC else Path(options.data)
     found = {}
     for title, model in models.items():
-        frames, kept = held_out_frames(config, data, device), []
+        frames = held_out_frames(config, data, device)
+        kept: list[Judged] = []
         steps = keeping(moments(model, frames, device, config.precision), frames.num_batches - 1, kept)
         boxes = judge(steps, config.model).boxes
         print(f"{title}: mAP {boxes.mean_average_precision:.3f}, NDS {boxes.nd_score:.3f}")

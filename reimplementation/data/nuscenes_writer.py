@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class Writer:
             to_ego = _LIDAR_TO_EGO @ np.linalg.inv(camera.world_to_camera)
             self._add_calibration(camera.name, to_ego, camera.intrinsics.tolist())
 
-    def add_drive(self, name: str, frames: Iterator[tuple[Moment, np.ndarray, Sequence[int]]]) -> None:
+    def add_drive(self, name: str, frames: Iterator[tuple[Moment, np.ndarray, np.ndarray]]) -> None:
         """Write a drive.
 
         Args:

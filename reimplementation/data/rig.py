@@ -71,6 +71,13 @@ class Camera:
             raise ValueError(f"image must be ({self.height}, {self.width}, 3); got {self.image.shape}")
 
     @property
+    def pixels(self) -> np.ndarray:
+        """The image; ValueError where there is none."""
+        if self.image is None:
+            raise ValueError(f"camera {self.name} has no image, which is needed here")
+        return self.image
+
+    @property
     def projection_mat(self) -> np.ndarray:
         """(4, 4) float64: homogeneous world points to (u * depth, v * depth, depth, 1)."""
         padded = np.eye(4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,10 +63,10 @@ def color_errors(recovered: np.ndarray, painted: np.ndarray) -> np.ndarray:
 def _document(surroundings: Surroundings, recovery: Recovery, timings: list[Timing], queries: int) -> dict:
     """Everything the demo found, ready for JSON."""
     painted = surroundings.painted
-    boxes = []
+    boxes: list[dict[str, Any]] = []
     for i, box in enumerate(surroundings.rig.boxes):
         unseen = np.isnan(recovery.colors[i, 0])
-        entry = {
+        entry: dict[str, Any] = {
             "label": box.label,
             "recovered_rgb": None if unseen else recovery.colors[i].tolist(),
             "key_points_seen": int(recovery.seen[i].any(axis=1).sum()),

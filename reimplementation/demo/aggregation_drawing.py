@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,9 +40,9 @@ NUMBERED_FROM = 14  # pixels: boxes that appear smaller than this bear no number
 SAMPLES_PER_EDGE = 160
 HARDLY_BEHIND = 1.01  # an edge this much deeper than what its pixel shows still lies on it
 
-_SAMPLED = {"marker": "o", "color": "#ffffff", "edgecolors": "#0d1117", "linewidths": 0.6}
-_SEEN = {"marker": "o", "color": "none", "edgecolors": "#ffffff", "linewidths": 0.9}
-_HIDDEN = {"marker": "o", "color": "#0d1117", "edgecolors": "#9198a1", "linewidths": 0.5, "alpha": 0.7}
+_SAMPLED: dict[str, Any] = {"marker": "o", "color": "#ffffff", "edgecolors": "#0d1117", "linewidths": 0.6}
+_SEEN: dict[str, Any] = {"marker": "o", "color": "none", "edgecolors": "#ffffff", "linewidths": 0.9}
+_HIDDEN: dict[str, Any] = {"marker": "o", "color": "#0d1117", "edgecolors": "#9198a1", "linewidths": 0.5, "alpha": 0.7}
 
 
 def draw(
@@ -99,7 +99,7 @@ def _header(page: Axes, rig: Rig, recovery: Recovery, painted: np.ndarray | None
 
 def _view(axes: Axes, rig: Rig, views: Sequence[View], recovery: Recovery, index: int) -> None:
     camera, view = rig.cameras[index], views[index]
-    axes.imshow(camera.image, extent=(0, camera.width, camera.height, 0), interpolation="antialiased")
+    axes.imshow(camera.pixels, extent=(0, camera.width, camera.height, 0), interpolation="antialiased")
     axes.set(xlim=(0, camera.width), ylim=(camera.height, 0), anchor="N")
 
     outlines = [_visible_edges(camera, view, rig.boxes[i]) for i in np.unique(view.box_ids[view.box_ids >= 0])]
@@ -118,7 +118,7 @@ def _view(axes: Axes, rig: Rig, views: Sequence[View], recovery: Recovery, index
         (inside & seen & (weights == 0), _SEEN),
         (inside & (weights > 0), _SAMPLED),
     ):
-        axes.scatter(*pixels[chosen].T, s=area(radius[chosen]), **style)
+        axes.scatter(pixels[chosen, 0], pixels[chosen, 1], s=area(radius[chosen]), **style)
     _numbers(axes, rig, views, index)
 
 

@@ -31,9 +31,9 @@ def show(rig_folder: str | None, num_queries: int, output: Path, begins: Callabl
     begins("looking around")
     camera = front_camera(rig_folder)
     begins("reading colours")
-    reading = read_colors(camera.image)
+    reading = read_colors(camera.pixels)
     begins("drawing")
-    draw(output, camera.image, reading)
+    draw(output, camera.pixels, reading)
     timings = measure_all(problem(num_queries), begins)
     return _document(camera, reading, timings, num_queries)
 

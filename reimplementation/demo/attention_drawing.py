@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,8 +17,8 @@ FLOWER_RADIUS, POINT_RADIUS = 25, 3.2
 LEVEL_IN_VIEW = 1  # its points lie outside the flowers, and do not reach the next query's
 CLOSE_UP = (17.5, 10)  # pixels of each level: columns, rows
 
-_POINT = {"marker": "o", "color": "#ffffff", "edgecolors": BACKGROUND, "linewidths": 0.6}
-_PLACE = {"marker": "o", "color": BACKGROUND, "edgecolors": "#ffffff", "linewidths": 1.4, "zorder": 3}
+_POINT: dict[str, Any] = {"marker": "o", "color": "#ffffff", "edgecolors": BACKGROUND, "linewidths": 0.6}
+_PLACE: dict[str, Any] = {"marker": "o", "color": BACKGROUND, "edgecolors": "#ffffff", "linewidths": 1.4, "zorder": 3}
 
 
 def draw(path: str | Path, image: np.ndarray, reading: Reading) -> None:
@@ -66,10 +67,11 @@ def _view(axes: Axes, image: np.ndarray, reading: Reading, chosen: int, scale: f
     axes.imshow(image, extent=(0, width, height, 0), interpolation="antialiased")
     axes.set(xlim=(0, width), ylim=(height, 0))
     points = reading.locations[:, :, LEVEL_IN_VIEW].reshape(-1, 2) * (width, height)
-    axes.scatter(*points.T, s=area(POINT_RADIUS), **_POINT)
+    axes.scatter(points[:, 0], points[:, 1], s=area(POINT_RADIUS), **_POINT)
     for place, colors in zip(reading.places * (width, height), reading.colors, strict=True):
         _flower(axes, place, colors, FLOWER_RADIUS * scale)
-    ring = Circle(reading.places[chosen] * (width, height), 1.35 * FLOWER_RADIUS * scale, fill=False)
+    x, y = reading.places[chosen] * (width, height)
+    ring = Circle((x, y), 1.35 * FLOWER_RADIUS * scale, fill=False)
     ring.set(edgecolor=TEXT, linewidth=2)
     axes.add_patch(ring)
 
@@ -77,10 +79,11 @@ def _view(axes: Axes, image: np.ndarray, reading: Reading, chosen: int, scale: f
 def _flower(axes: Axes, place: np.ndarray, colors: np.ndarray, radius: float) -> None:
     """One petal per head, in the direction in which it looks; y points down, as in the image."""
     angle = 360 / len(colors)
-    axes.add_patch(Circle(place, radius * 1.12, facecolor=BACKGROUND, edgecolor="none", alpha=0.9))
+    centre = (float(place[0]), float(place[1]))
+    axes.add_patch(Circle(centre, radius * 1.12, facecolor=BACKGROUND, edgecolor="none", alpha=0.9))
     for head, color in enumerate(colors):
         towards = head * angle
-        petal = Wedge(place, radius, towards - angle / 2, towards + angle / 2, linewidth=0.8, edgecolor=BACKGROUND)
+        petal = Wedge(centre, radius, towards - angle / 2, towards + angle / 2, linewidth=0.8, edgecolor=BACKGROUND)
         petal.set_facecolor(np.clip(color / 255, 0, 1))
         axes.add_patch(petal)
 
@@ -98,5 +101,5 @@ def _close_up(axes: Axes, pixels: np.ndarray, place: np.ndarray, locations: np.n
     axes.set(xlim=(left, right), ylim=(bottom, top))
     for ray in points:
         axes.plot(*np.vstack([centre, ray]).T, color="#ffffff", linewidth=0.9, alpha=0.55)
-    axes.scatter(*points.reshape(-1, 2).T, s=area(2 * POINT_RADIUS), **_POINT)
-    axes.scatter(*centre, s=area(2.6 * POINT_RADIUS), **_PLACE)
+    axes.scatter(points[..., 0], points[..., 1], s=area(2 * POINT_RADIUS), **_POINT)
+    axes.scatter(centre[0], centre[1], s=area(2.6 * POINT_RADIUS), **_PLACE)

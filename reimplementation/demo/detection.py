@@ -67,7 +67,7 @@ def build(config: str | Path | None, checkpoint: str | Path | None, rig: Rig) ->
 def detect(model: SparseDrive, rig: Rig) -> Detections:
     """Run a detector on a rig's images, as if the moment were the first."""
     device = next(model.parameters()).device
-    images = np.stack([camera.image for camera in rig.cameras])
+    images = np.stack([camera.pixels for camera in rig.cameras])
     normalised = (torch.from_numpy(images).float() - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
     metas = {
         "projection_mat": torch.from_numpy(rig.projection_mat).float()[None],
@@ -78,8 +78,7 @@ def detect(model: SparseDrive, rig: Rig) -> Detections:
     metas = {name: tensor.to(device) for name, tensor in metas.items()}
     outputs, _ = model.step(normalised.permute(0, 3, 1, 2)[None].to(device), metas, state=None, every_layer=False)
     (found,) = model.decode(outputs)
-    found = {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
-    return _detections(found, model.config)
+    return _detections({name: tensor.float().cpu().numpy() for name, tensor in found.items()}, model.config)
 
 
 def _detections(found: dict[str, np.ndarray], config: SparseDriveConfig) -> Detections:
@@ -93,8 +92,9 @@ def _detections(found: dict[str, np.ndarray], config: SparseDriveConfig) -> Dete
             boxes[sensible], found["labels_3d"][sensible], found["scores_3d"][sensible], strict=True
         )
     ]
+    kinds = () if config.map is None else config.map.classes
     lines = [
-        (Line(points, config.map.classes[int(label)]), float(score))
+        (Line(points, kinds[int(label)]), float(score))
         for points, label, score in zip(
             found.get("map_lines", ()), found.get("map_labels", ()), found.get("map_scores", ())
         )

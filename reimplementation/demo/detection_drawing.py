@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.patches import Polygon
 
 from reimplementation.data.rig import Box, Camera, Rig
@@ -53,7 +54,7 @@ def draw(path: str | Path, rig: Rig, found: Detections, title: str, note: str, w
     view_width = (WIDTH - 2 * MARGIN - columns * GAP - ABOVE) / columns
     view_height = view_width * max(camera.height / camera.width for camera in rig.cameras)
     labels = sorted({box.label for box in found.boxes} | {line.label for line in found.lines})
-    colors = dict(zip(labels, colormaps["tab20"].colors * (1 + len(labels) // 20)))
+    colors = {label: to_hex(colormaps["tab20"](number % 20)) for number, label in enumerate(labels)}
     legend_rows = math.ceil(len(labels) / LEGEND_COLUMNS)
     body = max(len(rows) * (view_height + VIEW_LABEL), VIEW_LABEL + ABOVE + legend_rows * LEGEND_ROW)
 
@@ -70,15 +71,15 @@ def draw(path: str | Path, rig: Rig, found: Detections, title: str, note: str, w
     write(page, left, HEADER + VIEW_LABEL - 12, f"from above, {RANGE:.0f} m to every side", 15, MUTED)
     _from_above(add_panel(figure, left, HEADER + VIEW_LABEL, ABOVE, ABOVE), found, colors)
     for i, label in enumerate(labels):
-        row, column = divmod(i, LEGEND_COLUMNS)
-        x, y = left + column * ABOVE / LEGEND_COLUMNS, HEADER + VIEW_LABEL + ABOVE + (row + 1) * LEGEND_ROW
+        line, column = divmod(i, LEGEND_COLUMNS)
+        x, y = left + column * ABOVE / LEGEND_COLUMNS, HEADER + VIEW_LABEL + ABOVE + (line + 1) * LEGEND_ROW
         write(page, x, y, label.replace("_", " "), 15, colors[label])
     save(figure, path)
 
 
 def _view(axes: Axes, camera: Camera, boxes: Sequence[Box], colors: dict) -> None:
     """An image with the boxes' edges in it, the worse ones below the better."""
-    axes.imshow(camera.image, extent=(0, camera.width, camera.height, 0), interpolation="antialiased")
+    axes.imshow(camera.pixels, extent=(0, camera.width, camera.height, 0), interpolation="antialiased")
     axes.set(xlim=(0, camera.width), ylim=(camera.height, 0), anchor="N")
     for box in reversed(boxes):
         axes.plot(*_edges(camera, box).T, color=colors[box.label], linewidth=1.1, solid_capstyle="round")

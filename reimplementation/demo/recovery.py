@@ -42,7 +42,7 @@ def recover_colors(rig: Rig, views: Sequence[View]) -> Recovery:
     camera) pairs whose bilinear footprint, 8 x 8 image pixels, shows the point's own box and nothing else; in
     a box without such a pair, by the pairs whose own pixel shows the box.
     """
-    pyramid = color_pyramid(np.stack([camera.image for camera in rig.cameras]))
+    pyramid = color_pyramid(np.stack([camera.pixels for camera in rig.cameras]))
     seen = visibility(rig, views)
     pure = seen & _pure_footprints(rig, views)
     shares = np.where(pure.any(axis=(1, 2), keepdims=True), pure, seen).astype(np.float64)
@@ -52,14 +52,15 @@ def recover_colors(rig: Rig, views: Sequence[View]) -> Recovery:
     locations = np.where(depth[..., None] > 0, pixels / rig.image_wh, -1.0)  # behind the camera: outside, so ignored
     level_weights = torch.zeros(*weights.shape, len(STRIDES), 1)
     level_weights[..., 0, 0] = torch.from_numpy(weights)
+    rows, shapes, starts = ops.feature_maps_format(pyramid)
     colors = ops.deformable_aggregation_function(
-        *ops.feature_maps_format(pyramid), torch.from_numpy(locations).float()[None], level_weights[None]
+        rows, shapes, starts, torch.from_numpy(locations).float()[None], level_weights[None]
     )[0].double()
     colors[torch.from_numpy(weights.sum(axis=(1, 2)) == 0)] = torch.nan
 
     across = pixels_across(len(rig.boxes), views)
-    counted = (seen.all(axis=1) & (across >= MIN_PIXELS_ACROSS)).any(axis=1)
-    return Recovery(colors.numpy() * 255, weights, seen, counted)
+    is_whole = seen.all(axis=1) & (across >= MIN_PIXELS_ACROSS)
+    return Recovery(colors.numpy() * 255, weights, seen, np.any(is_whole, axis=1))
 
 
 def color_pyramid(images: np.ndarray) -> list[Tensor]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reimplementation import ops
 from reimplementation.ops.dtypes import at_least_float32
@@ -20,7 +21,7 @@ Shapes = Tensor | Sequence[Sequence[int]]
 
 
 def attend_by_level(
-    module: nn.Module,
+    module: Any,
     sizes: tuple[int, int, int],
     query: Tensor,
     features: Tensor,
@@ -63,7 +64,7 @@ def attend_by_level(
 
 
 def attend_in_boxes(
-    module: nn.Module,
+    module: Any,
     num_heads: int,
     num_points: Sequence[int],
     query: Tensor,
@@ -139,7 +140,7 @@ def _of_pixels(
     return output, weights
 
 
-def _weights(module: nn.Module, logits: Tensor) -> Tensor | None:
+def _weights(module: Any, logits: Tensor) -> Tensor | None:
     """The attention weights, which the op does not make, if anybody may look: models collect them by hooks."""
     return logits.flatten(3).softmax(-1).view(logits.shape) if module._forward_hooks else None
 

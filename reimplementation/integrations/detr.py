@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import attend_by_level
 from .probe import Probe
@@ -31,7 +31,7 @@ class DeformableDetr(Accelerated):
     )
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels = module.n_levels
         shapes, starts = probe.shapes_in_tensors(levels)
         for coordinates, mask in ((2, probe.half(levels)), (4, None)):
@@ -79,7 +79,8 @@ class RFDetr(DeformableDetr):
         input_padding_mask: Tensor | None = None,
         input_spatial_shapes_hw: list[tuple[int, int]] | None = None,
     ) -> Tensor:
-        shapes, starts = input_spatial_shapes, input_level_start_index
+        shapes: Any = input_spatial_shapes
+        starts: Any = input_level_start_index
         if input_spatial_shapes_hw is not None:
             shapes, starts = input_spatial_shapes_hw, None
         return super().forward(query, reference_points, input_flatten, shapes, starts, input_padding_mask)
@@ -89,7 +90,7 @@ class Ultralytics(DeformableDetr):
     """RT-DETR of the package ultralytics: boxes that all levels share, and shapes as numbers."""
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels = module.n_levels
         for coordinates, mask in ((2, probe.half(levels)), (4, None)):
             yield {
@@ -100,7 +101,7 @@ class Ultralytics(DeformableDetr):
                 "value_mask": mask,
             }
 
-    def forward(
+    def forward(  # type: ignore[override]  # who calls it knows which of the two it is
         self,
         query: Tensor,
         refer_bbox: Tensor,

@@ -6,20 +6,20 @@ Both are recognised by their form; neither package is imported.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import attend_by_level
 from .probe import Probe
-from .replacement import Accelerated
+from .replacement import Accelerated, Needed
 
 
 class GroundingDino(Accelerated):
     """GroundingDINO: queries first unless ``batch_first``, and nothing is added to the output."""
 
     names = ("MultiScaleDeformableAttention",)
-    attributes = (
+    attributes: ClassVar[tuple[str, ...]] = (
         "sampling_offsets",
         "attention_weights",
         "value_proj",
@@ -32,7 +32,7 @@ class GroundingDino(Accelerated):
     ignored = ("key",)  # which the originals take and do not read
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels = module.num_levels
         channels = module.sampling_offsets.in_features
         shapes, starts = probe.shapes_in_tensors(levels)
@@ -57,8 +57,8 @@ class GroundingDino(Accelerated):
         value: Tensor | None = None,
         query_pos: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
+        reference_points: Needed = None,
+        spatial_shapes: Needed = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -85,7 +85,7 @@ class Mmcv(GroundingDino):
 
     attributes = (*GroundingDino.attributes, "dropout")
 
-    def forward(
+    def forward(  # type: ignore[override]  # who calls it knows which of the two it is
         self,
         query: Tensor,
         key: Tensor | None = None,
@@ -93,8 +93,8 @@ class Mmcv(GroundingDino):
         identity: Tensor | None = None,
         query_pos: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
+        reference_points: Needed = None,
+        spatial_shapes: Needed = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:

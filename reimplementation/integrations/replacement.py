@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from .probe import Probe
 
+Needed = Any
+"""What a forward needs, although its signature, which is that of the original, lets it be left out."""
 SAME = 1e-5
 """The relative difference in float64 below which two forwards compute the same; some round to float32 on their way."""
 
@@ -40,8 +42,12 @@ class Accelerated(nn.Module):
     incomparable: ClassVar[str | None] = None
     """Why the two forwards cannot be compared on a CPU; None where they can."""
 
+    if TYPE_CHECKING:  # what a module of somebody else's holds, nobody has declared
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         """Arguments with which both forwards are called, to see that they compute the same."""
         raise NotImplementedError
 
@@ -75,7 +81,7 @@ def accelerated_class(kind: type[Accelerated], original: type[nn.Module]) -> typ
 
 
 def replace_forward(kind: type[Accelerated], module: nn.Module) -> None:
-    module.__class__ = accelerated_class(kind, type(module))
+    module.__class__ = accelerated_class(kind, type(module))  # type: ignore[arg-type]  # classes are hashable
 
 
 def restore_forward(module: nn.Module) -> None:
@@ -135,5 +141,5 @@ def _parameters(forward: Any) -> list[str]:
 
 
 def _empty(kind: type[Accelerated], original: type[nn.Module]) -> nn.Module:
-    made = accelerated_class(kind, original)
+    made = accelerated_class(kind, original)  # type: ignore[arg-type]
     return made.__new__(made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import attend_by_level, attend_in_boxes
 from .probe import Probe
@@ -26,7 +26,7 @@ class RTDetr(Accelerated):
     attributes = (*PREDICTIONS, *PROJECTIONS, "num_heads", "num_levels", "num_points")
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels, channels = module.num_levels, module.embed_dim
         yield {
             "query": probe.queries(channels),
@@ -60,7 +60,14 @@ class _PointsALevel(Accelerated):
     """What the modules share whose levels have different numbers of points."""
 
     names = ("MSDeformableAttention",)
-    attributes = (*PREDICTIONS, "num_heads", "num_points_list", "num_points_scale", "offset_scale", "method")
+    attributes: ClassVar[tuple[str, ...]] = (
+        *PREDICTIONS,
+        "num_heads",
+        "num_points_list",
+        "num_points_scale",
+        "offset_scale",
+        "method",
+    )
     discrete: ClassVar[str] = "discrete_by_height"
 
     def _attend(self, query: Tensor, value: Any, reference_points: Tensor, shapes: list) -> Tensor:
@@ -84,7 +91,7 @@ class RTDetrV2(_PointsALevel):
     attributes = (*_PointsALevel.attributes, *PROJECTIONS)
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels, channels = len(module.num_points_list), module.embed_dim
         yield {
             "query": probe.queries(channels),
@@ -119,7 +126,7 @@ class DFine(_PointsALevel):
     """D-FINE and DEIM: the value comes as a list with a tensor (N, heads, channels, rows) for each level."""
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels, heads = len(module.num_points_list), module.num_heads
         shapes = probe.shapes(levels)
         value = probe.rows(levels, heads, module.embed_dim // heads).permute(0, 2, 3, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,13 +11,13 @@ from reimplementation import ops
 
 from .attention import attend_by_level, attend_in_boxes
 from .probe import Probe
-from .replacement import Accelerated
+from .replacement import Accelerated, Needed
 
 NAMES = ("*MultiscaleDeformableAttention", "*MultiScaleDeformableAttention")
 LAYERS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
-def _sizes(module: nn.Module) -> tuple[int, int, int]:
+def _sizes(module: Any) -> tuple[int, int, int]:
     return module.n_heads, module.n_levels, module.n_points
 
 
@@ -31,7 +31,7 @@ class _ByLevel(Accelerated):
     names = NAMES
     attributes = (*LAYERS, "n_heads", "n_levels", "n_points")
     ignored = ("output_attentions",)
-    shapes_in: tuple[str, ...] = ("spatial_shapes", "spatial_shapes_list")
+    shapes_in: ClassVar[tuple[str, ...]] = ("spatial_shapes", "spatial_shapes_list")
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -40,7 +40,7 @@ class _ByLevel(Accelerated):
         return super().why_not(module)
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels, channels = module.n_levels, module.d_model
         shapes, starts = probe.shapes_in_tensors(levels)
         given = {"spatial_shapes": shapes, "spatial_shapes_list": probe.shapes(levels)}
@@ -63,12 +63,12 @@ class Detector(_ByLevel):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Needed = None,
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        spatial_shapes_list: list | None = None,
+        reference_points: Needed = None,
+        spatial_shapes: Needed = None,
+        spatial_shapes_list: Needed = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -87,11 +87,11 @@ class Mask2FormerPixelDecoder(_ByLevel):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Needed = None,
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes_list: list | None = None,
+        reference_points: Needed = None,
+        spatial_shapes_list: Needed = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -104,17 +104,17 @@ class Mask2FormerPixelDecoder(_ByLevel):
 class OneFormerPixelDecoder(_ByLevel):
     """The pixel decoder of OneFormer: likewise, and shapes are a tensor."""
 
-    shapes_in = ("spatial_shapes",)
+    shapes_in: ClassVar[tuple[str, ...]] = ("spatial_shapes",)
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Needed = None,
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
+        reference_points: Needed = None,
+        spatial_shapes: Needed = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -136,18 +136,18 @@ class OneFormerPixelDecoderWithList(OneFormerPixelDecoder):
 
     shapes_in = ("spatial_shapes", "spatial_shapes_list")
 
-    def forward(
+    def forward(  # type: ignore[override]  # who calls it knows which of the two it is
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Needed = None,
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
+        reference_points: Needed = None,
+        spatial_shapes: Needed = None,
         level_start_index: Tensor | None = None,
         output_attentions: bool = False,
-        spatial_shapes_list: list | None = None,
+        spatial_shapes_list: Needed = None,
     ) -> tuple[Tensor, Tensor | None]:
         query = _with_position(hidden_states, position_embeddings)
         return attend_by_level(
@@ -162,7 +162,7 @@ class RTDetrV2(Accelerated):
     attributes = (*LAYERS, "n_heads", "n_points_list", "n_points_scale", "offset_scale", "method")
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels, channels = len(module.n_points_list), module.d_model
         shapes, starts = probe.shapes_in_tensors(levels)
         yield {
@@ -180,12 +180,12 @@ class RTDetrV2(Accelerated):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Needed = None,
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        spatial_shapes_list: list | None = None,
+        reference_points: Needed = None,
+        spatial_shapes: Needed = None,
+        spatial_shapes_list: Needed = None,
         level_start_index: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -221,7 +221,7 @@ class DFine(Accelerated):
     )
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         levels, channels = len(module.num_points_list), module.d_model
         yield {
             "hidden_states": probe.queries(channels),
@@ -236,10 +236,10 @@ class DFine(Accelerated):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        spatial_shapes_list: list | None = None,
+        reference_points: Needed = None,
+        encoder_hidden_states: Needed = None,
+        spatial_shapes: Needed = None,
+        spatial_shapes_list: Needed = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         value = encoder_hidden_states.unflatten(-1, (self.n_heads, -1))
@@ -265,7 +265,7 @@ class Core(Accelerated):
     attributes = ()
 
     @classmethod
-    def probes(cls, module: nn.Module, probe: Probe) -> Iterator[dict[str, Any]]:
+    def probes(cls, module: Any, probe: Probe) -> Iterator[dict[str, Any]]:
         shapes, starts = probe.shapes_in_tensors(2)
         value = probe.rows(2, 3, 4)
         samples = (value.shape[0], 5, 3, 2, 4)

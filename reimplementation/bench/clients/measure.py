@@ -229,7 +229,7 @@ class _Clock:
             self.mark()
             return output
 
-        module.forward = marked  # type: ignore[method-assign]
+        module.forward = marked
         try:
             yield
         finally:

@@ -163,8 +163,9 @@ def _formed(model: SparseDrive, form: str, dtype: torch.dtype) -> SparseDrive:
 
 def _frame_step(detector: SparseDrive, images: Tensor, metas: dict[str, Tensor], passed: str) -> Callable[[], Any]:
     """A later frame, as a function without arguments; where the state is the caller's, each call does the same."""
-    if not isinstance(detector.img_backbone.bn1, nn.Identity):
-        detector.img_backbone.fold_norms()
+    backbone: Any = detector.img_backbone
+    if not isinstance(backbone.bn1, nn.Identity):
+        backbone.fold_norms()
     if passed == "frame replayed":
         replayed = ReplayedDetector(detector, images, metas)
         return lambda: replayed(images, metas)

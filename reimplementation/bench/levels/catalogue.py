@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -100,5 +100,5 @@ def inputs_of(op: str, device: torch.device) -> OpInputs:
     pixel: there the gradient jumps, and errors would tell how often that happens.
     """
     inputs = _CASES[op][device.type](device=device)
-    features, shapes, starts, locations, weights = inputs
-    return type(inputs)(features, shapes, starts, ((locations * 2**12).floor() + 0.5) / 2**12, weights)
+    locations = fields(inputs)[3].name
+    return replace(inputs, **{locations: ((getattr(inputs, locations) * 2**12).floor() + 0.5) / 2**12})

@@ -160,7 +160,8 @@ def _time_calls(step: Callable[[], object], device: torch.device, repeats: int) 
 
     There are `CALLS` for each repeat, and none begins after `MOST_SECONDS`.
     """
-    calls, hosts = [], []
+    calls: list[float] = []
+    hosts: list[float] = []
     end = time.perf_counter() + MOST_SECONDS
     _wait(device)
     while not calls or (len(calls) < CALLS * repeats and time.perf_counter() < end):

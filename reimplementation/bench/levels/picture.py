@@ -14,7 +14,7 @@ from reimplementation.bench.tables import machine_line, three_digits
 from .measure import PASSES, REST, Figure, Pass
 from .tables import by_op
 
-COLORS = colormaps["tab20"].colors
+COLORS = [colormaps["tab20"](number) for number in range(20)]
 REST_COLOR = "lightgrey"
 MOST_NAMES = 19  # in a legend; kernels beyond are drawn as the rest
 NAME_LENGTH = 40
