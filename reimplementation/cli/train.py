@@ -65,21 +65,19 @@ def run(options: argparse.Namespace) -> None:
         print(f"step {outcome.step} of {config.num_steps}: {done}")
         print(f"checkpoint: {outcome.checkpoint}")
         if show is not None and outcome.is_finished:
-            _show(show, training, options)
+            _show(show, training)
 
 
-def _show(path: Path, training: Training, options: argparse.Namespace) -> None:
+def _show(path: Path, training: Training) -> None:
     """Judge the detector as the training began and as it ended, and draw what each finds in one frame."""
-    from reimplementation.training.building import held_out_frames, new_model
+    from reimplementation.training.building import new_model
     from reimplementation.training.frame_drawing import draw_found
     from reimplementation.training.held_out import judge, keeping, moments
 
-    config, device = training.config, training.process.device
+    config, device, frames = training.config, training.process.device, training.held_out
     models = {"before": new_model(config, training.frames).to(device), "after": training.judged_model()}
-    data = None if options.data == SYNTHETIC else Path(options.data)
     found = {}
     for title, model in models.items():
-        frames = held_out_frames(config, data, device)
         kept: list[Judged] = []
         steps = keeping(moments(model, frames, device, config.precision), frames.num_batches - 1, kept)
         boxes = judge(steps, config.model).boxes

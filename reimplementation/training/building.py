@@ -29,7 +29,7 @@ def training_frames(config: TrainingConfig, data: Path | None, slots: Sequence[i
 
 
 def held_out_frames(config: TrainingConfig, data: Path | None, device: torch.device) -> HeldOutFrames:
-    """What a detector of this training is judged by: a folder's frames, or drives; anew from the first one."""
+    """What a detector of this training is judged by: a folder's frames, or drives."""
     if data is None:
         return HeldOutDrives(config.data, config.model, device)
     return HeldOutFiles(_reader(config, data), device)

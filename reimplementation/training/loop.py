@@ -6,6 +6,7 @@ next is in the checkpoint. So a training that was stopped goes on as if it had n
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from reimplementation.models.sparsedrive.detector import State
 
 from . import checkpoint
 from .averaging import ParameterAverage
-from .batches import Batch, slots_of
+from .batches import Batch, HeldOutFrames, slots_of
 from .building import compile_parts, distributed, held_out_frames, new_model, share_norms, training_frames
 from .config import TrainingConfig
 from .graphs import GraphedNetwork
@@ -118,27 +119,17 @@ class Training:
             saved = self.save()
         return Outcome(self.step, self.step == self.config.num_steps, saved)
 
+    @functools.cached_property
+    def held_out(self) -> HeldOutFrames:
+        """What the detector is judged by; opened when it is first asked for."""
+        return held_out_frames(self.config, self.data, self.process.device)
+
     def judged_model(self) -> SparseDrive:
         """The detector as it is judged: with the average of its parameters, where there is one."""
         model = SparseDrive(self.config.model)
         averages = {} if self.average is None else self.average.state_dict()
         model.load_state_dict(self.model.state_dict() | averages)
         return model.to(self.process.device)
-
-    def _is_judged_after(self, step: int) -> bool:
-        every, done = self.config.evaluate_every, step + 1
-        return every is not None and (done % every == 0 or done == self.config.num_steps)
-
-    def _judge(self) -> dict[str, float]:
-        """How good the detector is by now, told by the first process while the others wait."""
-        found: dict[str, float] = {}
-        if self.process.is_first:
-            device, precision = self.process.device, self.config.precision
-            frames = held_out_frames(self.config, self.data, device)
-            found = judge(moments(self.judged_model(), frames, device, precision), self.config.model).summary()
-        self.process.wait()
-        self.stopwatch = Stopwatch(self.process.device)  # none of this is a step's time
-        return found
 
     def save(self) -> Path:
         """Write a checkpoint, in the first process; the others wait."""
@@ -157,6 +148,20 @@ class Training:
             path = checkpoint.save(self.folder, self.step, document, self.config.keep_checkpoints)
         self.process.wait()
         return path
+
+    def _is_judged_after(self, step: int) -> bool:
+        every, done = self.config.evaluate_every, step + 1
+        return every is not None and (done % every == 0 or done == self.config.num_steps)
+
+    def _judge(self) -> dict[str, float]:
+        """How good the detector is by now, told by the first process while the others wait."""
+        found: dict[str, float] = {}
+        if self.process.is_first:
+            seen = moments(self.judged_model(), self.held_out, self.process.device, self.config.precision)
+            found = judge(seen, self.config.model).summary()
+        self.process.wait()
+        self.stopwatch = Stopwatch(self.process.device)  # none of this is a step's time
+        return found
 
     def _one_step(self, is_stopped: Callable[[], bool]) -> tuple[dict, bool]:
         """The numbers of a step, and whether the training is to stop.
