@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +26,10 @@ class FeatureAggregationInputs(OpInputs):
     camera_logits: Tensor
     keep: Tensor | None = None
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> FeatureAggregationInputs:
-        """Features and logits in ``dtype``, the cameras' arithmetic in float32 or wider, everything on ``device``."""
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype | None, ...]:
+        """Features and logits in ``dtype``, the cameras' arithmetic in float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
-        dtypes = (dtype, None, None, wide, wide, wide, dtype, dtype, None)
-        moved: list[Any] = [
-            None if t is None else t.to(device, to or t.dtype) for t, to in zip(self, dtypes, strict=True)
-        ]
-        return FeatureAggregationInputs(*moved)
+        return dtype, None, None, wide, wide, wide, dtype, dtype, None
 
 
 def feature_aggregation_inputs(

@@ -39,11 +39,16 @@ class OpInputs:
         return (getattr(self, field.name) for field in fields(self))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Features and weights in ``dtype``, locations in float32 or wider, everything on ``device``."""
-        location_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        dtypes = (dtype, None, None, location_dtype, dtype)
-        moved = (tensor.to(device, to or tensor.dtype) for tensor, to in zip(self, dtypes, strict=True))
-        return replace(self, **dict(zip((field.name for field in fields(self)), moved)))
+        """Everything on ``device``, in the dtypes that go with ``dtype``."""
+        moved: dict[str, Any] = {
+            field.name: None if tensor is None else tensor.to(device, wanted or tensor.dtype)
+            for field, tensor, wanted in zip(fields(self), self, self.dtypes(dtype), strict=True)
+        }
+        return replace(self, **moved)
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype | None, ...]:
+        """Features and weights in ``dtype``, locations in float32 or wider; None: an operand keeps its own."""
+        return dtype, None, None, torch.promote_types(dtype, torch.float32), dtype
 
 
 @dataclass(frozen=True)

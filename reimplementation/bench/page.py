@@ -239,8 +239,12 @@ def _models(runs: list[ModelRun]) -> str:
     lines = []
     for model, passes in by_model.items():
         figures = []
-        for of_pass in (passes.get("forward"), training := passes.get("training")):
-            figures += [_change(of_pass.original_ms, of_pass.fused_ms), _times(of_pass)] if of_pass else ["", ""]
+        forward, training = passes.get("forward"), passes.get("training")
+        for run_of_pass in (forward, training):
+            if run_of_pass:
+                figures += [_change(run_of_pass.original_ms, run_of_pass.fused_ms), _times(run_of_pass)]
+            else:
+                figures += ["", ""]
         if training:  # which holds the most
             figures.append(_change(training.original_peak_mb / 1e3, training.fused_peak_mb / 1e3))
         size = next(iter(passes.values()))

@@ -74,7 +74,7 @@ class Camera:
     def pixels(self) -> np.ndarray:
         """The image; ValueError where there is none."""
         if self.image is None:
-            raise ValueError(f"camera {self.name} has no image, which is needed here")
+            raise ValueError(f"camera {self.name} has no image")
         return self.image
 
     @property

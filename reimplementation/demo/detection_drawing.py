@@ -71,8 +71,8 @@ def draw(path: str | Path, rig: Rig, found: Detections, title: str, note: str, w
     write(page, left, HEADER + VIEW_LABEL - 12, f"from above, {RANGE:.0f} m to every side", 15, MUTED)
     _from_above(add_panel(figure, left, HEADER + VIEW_LABEL, ABOVE, ABOVE), found, colors)
     for i, label in enumerate(labels):
-        line, column = divmod(i, LEGEND_COLUMNS)
-        x, y = left + column * ABOVE / LEGEND_COLUMNS, HEADER + VIEW_LABEL + ABOVE + (line + 1) * LEGEND_ROW
+        legend_row, column = divmod(i, LEGEND_COLUMNS)
+        x, y = left + column * ABOVE / LEGEND_COLUMNS, HEADER + VIEW_LABEL + ABOVE + (legend_row + 1) * LEGEND_ROW
         write(page, x, y, label.replace("_", " "), 15, colors[label])
     save(figure, path)
 

@@ -179,9 +179,7 @@ def _from_resized(view: View, size: tuple[int, int], width: int, height: int) ->
 def _warped(camera: Camera, size: tuple[int, int], matrix: np.ndarray, width: int, height: int) -> np.ndarray:
     from PIL import Image
 
-    if camera.image is None:
-        raise ValueError(f"camera {camera.name} has no image")
-    image = Image.fromarray(camera.image)
+    image = Image.fromarray(camera.pixels)
     if image.size != size:
         image = image.resize(size)
     backwards = np.linalg.inv(matrix)[:2].flatten().tolist()

@@ -76,16 +76,7 @@ def keep_gradients(process, folder) -> None:
         torch.save({name: value.cpu() for name, value in kept.items()}, folder / str(process.world_size))
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.cuda, pytest.mark.two_gpus],
-        ),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.two_gpus])])
 def test_losses_and_gradients_are_those_of_one_process(tmp_path, device):
     """In float64, with halves of a batch that are not alike."""
     for count in (1, 2):
