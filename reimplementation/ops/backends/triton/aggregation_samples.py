@@ -13,7 +13,7 @@ in vectors, and a weight is loaded once for the channels that share it.
 import triton
 import triton.language as tl
 
-from .footprint import corner_signs, corner_weights, first_corner, first_pixel, is_corner_inside, rows_to_corner
+from .footprint import corner_signs, corner_weights, first_pixel, is_corner_inside, last_corner, rows_to_corner
 
 SIZES = ["num_rows", "num_queries", "num_points", "num_cams", "num_levels"]
 """Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
@@ -47,8 +47,8 @@ def corner_channels(corner: tl.constexpr, footprint, channel, is_channel, CHANNE
     """Of a corner in each level: where its channels lie behind the first row, which of them exist, and the pixel."""
     left, top, _, _, height, width, start = footprint
     inside = is_corner_inside(corner, left, top, height, width)
-    first = first_corner(left, top, width, start)[:, None, None] * CHANNELS + channel[None, :, :]
-    place = first + rows_to_corner(corner, width)[:, None, None] * CHANNELS
+    last = last_corner(left, top, width, start)[:, None, None] * CHANNELS + channel[None, :, :].to(tl.uint64)
+    place = last + rows_to_corner(corner, width)[:, None, None] * CHANNELS
     return place, inside[:, None, None] & is_channel[None, :, :], inside
 
 

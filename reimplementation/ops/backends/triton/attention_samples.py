@@ -2,13 +2,14 @@
 
 A program owns one head of a block of neighbouring queries, and takes one sample of every query at a time, in a tile
 
-    queries x parts x channels of a part         8 x 2 x 16 in Deformable DETR's forward
+    queries x channels of a head         4 x 32 in Deformable DETR
 
-so that a lane reads neighbouring channels in vectors, and neighbouring queries, whose samples in an encoder are
-neighbouring pixels, find each other's rows in the L1 cache. In the forward a head's channels are in two parts, of which
-a lane has the same place in each: for what it computes about a sample it reads two vectors. Programs of all heads of a
-block follow one another: together they read and write whole rows.
+so that a lane reads a vector of 16 bytes, and neighbouring lanes a whole row of a head, which the L1 cache gives in one
+go. Neighbouring queries, whose samples in an encoder are neighbouring pixels, find each other's rows there. Programs of
+all heads of a block follow one another: together they read and write whole rows.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -16,9 +17,9 @@ import triton.language as tl
 from .footprint import (
     corner_signs,
     corner_weights,
-    first_corner,
     first_pixel,
     is_corner_inside,
+    last_corner,
     padded,
     rows_to_corner,
     warps,
@@ -26,24 +27,34 @@ from .footprint import (
 
 SIZES = ["num_rows", "num_queries", "num_heads", "num_levels", "num_points"]
 """Arguments for whose values Triton must not compile anew, as it would for 1 and for multiples of 16."""
+OUTSIDE = tl.constexpr(-2.0)  # a position of which no corner is a pixel
 TOUCHES = tl.constexpr(7)  # the place in a footprint of whether it touches its level
-TILE_BYTES = 1024  # of a warp, which has nobody to wait for: two vectors of 16 bytes for each lane
+MOST_UNROLLED = 4
+WARP_BYTES = 512  # a vector of 16 bytes for each lane
 
 
 @triton.jit
 def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
     """What a program owns: the batch element, the head, and the queries, of which the last block may have too many."""
-    block = tl.program_id(0) // num_heads
-    num_blocks = tl.cdiv(num_queries, BLOCK_Q)
-    query = block % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    return (block // num_blocks).to(tl.int64), tl.program_id(0) % num_heads, query
+    program = tl.program_id(0).to(tl.uint32)
+    heads = num_heads.to(tl.uint32)
+    block = program // heads
+    num_blocks = tl.cdiv(num_queries, BLOCK_Q).to(tl.uint32)
+    query = (block % num_blocks).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    return (block // num_blocks).to(tl.int64), (program % heads).to(tl.int32), query
 
 
 @triton.jit
-def channels_of_head(CHANNELS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The channels of each part, and which of them exist."""
-    channel = tl.arange(0, PARTS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+def channels_of_head(CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The channels of a tile, and which of them exist."""
+    channel = tl.arange(0, BLOCK_D)
     return channel, channel < CHANNELS
+
+
+@triton.jit
+def length_of_row(num_heads, CHANNELS: tl.constexpr):
+    """How far two rows lie apart. Unsigned, a product with a row's number in 64 bits is a single instruction."""
+    return (num_heads * CHANNELS).to(tl.uint32).to(tl.uint64)
 
 
 @triton.jit
@@ -54,36 +65,38 @@ def footprint_of(x, y, height, width, start, exists):
     y = y * height - 0.5
     bottom = tl.where(height > 0, height, -1)  # nothing touches an empty level
     touches = exists & (x > -1) & (x < width) & (y > -1) & (y < bottom)
-    left, right = first_pixel(tl.where(touches, x, 0))
-    top, down = first_pixel(tl.where(touches, y, 0))
+    left, right = first_pixel(tl.where(touches, x, OUTSIDE))
+    top, down = first_pixel(tl.where(touches, y, OUTSIDE))
     return left, top, right, down, height, width, start, touches
 
 
 @triton.jit
-def corner_channels(corner: tl.constexpr, footprint, row_length, channel, is_channel):
-    """Of a corner of each query: where its channels lie behind the first row, which of them exist, and the pixel."""
-    left, top, _, _, height, width, start, touches = footprint
-    inside = is_corner_inside(corner, left, top, height, width) & touches
-    first = first_corner(left, top, width, start)[:, None, None] * row_length + channel[None, :, :]
-    place = first + rows_to_corner(corner, width) * row_length
-    return place, inside[:, None, None] & is_channel[None, :, :], inside
+def corner_channels(corner: tl.constexpr, first_channel, footprint, row_length, is_channel):
+    """Of a corner of each query: the pointers to its channels, which of them exist, and whether the pixel does.
+
+    first_channel: pointers to the channels of the first row.
+    """
+    left, top, _, _, height, width, start, _ = footprint
+    inside = is_corner_inside(corner, left, top, height, width)
+    last = first_channel[None, :] + (last_corner(left, top, width, start) * row_length)[:, None]
+    return last + rows_to_corner(corner, width) * row_length, inside[:, None] & is_channel[None, :], inside
 
 
 @triton.jit
-def interpolate(first_row, footprint, row_length, channel, is_channel, wide: tl.constexpr):
+def interpolate(first_channel, footprint, row_length, is_channel, wide: tl.constexpr):
     """A sample of each query, a tile: the average of its four pixels."""
     _, _, right, down, _, _, _, _ = footprint
-    sample = tl.zeros([right.shape[0], channel.shape[0], channel.shape[1]], dtype=wide)
+    sample = tl.zeros([right.shape[0], is_channel.shape[0]], dtype=wide)
     for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(corner, footprint, row_length, channel, is_channel)
+        place, is_read, _ = corner_channels(corner, first_channel, footprint, row_length, is_channel)
         along_x, along_y = corner_weights(corner, right, down)
-        pixel = tl.load(first_row + place, mask=is_read, other=0).to(wide)
-        sample += (along_x * along_y)[:, None, None] * pixel
+        pixel = tl.load(place, mask=is_read, other=0).to(wide)
+        sample += (along_x * along_y)[:, None] * pixel
     return sample
 
 
 @triton.jit
-def differentiate(first_row, toward, footprint, row_length, channel, is_channel):
+def differentiate(first_channel, toward, footprint, row_length, is_channel):
     """Of a sample of each query: what the output's gradient has in common with the average of the four pixels, and with
     its slopes along x and along y."""
     _, _, right, down, height, width, _, _ = footprint
@@ -91,10 +104,10 @@ def differentiate(first_row, toward, footprint, row_length, channel, is_channel)
     slope_x = average
     slope_y = average
     for corner in tl.static_range(4):
-        place, is_read, inside = corner_channels(corner, footprint, row_length, channel, is_channel)
+        place, is_read, inside = corner_channels(corner, first_channel, footprint, row_length, is_channel)
         along_x, along_y = corner_weights(corner, right, down)
-        pixel = tl.load(first_row + place, mask=is_read, other=0).to(toward.dtype)
-        product = tl.where(inside, tl.sum(tl.sum(pixel * toward, axis=1), axis=1), 0)
+        pixel = tl.load(place, mask=is_read, other=0).to(toward.dtype)
+        product = tl.where(inside, tl.sum(pixel * toward, axis=1), 0)
         sign_x, sign_y = corner_signs(corner)
         average += along_x * along_y * product
         slope_x += sign_x * along_y * product
@@ -103,23 +116,24 @@ def differentiate(first_row, toward, footprint, row_length, channel, is_channel)
 
 
 @triton.jit
-def add_to_corners(first_row, added, footprint, row_length, channel, is_channel):
+def add_to_corners(first_channel, added, footprint, row_length, is_channel):
     """Add a tile to the four corners' rows, times what each weighs."""
     _, _, right, down, _, _, _, _ = footprint
     for corner in tl.static_range(4):
-        place, is_read, _ = corner_channels(corner, footprint, row_length, channel, is_channel)
+        place, is_read, _ = corner_channels(corner, first_channel, footprint, row_length, is_channel)
         along_x, along_y = corner_weights(corner, right, down)
-        tl.atomic_add(first_row + place, added * (along_x * along_y)[:, None, None], mask=is_read, sem="relaxed")
+        tl.atomic_add(place, added * (along_x * along_y)[:, None], mask=is_read, sem="relaxed")
 
 
-def forward_tile(channels: int, element_bytes: int) -> tuple[int, int, int, int]:
-    """Parts, queries and channels of a part of a program's tile, and its warps: a single one unless heads are large."""
-    block_d, tile = padded(channels), TILE_BYTES // element_bytes
-    parts = 2 if block_d > 1 else 1
-    return parts, max(tile // block_d, 1), block_d // parts, warps(block_d, tile // 32)
+def unrolled(num_points: int) -> int:
+    """How many points the forward takes in a turn of its loop: their loads are on their way at the same time."""
+    return math.gcd(int(num_points), MOST_UNROLLED)
 
 
-def backward_tile(channels: int) -> tuple[int, int, int, int]:
-    """The same where rows are added to, in float32: whole rows a warp, and fewer queries, are faster there."""
-    block_d, tile = padded(channels), TILE_BYTES // 8
-    return 1, max(tile // block_d, 1), block_d, warps(block_d, tile // 32)
+def tile(channels: int, element_bytes: int) -> tuple[int, int, int]:
+    """Queries and channels of a program's tile, and its warps: a single one, which waits for nobody, if heads let it.
+
+    element_bytes: of what is read, or added to.
+    """
+    block_d, elements = padded(channels), WARP_BYTES // element_bytes
+    return max(elements // block_d, 1), block_d, warps(block_d, elements // 32)

@@ -15,23 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST = tl.constexpr(2147483520.0)  # the largest float32 below 2^31: the conversion to int32 cannot overflow
 ELEMENTS_OF_A_THREAD = 8  # of a tile: two loads of 16 bytes a corner in float32, one in half precision
 MOST_WARPS = 16
 MOST_ELEMENTS = 2**20  # of a tile: Triton has no larger tensors
-MOST_ROWS = 2**31 - 1  # rows are numbered in int32
+MOST_ROWS = tl.constexpr(2**31 - 1)  # rows are numbered in int32
 
 
 @triton.jit
 def bounded_level(height, width, start, num_rows):
-    """Height, width and first row of a level, or of a vector of levels; all zero where it is empty or does not fit."""
-    height, width, start = height.to(tl.int64), width.to(tl.int64), start.to(tl.int64)
-    fits = (height > 0) & (height <= num_rows) & (width > 0) & (width <= num_rows) & (start >= 0) & (start <= num_rows)
-    fits = fits & (height * width <= num_rows - start)
+    """Height, width and first row of a level, or of a vector of levels; all zero where it is empty or does not fit.
+
+    As unsigned numbers, negative ones are the largest. Where no number is larger than any number of rows may be, the
+    product of the sides fits into 64 bits, and bounds both of them.
+    """
+    none_is_larger = (height | width | start).to(tl.uint64) <= MOST_ROWS
+    rows = height.to(tl.uint32).to(tl.uint64) * width.to(tl.uint32).to(tl.uint64)
+    fits = none_is_larger & (rows > 0) & (rows + start.to(tl.uint64) <= num_rows.to(tl.uint64))
     return (
-        tl.where(fits, height, 0).to(tl.int32),
-        tl.where(fits, width, 0).to(tl.int32),
-        tl.where(fits, start, 0).to(tl.int32),
+        tl.where(fits, height.to(tl.int32), 0),
+        tl.where(fits, width.to(tl.int32), 0),
+        tl.where(fits, start.to(tl.int32), 0),
     )
 
 
@@ -45,9 +48,12 @@ def divide(dividend, divisor):
 
 @triton.jit
 def first_pixel(position):
-    """The pixel before a position on an axis, and how far behind it the position lies, in [0, 1)."""
+    """The pixel before a position on an axis, and how far behind it the position lies, in [0, 1).
+
+    The position is a number below 2^31, as all are that touch a level.
+    """
     low = tl.floor(position)
-    return tl.minimum(low, LARGEST).to(tl.int32), position - low
+    return low.to(tl.int32), position - low
 
 
 @triton.jit
@@ -59,15 +65,16 @@ def is_corner_inside(corner: tl.constexpr, left, top, height, width):
 
 
 @triton.jit
-def first_corner(left, top, width, start):
-    """The row of corner 0. The others are found from it: one product of a sample's own in place of four."""
-    return (start + top * width + left).to(tl.int64)
+def last_corner(left, top, width, start):
+    """The row of corner 3, unsigned. The others are found from it: one product of a sample's own in place of four."""
+    return (start + (top + 1) * width + (left + 1)).to(tl.uint32).to(tl.uint64)
 
 
 @triton.jit
 def rows_to_corner(corner: tl.constexpr, width):
-    """How many rows a corner lies behind corner 0; where its pixel does not exist, that row must not be read."""
-    return (corner // 2 * width + corner % 2).to(tl.int64)
+    """How many rows a corner lies behind corner 3, none or less; where its pixel does not exist, that row must not be
+    read."""
+    return ((corner // 2 - 1) * width + (corner % 2 - 1)).to(tl.int64)
 
 
 @triton.jit
@@ -100,7 +107,7 @@ def warps(tile: int, of_a_thread: int = ELEMENTS_OF_A_THREAD) -> int:
 
 
 def check_rows(name: str, num_rows: int) -> None:
-    if num_rows > MOST_ROWS:
+    if num_rows > MOST_ROWS.value:
         raise RuntimeError(f"{name} must be below 2^31 for the triton kernels; got {num_rows}")
 
 

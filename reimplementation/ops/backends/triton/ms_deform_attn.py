@@ -16,13 +16,14 @@ from .attention_samples import (
     SIZES,
     TOUCHES,
     add_to_corners,
-    backward_tile,
     channels_of_head,
     differentiate,
     footprint_of,
-    forward_tile,
     interpolate,
+    length_of_row,
     place_of_program,
+    tile,
+    unrolled,
 )
 from .footprint import (
     beside,
@@ -49,33 +50,36 @@ def forward_kernel(
     num_levels,
     num_points,
     CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,
+    UNROLLED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     wide = locations.dtype.element_ty
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
-    first_sample = item * (num_levels * num_points)
-    first_row = value + (batch * num_rows * num_heads + head) * CHANNELS
+    own_locations = locations + item * (num_levels * num_points) * 2
+    own_weights = weights + item * (num_levels * num_points)
+    first_channel = value + (batch * num_rows * num_heads + head) * CHANNELS + channel
+    row_length = length_of_row(num_heads, CHANNELS)
 
-    total = tl.zeros([BLOCK_Q, PARTS, BLOCK_D], dtype=wide)
+    total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
     for level in range(num_levels):
         height, width, start = bounded_level(
             tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
         )
-        for point in range(num_points):
-            at = first_sample + (level * num_points + point)
-            x = tl.load(locations + 2 * at, mask=exists, other=0)
-            y = tl.load(locations + 2 * at + 1, mask=exists, other=0)
-            footprint = footprint_of(x, y, height, width, start, exists)
-            weight = tl.load(weights + at, mask=footprint[TOUCHES], other=0).to(wide)
-            sample = interpolate(first_row, footprint, num_heads * CHANNELS, channel, is_channel, wide)
-            total += weight[:, None, None] * sample
-    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
-    tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
+        for first in range(0, num_points, UNROLLED):
+            at = level * num_points + first
+            for point in tl.static_range(UNROLLED):
+                x = tl.load(own_locations + 2 * at + 2 * point, mask=exists, other=0)
+                y = tl.load(own_locations + 2 * at + 2 * point + 1, mask=exists, other=0)
+                footprint = footprint_of(x, y, height, width, start, exists)
+                weight = tl.load(own_weights + at + point, mask=footprint[TOUCHES], other=0).to(wide)
+                sample = interpolate(first_channel, footprint, row_length, is_channel, wide)
+                total += weight[:, None] * sample
+    output_at = item[:, None] * CHANNELS + channel[None, :]
+    tl.store(output + output_at, total, mask=exists[:, None] & is_channel[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -95,7 +99,6 @@ def backward_kernel(
     num_levels,
     num_points,
     CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -104,13 +107,14 @@ def backward_kernel(
 ):
     wide = locations.dtype.element_ty
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, BLOCK_D)
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
     first_sample = item * (num_levels * num_points)
-    first_element = (batch * num_rows * num_heads + head) * CHANNELS
-    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
-    is_output = exists[:, None, None] & is_channel[None, :, :]
+    first_channel = (batch * num_rows * num_heads + head) * CHANNELS + channel
+    row_length = length_of_row(num_heads, CHANNELS)
+    output_at = item[:, None] * CHANNELS + channel[None, :]
+    is_output = exists[:, None] & is_channel[None, :]
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
 
     for level in range(num_levels):
@@ -125,7 +129,7 @@ def backward_kernel(
             weight = tl.load(weights + sample, mask=footprint[TOUCHES], other=0).to(wide)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_element, toward, footprint, num_heads * CHANNELS, channel, is_channel
+                    value + first_channel, toward, footprint, row_length, is_channel
                 )
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + sample, average, mask=exists)
@@ -133,14 +137,8 @@ def backward_kernel(
                     tl.store(grad_locations + 2 * sample, weight * slope_x, mask=exists)
                     tl.store(grad_locations + 2 * sample + 1, weight * slope_y, mask=exists)
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
-                add_to_corners(
-                    grad_value + first_element,
-                    toward * weight[:, None, None],
-                    footprint,
-                    num_heads * CHANNELS,
-                    channel,
-                    is_channel,
-                )
+                added = toward * weight[:, None]
+                add_to_corners(grad_value + first_channel, added, footprint, row_length, is_channel)
 
 
 def forward(
@@ -157,7 +155,7 @@ def forward(
     output = value.new_empty(batch_size, num_queries, num_heads * channels)
     if output.numel() == 0:
         return output
-    parts, block_q, block_d, num_warps = forward_tile(int(channels), value.element_size())
+    block_q, block_d, num_warps = tile(int(channels), value.element_size())
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         value.contiguous(),
         beside(spatial_shapes, value),
@@ -171,7 +169,7 @@ def forward(
         num_levels,
         num_points,
         CHANNELS=int(channels),
-        PARTS=parts,
+        UNROLLED=unrolled(num_points),
         BLOCK_Q=block_q,
         BLOCK_D=block_d,
         num_warps=num_warps,
@@ -206,7 +204,7 @@ def backward(
     if grad_output.numel() == 0:
         grad_locations, grad_weights = grad_locations.zero_(), grad_weights.zero_()
     else:
-        parts, block_q, block_d, num_warps = backward_tile(int(channels))
+        block_q, block_d, num_warps = tile(int(channels), grad_value.element_size())
         wrap_triton(backward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
             grad_output.contiguous(),
             value.contiguous(),
@@ -223,7 +221,6 @@ def backward(
             num_levels,
             num_points,
             CHANNELS=int(channels),
-            PARTS=parts,
             BLOCK_Q=block_q,
             BLOCK_D=block_d,
             NEEDS_VALUE=needs_value,

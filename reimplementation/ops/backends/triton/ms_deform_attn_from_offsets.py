@@ -18,13 +18,14 @@ from .attention_samples import (
     SIZES,
     TOUCHES,
     add_to_corners,
-    backward_tile,
     channels_of_head,
     differentiate,
     footprint_of,
-    forward_tile,
     interpolate,
+    length_of_row,
     place_of_program,
+    tile,
+    unrolled,
 )
 from .footprint import (
     beside,
@@ -42,12 +43,12 @@ SAMPLES_TILE = 1024  # elements, queries x samples
 
 
 @triton.jit
-def softmax_of_queries(logits, first_sample, exists, num_samples, BLOCK_S: tl.constexpr, wide: tl.constexpr):
+def softmax_of_queries(own_logits, exists, num_samples, BLOCK_S: tl.constexpr, wide: tl.constexpr):
     """The logits of a block of queries (queries, samples), the largest ones, and what takes the exponential of what a
     logit has above them to its weight."""
     sample = tl.arange(0, BLOCK_S)
     is_logit = exists[:, None] & (sample < num_samples)[None, :]
-    logit = tl.load(logits + first_sample[:, None] + sample[None, :], mask=is_logit, other=0).to(wide)
+    logit = tl.load(own_logits[:, None] + sample[None, :], mask=is_logit, other=0).to(wide)
     logit = tl.where((sample < num_samples)[None, :], logit, float("-inf"))
     largest = tl.max(logit, axis=1)
     return logit, largest, 1 / tl.sum(tl.exp(logit - largest[:, None]), axis=1)
@@ -85,10 +86,10 @@ def forward_kernel(
     offsets_of_query,
     logits_of_query,
     CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    UNROLLED: tl.constexpr,
     BOXES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -96,17 +97,18 @@ def forward_kernel(
     wide = references.dtype.element_ty
     COORDINATES: tl.constexpr = 4 if BOXES else 2
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, BLOCK_D)
     exists = query < num_queries
     row = batch * num_queries + query
     num_samples = num_levels * num_points
-    first_row = value + (batch * num_rows * num_heads + head) * CHANNELS
-    own_offsets = row * offsets_of_query + head * (num_samples * 2)
-    own_logits = row * logits_of_query + head * num_samples
-    _, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
+    first_channel = value + (batch * num_rows * num_heads + head) * CHANNELS + channel
+    row_length = length_of_row(num_heads, CHANNELS)
+    own_offsets = offsets + row * offsets_of_query + head * (num_samples * 2)
+    own_logits = logits + row * logits_of_query + head * num_samples
+    _, largest, scale = softmax_of_queries(own_logits, exists, num_samples, BLOCK_S, wide)
     half = tl.full([], 0.5, dtype=wide) / num_points
 
-    total = tl.zeros([BLOCK_Q, PARTS, BLOCK_D], dtype=wide)
+    total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
     for level in range(num_levels):
         height, width, start = bounded_level(
             tl.load(shapes + 2 * level), tl.load(shapes + 2 * level + 1), tl.load(starts + level), num_rows
@@ -121,25 +123,26 @@ def forward_kernel(
         if BOXES:
             unit_x = tl.load(references + reference * COORDINATES + 2, mask=exists, other=0) * half
             unit_y = tl.load(references + reference * COORDINATES + 3, mask=exists, other=0) * half
-        for point in range(num_points):
-            sample = level * num_points + point
-            offset_x = tl.load(offsets + own_offsets + 2 * sample, mask=exists, other=0).to(wide)
-            offset_y = tl.load(offsets + own_offsets + 2 * sample + 1, mask=exists, other=0).to(wide)
-            logit = tl.load(logits + own_logits + sample, mask=exists, other=0).to(wide)
-            footprint = footprint_of(
-                centre_x + moved(offset_x, width, unit_x, BOXES),
-                centre_y + moved(offset_y, height, unit_y, BOXES),
-                height,
-                width,
-                start,
-                exists,
-            )
-            touches = footprint[TOUCHES]
-            weight = tl.exp(logit - largest) * scale
-            sampled = interpolate(first_row, footprint, num_heads * CHANNELS, channel, is_channel, wide)
-            total += tl.where(touches[:, None, None], weight[:, None, None] * sampled, 0)
-    output_at = (row * num_heads + head)[:, None, None] * CHANNELS + channel[None, :, :]
-    tl.store(output + output_at, total, mask=exists[:, None, None] & is_channel[None, :, :])
+        for first in range(0, num_points, UNROLLED):
+            sample = level * num_points + first
+            for point in tl.static_range(UNROLLED):
+                offset_x = tl.load(own_offsets + 2 * sample + 2 * point, mask=exists, other=0).to(wide)
+                offset_y = tl.load(own_offsets + 2 * sample + 2 * point + 1, mask=exists, other=0).to(wide)
+                logit = tl.load(own_logits + sample + point, mask=exists, other=0).to(wide)
+                footprint = footprint_of(
+                    centre_x + moved(offset_x, width, unit_x, BOXES),
+                    centre_y + moved(offset_y, height, unit_y, BOXES),
+                    height,
+                    width,
+                    start,
+                    exists,
+                )
+                touches = footprint[TOUCHES]
+                weight = tl.exp(logit - largest) * scale
+                sampled = interpolate(first_channel, footprint, row_length, is_channel, wide)
+                total += tl.where(touches[:, None], weight[:, None] * sampled, 0)
+    output_at = (row * num_heads + head)[:, None] * CHANNELS + channel[None, :]
+    tl.store(output + output_at, total, mask=exists[:, None] & is_channel[None, :])
 
 
 @triton.jit(do_not_specialize=[*SIZES, "offsets_of_query", "logits_of_query"])
@@ -164,7 +167,6 @@ def backward_kernel(
     offsets_of_query,
     logits_of_query,
     CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -179,18 +181,19 @@ def backward_kernel(
     wide = references.dtype.element_ty
     COORDINATES: tl.constexpr = 4 if BOXES else 2
     batch, head, query = place_of_program(num_queries, num_heads, BLOCK_Q)
-    channel, is_channel = channels_of_head(CHANNELS, PARTS, BLOCK_D)
+    channel, is_channel = channels_of_head(CHANNELS, BLOCK_D)
     exists = query < num_queries
     row = batch * num_queries + query
     item = row * num_heads + head
     num_samples = num_levels * num_points
-    first_element = (batch * num_rows * num_heads + head) * CHANNELS
-    own_offsets = row * offsets_of_query + head * (num_samples * 2)
-    own_logits = row * logits_of_query + head * num_samples
-    output_at = item[:, None, None] * CHANNELS + channel[None, :, :]
-    is_output = exists[:, None, None] & is_channel[None, :, :]
+    first_channel = (batch * num_rows * num_heads + head) * CHANNELS + channel
+    row_length = length_of_row(num_heads, CHANNELS)
+    own_offsets = offsets + row * offsets_of_query + head * (num_samples * 2)
+    own_logits = logits + row * logits_of_query + head * num_samples
+    output_at = item[:, None] * CHANNELS + channel[None, :]
+    is_output = exists[:, None] & is_channel[None, :]
     toward = tl.load(grad_output + output_at, mask=is_output, other=0).to(wide)
-    _, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
+    _, largest, scale = softmax_of_queries(own_logits, exists, num_samples, BLOCK_S, wide)
     half = tl.full([], 0.5, dtype=wide) / num_points
 
     of_x = tl.zeros([BLOCK_Q], dtype=wide)  # of reference points, and of their boxes' sizes
@@ -213,9 +216,9 @@ def backward_kernel(
             unit_y = tl.load(references + reference * COORDINATES + 3, mask=exists, other=0) * half
         for point in range(num_points):
             sample = level * num_points + point
-            offset_x = tl.load(offsets + own_offsets + 2 * sample, mask=exists, other=0).to(wide)
-            offset_y = tl.load(offsets + own_offsets + 2 * sample + 1, mask=exists, other=0).to(wide)
-            logit = tl.load(logits + own_logits + sample, mask=exists, other=0).to(wide)
+            offset_x = tl.load(own_offsets + 2 * sample, mask=exists, other=0).to(wide)
+            offset_y = tl.load(own_offsets + 2 * sample + 1, mask=exists, other=0).to(wide)
+            logit = tl.load(own_logits + sample, mask=exists, other=0).to(wide)
             footprint = footprint_of(
                 centre_x + moved(offset_x, width, unit_x, BOXES),
                 centre_y + moved(offset_y, height, unit_y, BOXES),
@@ -228,7 +231,7 @@ def backward_kernel(
             weight = tl.exp(logit - largest) * scale
             if NEEDS_REFERENCES or NEEDS_OFFSETS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_element, toward, footprint, num_heads * CHANNELS, channel, is_channel
+                    value + first_channel, toward, footprint, row_length, is_channel
                 )
                 slope_x = tl.where(touches, weight * slope_x, 0)
                 slope_y = tl.where(touches, weight * slope_y, 0)
@@ -248,14 +251,8 @@ def backward_kernel(
                     of_width += product(offset_x * half, slope_x)
                     of_height += product(offset_y * half, slope_y)
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
-                add_to_corners(
-                    grad_value + first_element,
-                    toward * weight[:, None, None],
-                    footprint,
-                    num_heads * CHANNELS,
-                    channel,
-                    is_channel,
-                )
+                added = toward * weight[:, None]
+                add_to_corners(grad_value + first_channel, added, footprint, row_length, is_channel)
         if NEEDS_REFERENCES:  # where levels share them, the last level's sums are those of all
             at = grad_references + (item if SHARED else item * num_levels + level) * COORDINATES
             tl.store(at, of_x, mask=exists)
@@ -286,8 +283,8 @@ def logits_gradient_kernel(
     wide = grad_weights.dtype.element_ty
     item = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     exists = item < num_items
-    own_logits = item // num_heads * logits_of_query + item % num_heads * num_samples
-    logit, largest, scale = softmax_of_queries(logits, own_logits, exists, num_samples, BLOCK_S, wide)
+    own_logits = logits + item // num_heads * logits_of_query + item % num_heads * num_samples
+    logit, largest, scale = softmax_of_queries(own_logits, exists, num_samples, BLOCK_S, wide)
     weight = tl.exp(logit - largest[:, None]) * scale[:, None]
     sample = tl.arange(0, BLOCK_S)
     is_logit = exists[:, None] & (sample < num_samples)[None, :]
@@ -314,7 +311,7 @@ def forward(
     if min(output.numel(), attention_logits.numel()) == 0:
         return output.zero_()
     shared = shared_arguments(
-        forward_tile(int(channels), value.element_size()),
+        value.element_size(),
         value,
         spatial_shapes,
         level_start_index,
@@ -327,6 +324,7 @@ def forward(
     wrap_triton(forward_kernel)[(batch_size * -(-num_queries // block_q) * num_heads,)](
         **shared,
         output=output,
+        UNROLLED=unrolled(shared["num_points"]),
     )
     return output
 
@@ -364,7 +362,7 @@ def backward(
         grad_offsets, grad_logits = grad_offsets.zero_(), grad_logits.zero_()
     else:
         shared = shared_arguments(
-            backward_tile(int(channels)),
+            grad_value.element_size(),
             value,
             spatial_shapes,
             level_start_index,
@@ -409,7 +407,7 @@ def backward(
 
 
 def shared_arguments(
-    tile: tuple[int, int, int, int],
+    element_bytes: int,
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
@@ -421,7 +419,7 @@ def shared_arguments(
     """What both kernels take. Scales that are left out are another tensor, which none of them reads."""
     num_queries, num_heads, num_levels, num_points = attention_logits.shape[1:]
     block_s = padded(num_levels * num_points)
-    parts, block_q, block_d, num_warps = tile
+    block_q, block_d, num_warps = tile(int(value.shape[3]), element_bytes)
     offsets, offsets_of_query = by_query(sampling_offsets)
     logits, logits_of_query = by_query(attention_logits)
     return {
@@ -440,7 +438,6 @@ def shared_arguments(
         "offsets_of_query": offsets_of_query,
         "logits_of_query": logits_of_query,
         "CHANNELS": int(value.shape[3]),
-        "PARTS": parts,
         "BLOCK_Q": max(min(block_q, SAMPLES_TILE // block_s), 1),
         "BLOCK_D": block_d,
         "BLOCK_S": block_s,
