@@ -28,7 +28,7 @@ from .config import TrainingConfig
 from .graphs import GraphedNetwork
 from .held_out import judge, moments
 from .journal import Journal
-from .optimization import make_optimizer, rate_factor, set_rate
+from .optimization import make_optimizer, rate_factor, set_rate, step_unless
 from .processes import Process
 from .recomputation import recompute
 from .stopwatch import Stopwatch
@@ -166,8 +166,8 @@ class Training:
     def _one_step(self, is_stopped: Callable[[], bool]) -> tuple[dict, bool]:
         """The numbers of a step, and whether the training is to stop.
 
-        The host reads the loss before the optimizer may use it. Between two readings lie the optimizer's work in the
-        step before, this step's, and the drawing of the next batch, which goes on while the GPU is busy with this one.
+        The host reads the loss at the end, when it has handed all of the step's work to the GPU, and the drawing of the
+        next batch. A step that would spoil the parameters is passed over before the host knows.
         """
         config = self.config
         torch.manual_seed((config.seed * 1_000_003 + self.step) * 1009 + self.process.rank)
@@ -188,14 +188,15 @@ class Training:
             self.process.share_gradients(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_norm)
         self.stopwatch.ends("backward")
-        shared = torch.stack([*terms.values(), norm, norm.new_tensor(float(is_stopped()))]).detach()
-        *values, norm_value, stops = self.process.mean(shared).tolist()
-        times = self.stopwatch.read()
-        self._check(dict(zip(terms, values)), norm_value)
-        self.optimizer.step()
+        numbers = torch.stack([*terms.values(), norm, norm.new_full((), is_stopped())]).detach()
+        shared = self.process.mean(numbers)
+        step_unless(self.optimizer, ~shared.isfinite().all())
         if self.average is not None:
             self.average.update(self.step)
         self.stopwatch.ends("optimizer")
+        *values, norm_value, stops = shared.tolist()
+        times = self.stopwatch.read()
+        self._check(dict(zip(terms, values)), norm_value)
         row = {"step": self.step, "loss": sum(values), **dict(zip(terms, values)), "grad_norm": norm_value}
         row |= {"lr": config.optimizer.lr * factor, "seconds": sum(times.values())}
         if self.process.device.type == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from reimplementation.models.sparsedrive import SparseDrive
 
@@ -21,8 +22,17 @@ def make_optimizer(model: SparseDrive, config: OptimizerConfig) -> torch.optim.A
     return torch.optim.AdamW(
         [{"params": groups[kind], "lr": rates[kind], "initial_lr": rates[kind]} for kind in groups],
         weight_decay=config.weight_decay,
-        fused=next(model.parameters()).is_cuda,
+        fused=True,
     )
+
+
+def step_unless(optimizer: torch.optim.AdamW, is_spoilt: Tensor) -> None:
+    """Make a step, unless a flag on the parameters' device is set: the host need not have read it.
+
+    PyTorch's fused optimizers look for such a flag, which is how its gradient scaler passes over a step.
+    """
+    optimizer.found_inf = is_spoilt.float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:

@@ -37,10 +37,16 @@ class Process:
         """Let each gradient be its mean over the processes, in which the same parameters have one."""
         if self.world_size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        means = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = means.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+        learnt = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient for _, gradient in learnt]
+        sizes = [gradient.numel() for gradient in gradients]
+        together = gradients[0].new_empty(sum(sizes))
+        parts = [part.as_strided(of.size(), of.stride()) for part, of in zip(together.split(sizes), gradients)]
+        torch._foreach_copy_(parts, gradients)
+        dist.all_reduce(together)
+        together /= self.world_size
+        for (parameter, _), part in zip(learnt, parts):
+            parameter.grad = part
 
     def joined(self, values: Tensor) -> Tensor:
         """The processes' samples (bs, …) side by side, in the order of their ranks."""
