@@ -1,4 +1,5 @@
-"""What PyTorch's compiler takes the Triton kernels to overwrite, printed as JSON, a kernel a line.
+"""What PyTorch's compiler takes the Triton kernels to overwrite, printed as JSON, two lines a kernel: as this
+release asks, and as earlier ones did.
 
 It goes by Triton's intermediate code, which is made without a GPU, but not where kernels are interpreted: this is run
 in a process of its own. A line has the kernel's name, its tensors that are operands, its others, and those overwritten.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 from unittest import mock
@@ -29,21 +32,34 @@ def written(kernel, arguments: dict) -> set[str]:
     return set(triton_kernel_wrap.identify_mutated_tensors(kernel, dict(arguments), {}))
 
 
+@contextmanager
+def numbers_as_constants(kernel, arguments: dict) -> Iterator[None]:
+    """Releases before 2.13 ask so: numbers are Python's then, which have no type of Triton's to convert from."""
+    numbers = [param for param in kernel.params if not isinstance(arguments[param.name], torch.Tensor)]
+    with ExitStack() as stack:
+        for param in numbers:
+            stack.enter_context(mock.patch.object(param, "is_constexpr", True))
+            stack.enter_context(mock.patch.object(param, "do_not_specialize", False))
+        yield
+
+
 def report(kernel, operands: set[int], *arguments, **options) -> None:
     names = inspect.signature(kernel.fn).parameters
     bound = dict(zip(names, arguments)) | {name: options[name] for name in names if name in options}
     tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
     of_call = {name for name, tensor in tensors.items() if tensor.data_ptr() in operands}
-    print(
-        json.dumps(
-            {
-                "kernel": f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}",
-                "operands": sorted(of_call),
-                "others": sorted(tensors.keys() - of_call),
-                "written": sorted(written(kernel, bound)),
-            }
-        )
-    )
+    for asking in (nullcontext(), numbers_as_constants(kernel, bound)):
+        with asking:
+            print(
+                json.dumps(
+                    {
+                        "kernel": f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}",
+                        "operands": sorted(of_call),
+                        "others": sorted(tensors.keys() - of_call),
+                        "written": sorted(written(kernel, bound)),
+                    }
+                )
+            )
 
 
 def launch_nothing(module, launch, *arguments):

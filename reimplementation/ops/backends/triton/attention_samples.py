@@ -36,12 +36,10 @@ WARP_BYTES = 512  # a vector of 16 bytes for each lane
 @triton.jit
 def place_of_program(num_queries, num_heads, BLOCK_Q: tl.constexpr):
     """What a program owns: the batch element, the head, and the queries, of which the last block may have too many."""
-    program = tl.program_id(0).to(tl.uint32)
-    heads = num_heads.to(tl.uint32)
-    block = program // heads
-    num_blocks = tl.cdiv(num_queries, BLOCK_Q).to(tl.uint32)
-    query = (block % num_blocks).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    return (block // num_blocks).to(tl.int64), (program % heads).to(tl.int32), query
+    block = tl.program_id(0) // num_heads
+    num_blocks = tl.cdiv(num_queries, BLOCK_Q)
+    query = block % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    return (block // num_blocks).to(tl.int64), tl.program_id(0) % num_heads, query
 
 
 @triton.jit
@@ -54,7 +52,7 @@ def channels_of_head(CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def length_of_row(num_heads, CHANNELS: tl.constexpr):
     """How far two rows lie apart. Unsigned, a product with a row's number in 64 bits is a single instruction."""
-    return (num_heads * CHANNELS).to(tl.uint32).to(tl.uint64)
+    return tl.cast(tl.cast(num_heads * CHANNELS, tl.uint32), tl.uint64)
 
 
 @triton.jit

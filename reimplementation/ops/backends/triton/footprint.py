@@ -30,7 +30,7 @@ def bounded_level(height, width, start, num_rows):
     """
     none_is_larger = (height | width | start).to(tl.uint64) <= MOST_ROWS
     rows = height.to(tl.uint32).to(tl.uint64) * width.to(tl.uint32).to(tl.uint64)
-    fits = none_is_larger & (rows > 0) & (rows + start.to(tl.uint64) <= num_rows.to(tl.uint64))
+    fits = none_is_larger & (rows > 0) & (rows + start.to(tl.uint64) <= tl.cast(num_rows, tl.uint64))
     return (
         tl.where(fits, height.to(tl.int32), 0),
         tl.where(fits, width.to(tl.int32), 0),
