@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -58,8 +59,15 @@ class Stream:
             batch_sampler=map(self._places, itertools.count(first_step)),
             num_workers=self._num_workers,
             collate_fn=list,
+            worker_init_fn=_leave_the_group,
             generator=torch.Generator(),  # not the one that the training draws from
         )
+
+
+def _leave_the_group(_number: int) -> None:
+    """A signal to all processes of a terminal or a job is the training's to hear, which then finishes its step."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class Frames(Protocol):

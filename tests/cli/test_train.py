@@ -87,15 +87,19 @@ def test_the_preset_learns(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_sigterm_and_on(tmp_path):
-    """A process that SIGTERM stops, and one that goes on, write what one process writes."""
+    """A process that SIGTERM stops, and one that goes on, write what one process writes.
+
+    The signal goes to a whole group of processes, as a terminal or a batch system sends it: to those that read, too.
+    """
     command = [sys.executable, "-m", "reimplementation", "train", "--work-dir"]
-    path = written(dataclasses.replace(TINY, num_steps=40), tmp_path / "tiny.yaml")
+    data = dataclasses.replace(TINY.data, num_workers=1)
+    path = written(dataclasses.replace(TINY, num_steps=40, data=data), tmp_path / "tiny.yaml")
     subprocess.run([*command, tmp_path / "whole", "--config", path], check=True, cwd=ROOT)
     parts = [*command, tmp_path / "parts", "--config", path]
-    process = subprocess.Popen(parts, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(parts, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while len(journal.read(tmp_path / "parts")) < 3 and process.poll() is None:
         time.sleep(0.02)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate()
     assert process.returncode == 0 and "stopped; the same command goes on from there" in said
     assert len(journal.read(tmp_path / "parts")) < 40
