@@ -41,6 +41,17 @@ def test_several_gpus():
         figures = [one["samples_a_second"], one["ms_median"]["all"], two["samples_a_second"], two["ms_median"]["all"]]
         assert row[1:5] == list(map(three_digits, figures)), way
         assert row[5] == f"{two['samples_a_second'] / one['samples_a_second'] / 2:.0%}".replace("%", " %"), way
+        assert row[6] == (three_digits(two["peak_gb"]) if "peak_gb" in two else ""), way
+
+
+def test_drives_on_the_way():
+    drives = json.loads((ROOT / "benchmarks" / "training" / "nvidia-h200.json").read_text())["drives"]
+    judged = drives["judged_every_200_steps"]
+    head = " | ".join(["| steps of `drives.yaml`", *(str(moment["step"]) for moment in judged)]) + " |"
+    rows = [row[1:] for row in rows_under("training.md", head)]
+    assert rows[0] == [str(moment["seconds_of_the_command"]) for moment in judged]
+    for row, name in zip(rows[1:], ("mAP", "NDS", "map_mAP"), strict=True):
+        assert row == [f"{moment[name]:.3f}" for moment in judged], name
 
 
 def test_backbones_for_the_same_minutes():
