@@ -11,7 +11,14 @@ PHASES = ("all", "data", "forward", "loss", "backward", "optimizer")
 STEPS = ("training, batch 16, eager", "training, batch 16, graph", "training, batch 32, graph")
 CASES = (
     *("rig-bs1", "rig-bs6", "dense-bs1", "fused-rig-bs1", "fused-rig-bs6", "fused-dense-bs1"),
-    *("msda-encoder", "msda-decoder"),
+    *("msda-encoder", "msda-decoder", "msda-paper"),
+)
+ATTENTION = CASES[-3:]
+# Of each row of the table: dtype, queries, parts, channels of a part, warps, points of a turn.
+TILES = (
+    *(("float32", *tile) for tile in ((4, 1, 32, 1, 4), (4, 1, 32, 1, 1), (8, 1, 32, 1, 4), (8, 1, 32, 1, 1))),
+    *(("float32", *tile) for tile in ((8, 1, 32, 2, 4), (8, 2, 16, 1, 1))),
+    *(("bfloat16", *tile) for tile in ((8, 1, 32, 1, 4), (8, 1, 32, 1, 1), (4, 1, 32, 1, 4), (16, 2, 16, 1, 1))),
 )
 
 
@@ -76,3 +83,20 @@ def test_triton_beside_cuda():
         for cell, figures in zip(row[1:3], (ours, tritons)):
             assert [three_digits(float(part)) for part in cell.split(" / ")] == list(map(three_digits, figures)), case
         assert row[3] == " / ".join(f"{triton / cuda:.2f}" for triton, cuda in zip(tritons, ours)), case
+
+
+def test_tiles_of_attention():
+    folder = ROOT / "benchmarks" / "triton"
+    tiles = json.loads((folder / "attention-tiles-nvidia-h200.json").read_text())["attention_tiles"]
+    peers = json.loads((folder / "deformops-nvidia-h200.json").read_text())["results"]
+    rows = rows_under("triton.md", "| queries x channels of a program")
+    theirs = [row for row in rows if row[0].startswith("deformops")]
+    keys = ("dtype", "queries", "parts", "channels_of_a_part", "warps", "points_of_a_turn")
+    of_tile = {tuple(tile[key] for key in keys): tile["graph"] for tile in tiles if tile["passed"] == "forward"}
+    for row, tile in zip((row for row in rows if row not in theirs), TILES, strict=True):
+        times = (of_tile[tile][case.removeprefix("msda-")] for case in ATTENTION)
+        assert row[1:] == [*map(str, tile[4:]), *(f"{three_digits(t['us'])} ({t['times_cuda']:.2f})" for t in times)]
+    us = {(r["case"], r["dtype"], r["backend"]): r["timing"]["median_us"] for r in peers if r["passed"] == "forward"}
+    for row, dtype in zip(theirs, ("float32", "bfloat16"), strict=True):
+        both = ((us[case, dtype, "deformops-triton"], us[case, dtype, "cuda"]) for case in ATTENTION)
+        assert row[3:] == [f"{three_digits(their)} ({their / our:.2f})" for their, our in both]
