@@ -111,7 +111,7 @@ def backward_kernel(
     exists = query < num_queries
     item = (batch * num_queries + query) * num_heads + head
     first_sample = item * (num_levels * num_points)
-    first_channel = (batch * num_rows * num_heads + head) * CHANNELS + channel
+    first_element = (batch * num_rows * num_heads + head) * CHANNELS + channel
     row_length = length_of_row(num_heads, CHANNELS)
     output_at = item[:, None] * CHANNELS + channel[None, :]
     is_output = exists[:, None] & is_channel[None, :]
@@ -129,7 +129,7 @@ def backward_kernel(
             weight = tl.load(weights + sample, mask=footprint[TOUCHES], other=0).to(wide)
             if NEEDS_LOCATIONS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_channel, toward, footprint, row_length, is_channel
+                    value + first_element, toward, footprint, row_length, is_channel
                 )
                 if NEEDS_WEIGHTS:
                     tl.store(grad_weights + sample, average, mask=exists)
@@ -138,7 +138,7 @@ def backward_kernel(
                     tl.store(grad_locations + 2 * sample + 1, weight * slope_y, mask=exists)
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
                 added = toward * weight[:, None]
-                add_to_corners(grad_value + first_channel, added, footprint, row_length, is_channel)
+                add_to_corners(grad_value + first_element, added, footprint, row_length, is_channel)
 
 
 def forward(

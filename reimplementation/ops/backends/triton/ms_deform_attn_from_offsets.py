@@ -63,6 +63,16 @@ def moved(offset, size, unit, BOXES: tl.constexpr):
 
 
 @triton.jit
+def footprint_at(centre, offset, unit, level, exists, BOXES: tl.constexpr):
+    """The footprint of each query's sample in a level, which is height, width and first row: where its offset moves it
+    from its centre. Of centres, offsets and units these are x and y."""
+    height, width, start = level
+    x = centre[0] + moved(offset[0], width, unit[0], BOXES)
+    y = centre[1] + moved(offset[1], height, unit[1], BOXES)
+    return footprint_of(x, y, height, width, start, exists)
+
+
+@triton.jit
 def product(factor, gradient):
     """A gradient times a factor; nothing where there is no gradient, whatever the factor is."""
     return tl.where(gradient == 0, 0, factor * gradient)
@@ -129,14 +139,8 @@ def forward_kernel(
                 offset_x = tl.load(own_offsets + 2 * sample + 2 * point, mask=exists, other=0).to(wide)
                 offset_y = tl.load(own_offsets + 2 * sample + 2 * point + 1, mask=exists, other=0).to(wide)
                 logit = tl.load(own_logits + sample + point, mask=exists, other=0).to(wide)
-                footprint = footprint_of(
-                    centre_x + moved(offset_x, width, unit_x, BOXES),
-                    centre_y + moved(offset_y, height, unit_y, BOXES),
-                    height,
-                    width,
-                    start,
-                    exists,
-                )
+                centre, offset, unit = (centre_x, centre_y), (offset_x, offset_y), (unit_x, unit_y)
+                footprint = footprint_at(centre, offset, unit, (height, width, start), exists, BOXES)
                 touches = footprint[TOUCHES]
                 weight = tl.exp(logit - largest) * scale
                 sampled = interpolate(first_channel, footprint, row_length, is_channel, wide)
@@ -186,7 +190,7 @@ def backward_kernel(
     row = batch * num_queries + query
     item = row * num_heads + head
     num_samples = num_levels * num_points
-    first_channel = (batch * num_rows * num_heads + head) * CHANNELS + channel
+    first_element = (batch * num_rows * num_heads + head) * CHANNELS + channel
     row_length = length_of_row(num_heads, CHANNELS)
     own_offsets = offsets + row * offsets_of_query + head * (num_samples * 2)
     own_logits = logits + row * logits_of_query + head * num_samples
@@ -219,19 +223,13 @@ def backward_kernel(
             offset_x = tl.load(own_offsets + 2 * sample, mask=exists, other=0).to(wide)
             offset_y = tl.load(own_offsets + 2 * sample + 1, mask=exists, other=0).to(wide)
             logit = tl.load(own_logits + sample, mask=exists, other=0).to(wide)
-            footprint = footprint_of(
-                centre_x + moved(offset_x, width, unit_x, BOXES),
-                centre_y + moved(offset_y, height, unit_y, BOXES),
-                height,
-                width,
-                start,
-                exists,
-            )
+            centre, offset, unit = (centre_x, centre_y), (offset_x, offset_y), (unit_x, unit_y)
+            footprint = footprint_at(centre, offset, unit, (height, width, start), exists, BOXES)
             touches = footprint[TOUCHES]
             weight = tl.exp(logit - largest) * scale
             if NEEDS_REFERENCES or NEEDS_OFFSETS or NEEDS_WEIGHTS:
                 average, slope_x, slope_y = differentiate(
-                    value + first_channel, toward, footprint, row_length, is_channel
+                    value + first_element, toward, footprint, row_length, is_channel
                 )
                 slope_x = tl.where(touches, weight * slope_x, 0)
                 slope_y = tl.where(touches, weight * slope_y, 0)
@@ -252,7 +250,7 @@ def backward_kernel(
                     of_height += product(offset_y * half, slope_y)
             if NEEDS_VALUE:  # when everything has been loaded: no load is moved ahead of an atomic
                 added = toward * weight[:, None]
-                add_to_corners(grad_value + first_channel, added, footprint, row_length, is_channel)
+                add_to_corners(grad_value + first_element, added, footprint, row_length, is_channel)
         if NEEDS_REFERENCES:  # where levels share them, the last level's sums are those of all
             at = grad_references + (item if SHARED else item * num_levels + level) * COORDINATES
             tl.store(at, of_x, mask=exists)
