@@ -96,7 +96,13 @@ def test_tiles_of_attention():
     for row, tile in zip((row for row in rows if row not in theirs), TILES, strict=True):
         times = (of_tile[tile][case.removeprefix("msda-")] for case in ATTENTION)
         assert row[1:] == [*map(str, tile[4:]), *(f"{three_digits(t['us'])} ({t['times_cuda']:.2f})" for t in times)]
-    us = {(r["case"], r["dtype"], r["backend"]): r["timing"]["median_us"] for r in peers if r["passed"] == "forward"}
+    us = {(r["case"], r["dtype"], r["backend"], r["passed"]): r["timing"]["median_us"] for r in peers}
+    text = " ".join((ROOT / "docs" / "triton.md").read_text().split())
     for row, dtype in zip(theirs, ("float32", "bfloat16"), strict=True):
-        both = ((us[case, dtype, "deformops-triton"], us[case, dtype, "cuda"]) for case in ATTENTION)
+        both = ([us[case, dtype, name, "forward"] for name in ("deformops-triton", "cuda")] for case in ATTENTION)
         assert row[3:] == [f"{three_digits(their)} ({their / our:.2f})" for their, our in both]
+        training = [
+            [us[case, dtype, name, "training"] for case in ATTENTION] for name in ("triton", "deformops-triton")
+        ]
+        ours, their = (list(map(three_digits, times)) for times in training)
+        assert f"{ours[0]}, {ours[1]} and {ours[2]}" in text and f"{their[0]}, {their[1]} and {their[2]}" in text

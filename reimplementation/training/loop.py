@@ -28,7 +28,7 @@ from .config import TrainingConfig
 from .graphs import GraphedNetwork
 from .held_out import judge, moments
 from .journal import Journal
-from .optimization import make_optimizer, rate_factor, set_rate, step_unless
+from .optimization import load_state, make_optimizer, rate_factor, set_rate, step_unless
 from .processes import Process
 from .recomputation import recompute
 from .stopwatch import Stopwatch
@@ -262,7 +262,7 @@ class Training:
                 "configuration that it began with"
             )
         self.model.load_state_dict(document["model"])
-        self.optimizer.load_state_dict(document["optimizer"])
+        load_state(self.optimizer, document["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(document["average"])
         self.step = document["step"]

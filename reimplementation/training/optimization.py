@@ -26,6 +26,12 @@ def make_optimizer(model: SparseDrive, config: OptimizerConfig) -> torch.optim.A
     )
 
 
+def load_state(optimizer: torch.optim.AdamW, state: dict) -> None:
+    """Go on from what ``state_dict`` gave. How a step is computed is none of it: once the CPU's was not fused."""
+    groups = [{**group, "fused": True} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 def step_unless(optimizer: torch.optim.AdamW, is_spoilt: Tensor) -> None:
     """Make a step, unless a flag on the parameters' device is set: the host need not have read it.
 

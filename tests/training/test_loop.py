@@ -66,6 +66,18 @@ def test_killed_and_gone_on_with(uninterrupted, tmp_path):
     assert numbers(tmp_path) == numbers(uninterrupted)
 
 
+def test_gone_on_with_from_an_optimizer_that_was_not_fused(uninterrupted, tmp_path):
+    """As trainings on a CPU once were."""
+    first = Training(TINY, tmp_path, ALONE)
+    path = first.run(quietly, lambda: first.step >= 1).checkpoint
+    document = checkpoint.load(path)
+    for group in document["optimizer"]["param_groups"]:
+        group["fused"] = False
+    torch.save(document, path)
+    assert Training(TINY, tmp_path, ALONE).run(quietly, never).is_finished
+    assert numbers(tmp_path) == numbers(uninterrupted)
+
+
 def test_judged_on_the_way(uninterrupted, tmp_path):
     """As `evaluate` judges what is saved then, and without a trace in the training."""
     Training(dataclasses.replace(TINY, evaluate_every=3, checkpoint_every=3), tmp_path, ALONE).run(quietly, never)
