@@ -2,6 +2,10 @@
 
 Every pixel of a footprint becomes a row number and a weight, and one gather per level reads the rows. A compiler fuses
 gather, product and sum; run as it stands, this takes more memory than grid_sample.
+
+Dimensions keep the order that the operands have, up to the sum. Inductor, of PyTorch 2.11 and 2.13, stores a result
+in the order in which it reads the operands, padded on a GPU; a view that it made of the result before it had decided so
+reads other numbers, and beyond the memory.
 """
 
 from __future__ import annotations
@@ -29,11 +33,15 @@ def deformable_aggregation(
     shapes, starts = _as_numbers_beside(feature_maps, spatial_shape, scale_start_index)
 
     bs, num_queries = location.shape[:2]
-    output = location.new_zeros(bs, num_queries, feature_maps.shape[2])
-    if shapes.numel() == 0 or feature_maps.shape[1] == 0:
+    num_rows, channels = feature_maps.shape[1:]
+    output = location.new_zeros(bs, num_queries, channels)
+    if shapes.numel() == 0 or num_rows == 0:
         return (output + nothing(feature_maps, location, weights)).to(feature_maps.dtype)
-    for level, level_weights in enumerate(weights.unbind(4)):
-        output = output + _sum_of_samples(feature_maps, shapes[:, level], starts[:, level], location, level_weights)
+    for level, weight in enumerate(weights.unbind(4)):
+        row, inside, bilinear = _corners(location, shapes[:, level], starts[:, level], num_rows)
+        samples = _read(feature_maps, row, inside, location.dtype).unflatten(-1, (weight.shape[-1], -1))
+        weight = weight[..., None, :] * bilinear[..., None]  # of points, cameras, corners and groups
+        output = output + (samples * weight[..., None]).sum((2, 3, 4)).flatten(2)
     return output.to(feature_maps.dtype)
 
 
@@ -45,25 +53,26 @@ def ms_deform_attn(
     attention_weights: Tensor,
 ) -> Tensor:
     """`reimplementation.ops.ms_deform_attn` on arguments that were checked."""
-    batch, num_values, num_heads, channels = value.shape
+    num_values, num_heads = value.shape[1:3]
     shapes, starts = _as_numbers_beside(value, spatial_shapes, level_start_index)
     size = shapes.flip(-1).to(sampling_locations.dtype)[:, None]
     pixel = sampling_locations.detach() * size - 0.5
     touches = ((pixel > -1) & (pixel < size)).all(-1)
+    locations = sampling_locations.where(touches[..., None], 0.5)
+    weights = attention_weights.to(locations.dtype).where(touches, 0)
 
-    # Each head has rows of its own: (N * M, ...) with queries after heads.
-    locations = sampling_locations.where(touches[..., None], 0.5).transpose(1, 2).flatten(0, 1)
-    weights = attention_weights.to(locations.dtype).where(touches, 0).transpose(1, 2).flatten(0, 1)
-    rows = value.transpose(1, 2).flatten(0, 1)
-
-    output = locations.new_zeros(*locations.shape[:2], channels)
+    rows = value.flatten(1, 2)  # each head's own, one after the other in every pixel
+    head = torch.arange(num_heads, device=value.device)[:, None, None]
+    output = locations.new_zeros(*locations.shape[:3], value.shape[3])
     if shapes.numel() == 0 or num_values == 0:
         output = output + nothing(rows, locations, weights)
     else:
-        levels = zip(shapes, starts, locations.unbind(2), weights[..., None].unbind(2))
+        levels = zip(shapes, starts, locations.unbind(3), weights[..., None].unbind(3))
         for shape, start, location, weight in levels:
-            output = output + _sum_of_samples(rows, shape, start, location, weight)
-    return output.unflatten(0, (batch, num_heads)).transpose(1, 2).flatten(2).to(value.dtype)
+            pixel, inside, bilinear = _corners(location, shape, start, num_values)
+            samples = _read(rows, pixel * num_heads + head, inside, location.dtype)
+            output = output + (samples * (weight * bilinear)[..., None]).sum((3, 4))
+    return output.flatten(2).to(value.dtype)
 
 
 def nothing(*operands: Tensor) -> Tensor:
@@ -71,39 +80,35 @@ def nothing(*operands: Tensor) -> Tensor:
     return reduce(torch.add, [operand[:0].sum() for operand in operands])
 
 
-def _sum_of_samples(rows: Tensor, shape: Tensor, start: Tensor, location: Tensor, weights: Tensor) -> Tensor:
-    """Sample the images of one level and sum over everything between queries and groups.
+def _corners(location: Tensor, shape: Tensor, start: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The four pixels around each location in an image of one level: their rows, whether they exist, and their weights.
 
     Args:
-        rows: (B, num_rows, C), num_rows >= 1.
+        location: (..., *cameras, 2), finite.
         shape: (*cameras, 2) int64 (H, W) of the level.
-        start: (*cameras) int64, its first row.
-        location: (B, queries, points, *cameras, 2), finite.
-        weights: (B, queries, points, *cameras, G) in the locations' dtype.
+        start: (*cameras) int64, its first row. A level that does not fit num_rows rows has no pixels.
 
     Returns:
-        (B, queries, C). A level that does not fit the rows adds nothing.
+        Three tensors (..., *cameras, 4). The row of a pixel that does not exist is 0.
     """
-    height, width = shape.unbind(-1)
-    fits = reduce(and_, (height > 0, width > 0, *lies_within(height, width, start, rows.shape[1])))
     pixel = location * shape.flip(-1).to(location.dtype) - 0.5
-    corner = pixel.detach().floor()
-    (left, top), (right_weight, lower_weight) = corner.unbind(-1), (pixel - corner).unbind(-1)
+    first = pixel.detach().floor()
+    (left, top), (right, down) = (each[..., None].unbind(-2) for each in (first, pixel - first))
+    height, width, start = (each[..., None] for each in (*shape.unbind(-1), start))
+    fits = reduce(and_, (height > 0, width > 0, *lies_within(height, width, start, num_rows)))
 
-    indices, insides, bilinear = [], [], []
-    for y, y_weight in ((top, 1 - lower_weight), (top + 1, lower_weight)):
-        for x, x_weight in ((left, 1 - right_weight), (left + 1, right_weight)):
-            inside = fits & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            indices.append(torch.where(inside, start + y.long() * width + x.long(), 0))
-            insides.append(inside)
-            bilinear.append(y_weight * x_weight)
-    index, inside = torch.stack(indices, -1).flatten(2), torch.stack(insides, -1).flatten(2)
-    weights = (weights[..., None, :] * torch.stack(bilinear, -1)[..., None]).flatten(2, -2)
+    corner = torch.arange(4, device=location.device)
+    is_right, is_below = corner % 2 == 1, corner // 2 == 1
+    x, y = left + is_right, top + is_below
+    inside = fits & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    row = torch.where(inside, start + y.long() * width + x.long(), 0)
+    return row, inside, torch.where(is_right, right, 1 - right) * torch.where(is_below, down, 1 - down)
 
-    channels, num_groups = rows.shape[2], weights.shape[3]
-    samples = rows.gather(1, index.flatten(1)[..., None].expand(-1, -1, channels)).to(location.dtype)
-    samples = samples.unflatten(1, index.shape[1:]).where(inside[..., None], 0)
-    return (samples.unflatten(3, (num_groups, -1)) * weights[..., None]).sum(2).flatten(2)
+
+def _read(rows: Tensor, row: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows (B, num_rows, C) of those numbers (B, ...), as (B, ..., C); zeros for what is not inside."""
+    found = rows.gather(1, row.flatten(1)[..., None].expand(-1, -1, rows.shape[2])).unflatten(1, row.shape[1:])
+    return found.to(dtype).where(inside[..., None], 0)
 
 
 def _as_numbers_beside(features: Tensor, shapes: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
