@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 from reimplementation.bench.tables import three_digits
 from tests.markdown import ROOT, table_rows
@@ -86,23 +87,19 @@ def test_triton_beside_cuda():
 
 
 def test_tiles_of_attention():
-    folder = ROOT / "benchmarks" / "triton"
-    tiles = json.loads((folder / "attention-tiles-nvidia-h200.json").read_text())["attention_tiles"]
-    peers = json.loads((folder / "deformops-nvidia-h200.json").read_text())["results"]
-    rows = rows_under("triton.md", "| queries x channels of a program")
-    theirs = [row for row in rows if row[0].startswith("deformops")]
+    document = json.loads((ROOT / "benchmarks" / "triton" / "attention-tiles-nvidia-h200.json").read_text())
     keys = ("dtype", "queries", "parts", "channels_of_a_part", "warps", "points_of_a_turn")
-    of_tile = {tuple(tile[key] for key in keys): tile["graph"] for tile in tiles if tile["passed"] == "forward"}
-    for row, tile in zip((row for row in rows if row not in theirs), TILES, strict=True):
+    forwards = [tile for tile in document["attention_tiles"] if tile["passed"] == "forward"]
+    of_tile = {tuple(tile[key] for key in keys): tile["graph"] for tile in forwards}
+    for row, tile in zip(rows_under("triton.md", "| queries x channels of a program"), TILES, strict=True):
         times = (of_tile[tile][case.removeprefix("msda-")] for case in ATTENTION)
         assert row[1:] == [*map(str, tile[4:]), *(f"{three_digits(t['us'])} ({t['times_cuda']:.2f})" for t in times)]
-    us = {(r["case"], r["dtype"], r["backend"], r["passed"]): r["timing"]["median_us"] for r in peers}
-    text = " ".join((ROOT / "docs" / "triton.md").read_text().split())
-    for row, dtype in zip(theirs, ("float32", "bfloat16"), strict=True):
-        both = ([us[case, dtype, name, "forward"] for name in ("deformops-triton", "cuda")] for case in ATTENTION)
-        assert row[3:] == [f"{three_digits(their)} ({their / our:.2f})" for their, our in both]
-        training = [
-            [us[case, dtype, name, "training"] for case in ATTENTION] for name in ("triton", "deformops-triton")
-        ]
-        ours, their = (list(map(three_digits, times)) for times in training)
-        assert f"{ours[0]}, {ours[1]} and {ours[2]}" in text and f"{their[0]}, {their[1]} and {their[2]}" in text
+
+
+def test_triton_beside_deformops():
+    document = json.loads((ROOT / "benchmarks" / "triton" / "deformops-nvidia-h200.json").read_text())
+    us = {(r["dtype"], r["backend"], r["case"], r["passed"]): r["timing"]["median_us"] for r in document["results"]}
+    sides = product(("float32", "bfloat16"), ("cuda", "triton", "deformops-triton"))
+    for row, side in zip(rows_under("triton.md", "| attention | encoder | decoder |"), sides, strict=True):
+        for cell, case in zip(row[1:], ATTENTION, strict=True):
+            assert cell == " / ".join(three_digits(us[(*side, case, passed)]) for passed in ("forward", "training"))
