@@ -86,6 +86,7 @@ def test_threads_that_capture_at_the_same_time_do_not_meet_in_a_stream(op, deter
             results = backward(i)  # takes the side streams that the first call gave back
             barrier.wait()
             graph.capture_end()
+        barrier.wait()  # nobody may wait for the device while another thread captures
         graph.replay()
         torch.cuda.synchronize()
         return results
@@ -96,6 +97,7 @@ def test_threads_that_capture_at_the_same_time_do_not_meet_in_a_stream(op, deter
             results = [backward(i) for _ in range(3)][-1]
             barrier.wait()
             torch.cuda.current_stream().synchronize()
+        barrier.wait()
         return results
 
     with ThreadPoolExecutor(3) as pool:
