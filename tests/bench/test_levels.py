@@ -15,7 +15,7 @@ import torch
 
 from reimplementation import ops
 from reimplementation.bench.inputs import aggregation_inputs, attention_inputs
-from reimplementation.bench.levels import catalogue, compiled, eager, extension, measure, torchscript, triton
+from reimplementation.bench.levels import catalogue, compiled, eager, extension, measure, picture, torchscript, triton
 from reimplementation.cli import levels, main
 from tests.markdown import ROOT
 from tests.ops.table import AGGREGATION, ATTENTION
@@ -104,10 +104,29 @@ def test_the_command(run):
 
 def test_figures_are_read_and_drawn(run, tmp_path, capsys):
     file, _, out, _ = run
-    picture = tmp_path / "levels.png"
-    assert main(["levels", "--read", str(file), "--picture", str(picture)]) == 0
+    drawn = tmp_path / "levels.png"
+    assert main(["levels", "--read", str(file), "--picture", str(drawn)]) == 0
     assert capsys.readouterr().out == out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("triton_red_fused_add_grid_sampler_2d_mul_sum_view_3", "Inductor: grid_sample, sum"),
+        ("triton_poi_fused_expand_gather_where_3", "Inductor: gather"),
+        ("triton_poi_fused_mul_new_zeros_scatter_add_1", "Inductor: scatter"),
+        ("triton_per_fused_mul_sum_view_0", "Inductor: arithmetic, sum"),
+        ("fused_mul_sub", "fused_mul_sub"),
+    ],
+)
+def test_what_a_legend_calls_a_kernel(name, label):
+    assert picture._label(name) == label
+
+
+def test_the_name_of_a_kernel_in_no_namespace():
+    name = "void at::native::(anonymous namespace)::grid_sampler_2d_kernel<float, int>(at::Tensor, float*)"
+    assert measure._short(name) == "at::native::grid_sampler_2d_kernel"
 
 
 def test_a_file_from_elsewhere(run, tmp_path, capsys):

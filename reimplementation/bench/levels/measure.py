@@ -233,7 +233,8 @@ def _short(name: str) -> str:
     on a CPU is a number."""
     if "CompiledFxGraph" in name:
         return "code of Inductor"
-    return name.removeprefix("void ").partition("<")[0].partition("(")[0] or name
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return name.partition("<")[0].partition("(")[0] or name
 
 
 def _printable(words: str, most: int) -> str:

@@ -18,6 +18,12 @@ COLORS = [colormaps["tab20"](number) for number in range(20)]
 REST_COLOR = "lightgrey"
 MOST_NAMES = 19  # in a legend; kernels beyond are drawn as the rest
 NAME_LENGTH = 40
+TELLING = {
+    "grid_sampler": "grid_sample",
+    "gather": "gather",
+    "scatter_add": "scatter",
+}  # operators, as a legend says them
+KINDS = {"triton_poi": (), "triton_per": ("sum",), "triton_red": ("sum",)}  # of Inductor's kernels: with a sum, or none
 
 
 def draw(path: Path, document: Document) -> None:
@@ -43,18 +49,17 @@ def draw(path: Path, document: Document) -> None:
 
 def _draw_times(axes: Axes, figures: list[Figure], passes: list[Pass]) -> None:
     """Bars as long as the pass takes, divided in proportion to what the profiler saw of each kernel."""
-    totals: dict[str, float] = {}
-    for passed in passes:
-        for kernel in passed.kernels:
-            totals[kernel.name] = totals.get(kernel.name, 0) + kernel.us
+    parts = [_milliseconds(passed) for passed in passes]
+    totals = {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
     named = sorted(totals.keys() - {REST}, key=lambda name: -totals[name])[:MOST_NAMES]
-    colors = dict(zip(named, COLORS))
+    for part in parts:
+        part[REST] = sum(ms for name, ms in part.items() if name not in named)
     left = [0.0] * len(passes)
-    for name in [*named, REST]:
-        widths = [_share(passed, name, colors) for passed in passes]
+    for name, color in zip([*named, REST], [*COLORS[: len(named)], REST_COLOR]):
+        widths = [part.get(name, 0) for part in parts]
         if any(widths):
             label = name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
-            axes.barh(range(len(passes)), widths, left=left, color=colors.get(name, REST_COLOR), label=label)
+            axes.barh(range(len(passes)), widths, left=left, color=color, label=label)
             left = [start + width for start, width in zip(left, widths)]
     for place, passed in enumerate(passes):
         axes.text(passed.us / 1e3, place, f" {three_digits(passed.us / 1e3)} ms", va="center", fontsize=8)
@@ -66,11 +71,23 @@ def _draw_times(axes: Axes, figures: list[Figure], passes: list[Pass]) -> None:
     axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def _share(passed: Pass, name: str, colors: dict) -> float:
-    """Milliseconds of a pass that are one kernel's, or those of all that have no colour."""
+def _milliseconds(passed: Pass) -> dict[str, float]:
+    """The milliseconds of a pass, by what a legend calls its kernels."""
     whole = sum(kernel.us for kernel in passed.kernels)
-    found = sum(k.us for k in passed.kernels if k.name == name or (name == REST and k.name not in colors))
-    return found / whole * passed.us / 1e3 if whole else 0.0
+    parts: dict[str, float] = {}
+    for kernel in passed.kernels:
+        label = _label(kernel.name)
+        parts[label] = parts.get(label, 0) + kernel.us / whole * passed.us / 1e3
+    return parts
+
+
+def _label(name: str) -> str:
+    """A kernel's name; of Inductor's, which lists operators in the alphabet's order, those that move numbers."""
+    kind, _, operators = name.partition("_fused_")
+    if kind not in KINDS:
+        return name
+    does = [word for operator, word in TELLING.items() if operator in operators] or ["arithmetic"]
+    return f"Inductor: {', '.join([*does, *KINDS[kind]])}"
 
 
 def _draw_memory(axes: Axes, passes: list[Pass]) -> None:
