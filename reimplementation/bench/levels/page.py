@@ -193,7 +193,7 @@ Python and the dispatcher, for each operator |
 | 2 TorchScript | PyTorch's interpreter | arithmetic | every sample, several times | \
 the interpreter, for each operator |
 | 3 torch.compile | generated code | what is a formula an element | \
-what the forward's sums and grid_sample's backward need | generated code, for each kernel |
+what long formulas and sums are cut into, and what grid_sample's backward needs | generated code, for each kernel |
 | 4 Triton | our program, by tiles | everything | \
 nothing; half-precision gradients are summed in a float32 copy | Python, once |
 | 5 C++ and CUDA | our program, by threads | everything | nothing but lists of numbers in the backward | C++, once |
