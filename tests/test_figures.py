@@ -96,10 +96,25 @@ def test_tiles_of_attention():
         assert row[1:] == [*map(str, tile[4:]), *(f"{three_digits(t['us'])} ({t['times_cuda']:.2f})" for t in times)]
 
 
-def test_triton_beside_deformops():
+def beside_deformops() -> dict[tuple[str, str, str, str], float]:
+    """Microseconds, by dtype, backend, case and pass."""
     document = json.loads((ROOT / "benchmarks" / "triton" / "deformops-nvidia-h200.json").read_text())
-    us = {(r["dtype"], r["backend"], r["case"], r["passed"]): r["timing"]["median_us"] for r in document["results"]}
+    return {(r["dtype"], r["backend"], r["case"], r["passed"]): r["timing"]["median_us"] for r in document["results"]}
+
+
+def test_triton_beside_deformops():
+    us = beside_deformops()
     sides = product(("float32", "bfloat16"), ("cuda", "triton", "deformops-triton"))
     for row, side in zip(rows_under("triton.md", "| attention | encoder | decoder |"), sides, strict=True):
         for cell, case in zip(row[1:], ATTENTION, strict=True):
             assert cell == " / ".join(three_digits(us[(*side, case, passed)]) for passed in ("forward", "training"))
+
+
+def test_deformops_with_sums_in_float32():
+    ops = json.loads((ROOT / "benchmarks" / "results" / "peers" / "nvidia-h200.json").read_text())["ops"]
+    theirs = (ops[case.removeprefix("msda-")]["deformops triton bf16"]["bwd"] for case in ATTENTION)
+    us = beside_deformops()
+    ours = (us["bfloat16", "triton", case, "training"] for case in ATTENTION)
+    text = " ".join((ROOT / "docs" / "triton.md").read_text().split())
+    a, b, c, d, e, f = map(three_digits, (*theirs, *ours))
+    assert f"its backward alone takes {a}, {b} and {c} us" in text and f"with the forward, {d}, {e} and {f}." in text

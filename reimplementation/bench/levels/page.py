@@ -105,8 +105,7 @@ zero; and a sum over many samples is split into passes. The first call takes as 
 - What it can do: most of the fusion, for no work. New shapes compile again, or come with symbols for sizes.
 - What it costs: seconds at the first call, and what a formula an element cannot say. And somebody has to look at the
   numbers: when our gathers still moved the heads ahead of the queries, a kernel of Inductor's read its input as if it
-  lay in another order, up to 21 times the largest number beside the truth, without a word. The errors in the tables
-  below are how we found it.
+  lay in another order, and what came out was wrong, without a word. The errors in the tables below are how we found it.
 
 ## Level 4: Triton
 

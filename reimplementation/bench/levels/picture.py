@@ -18,12 +18,9 @@ COLORS = [colormaps["tab20"](number) for number in range(20)]
 REST_COLOR = "lightgrey"
 MOST_NAMES = 19  # in a legend; kernels beyond are drawn as the rest
 NAME_LENGTH = 40
-TELLING = {
-    "grid_sampler": "grid_sample",
-    "gather": "gather",
-    "scatter_add": "scatter",
-}  # operators, as a legend says them
-KINDS = {"triton_poi": (), "triton_per": ("sum",), "triton_red": ("sum",)}  # of Inductor's kernels: with a sum, or none
+# What a legend says of Inductor's kernels: the operators that move numbers, and whether the kind of kernel has a sum.
+TELLING = {"grid_sampler": "grid_sample", "gather": "gather", "scatter_add": "scatter"}
+KINDS = {"triton_poi": (), "triton_per": ("sum",), "triton_red": ("sum",)}
 
 
 def draw(path: Path, document: Document) -> None:
